@@ -1,0 +1,149 @@
+"""The adapter's file: which numbers are saved, and every check that a file can fail when it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from .coordinates import Coordinates
+from .given import GIVEN
+from .layer import STATISTICS, SubspaceLayer
+from .plan import factor
+from .vectors import SubspaceVectors
+
+
+PREFIX = "subspace_peft_"
+VECTORS = "subspace_vectors"
+"""The child of the base model that holds theta_d. The name must not contain the prefix: PEFT skips such modules."""
+
+IDENTITY = ("fingerprint", "D", "d", "projection", "coordinates", "rank", "alpha", "seed", "normalization")
+IDENTITY += ("nnz_per_row", "projection_version")
+
+
+def find_vectors(model: nn.Module) -> SubspaceVectors:
+    return next(module for module in model.modules() if isinstance(module, SubspaceVectors))
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, SubspaceLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SubspaceLayer):
+            yield name.removeprefix("_fsdp_wrapped_module."), module
+
+
+def unique_coordinates(model: nn.Module, adapter: str) -> dict[str, Coordinates]:
+    """The coordinates of each target tensor once, however many layers hold it."""
+    return {
+        coordinates.name: coordinates
+        for _, layer in named_layers(model)
+        for coordinates in layer.coordinates.get(adapter, {}).values()
+    }
+
+
+def identity(config: PeftConfig) -> str:
+    """All that P and its use depend on."""
+    return json.dumps({field: getattr(config, field) for field in IDENTITY})
+
+
+def mark(config: PeftConfig) -> Tensor:
+    """`identity` in 64 bits: int64 [1]."""
+    digest = blake2b(identity(config).encode(), digest_size=8).digest()
+    return torch.tensor([int.from_bytes(digest, "little", signed=True)])
+
+
+def statistics(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """The state-dict key of each batch-norm statistic of an adapter, and the base's own value."""
+    for name, layer in named_layers(model):
+        for statistic in STATISTICS:
+            if adapter in getattr(layer, PREFIX + statistic):
+                yield f"{name}.{PREFIX}{statistic}.{adapter}", getattr(layer.base_layer, statistic)
+
+
+def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is saved beside theta_d: the statistics that training changed, a given P, and the mark of P itself."""
+    vector = f"{VECTORS}.{PREFIX}theta_d.{adapter}"
+    root = next(key.removesuffix(vector) for key in state_dict if key.endswith(vector)) + f"{VECTORS}.{PREFIX}"
+    kept = {f"{root}identity.{adapter}": mark(config)}
+    for key, base in statistics(model, adapter):
+        if not torch.equal(state_dict[key].cpu(), base.cpu()):
+            kept[key] = state_dict[key]
+    if config.projection in GIVEN or config.save_projection:
+        for coordinates in unique_coordinates(model, adapter).values():
+            for suffix, projection in coordinates.projections.items():
+                given = projection.block.given
+                drawn = projection.state(torch.device("cpu")) if given is None else given
+                for i, tensor in enumerate(drawn if isinstance(drawn, tuple) else (drawn,)):
+                    kept[f"{root}P.{coordinates.name}{suffix}.{i}.{adapter}"] = tensor
+    return kept
+
+
+def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `select`; puts a saved P in its place.
+
+    Raises:
+        ValueError: if the file belongs to another P, or lacks what it should hold, or holds it in another shape.
+    """
+    remapped = {key: value.detach().clone() for key, value in statistics(model, adapter)}
+    saved: dict[str, dict[int, Tensor]] = {}
+    for key, value in state_dict.items():
+        _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
+        if not vectors:
+            bare = key.removeprefix("base_model.model.")
+            key = next((f"{k}.{adapter}" for k in (key, bare) if f"{k}.{adapter}" in remapped), key)
+            remapped[key] = value
+        elif rest == f"theta_d.{adapter}":
+            _check_theta_d(value, config)
+            remapped[key] = value
+        elif rest == "identity":
+            _check_mark(value, config)
+        elif rest.startswith("P."):
+            name, _, i = rest.removeprefix("P.").rpartition(".")
+            saved.setdefault(name, {})[int(i)] = value
+        else:
+            raise ValueError(
+                f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
+            )
+    _install(model, config, adapter, saved)
+    return remapped
+
+
+def _check_theta_d(found: Tensor, config: PeftConfig) -> None:
+    if found.shape != (config.d,) or not found.is_floating_point():
+        raise ValueError(
+            f"theta_d in the adapter file must be {config.d} floating numbers as adapter_config.json says, got "
+            f"{found.dtype} of shape {list(found.shape)}; the two files do not belong together."
+        )
+
+
+def _check_mark(found: Tensor, config: PeftConfig) -> None:
+    if not torch.equal(found.cpu(), mark(config)):
+        raise ValueError(
+            f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was trained "
+            "with another seed, d, projection or base; load it under another adapter name, with its own "
+            "adapter_config.json."
+        )
+
+
+def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str, dict[int, Tensor]]) -> None:
+    """Put a P that came with the file in place of the one that is missing or would be redrawn."""
+    coordinates = unique_coordinates(model, adapter)
+    projections = {c.name + suffix: (c, suffix) for c in coordinates.values() for suffix in c.projections}
+    if config.projection in GIVEN and set(saved) != set(projections):
+        raise ValueError(
+            f"The adapter file must hold the {GIVEN[config.projection]} it was trained in; it is damaged."
+        )
+    column = 0
+    for name, tensors in ((name, saved[name]) for name in projections if name in saved):
+        owner, suffix = projections[name]
+        block = owner.projections[suffix].block
+        given = tensors[0] if config.projection in GIVEN else tuple(tensors[i] for i in sorted(tensors))
+        block = dataclasses.replace(block, given=given, column=column)
+        owner.projections[suffix] = type(owner.projections[suffix])(block)
+        column += len(given) if config.projection == "coordinate" else 0
+    if config.projection in GIVEN:
+        find_vectors(model).factors[adapter] = factor(config, coordinates)

@@ -1,0 +1,258 @@
+"""SubspaceLayer: any module with parameters, run with origin + P theta_d in place of its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from .coordinates import Coordinates, LowRank
+from .vectors import SubspaceVectors
+
+
+LINEAR_IN_PARAMETERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.EmbeddingBag)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class SubspaceLayer(nn.Module, BaseTunerLayer):
+    """A target module whose parameters are moved by P theta_d.
+
+    Args:
+        base_layer: The module as it was; its parameters are the origin.
+        vectors: Holds theta_d.
+    """
+
+    adapter_layer_names = ("subspace_peft_theta_d",)
+    other_param_names = ("coordinates", *(f"subspace_peft_{name}" for name in STATISTICS))
+
+    def __init__(self, base_layer: nn.Module, vectors: SubspaceVectors):
+        super().__init__()
+        self.base_layer = base_layer
+        object.__setattr__(self, "vectors", vectors)
+        self.coordinates: dict[str, dict[str, Coordinates]] = {}
+        self.shared: dict[str, set[str]] = {}
+        for name in STATISTICS:
+            setattr(self, f"subspace_peft_{name}", BufferDict(persistent=True))
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_statistics: dict[str, Tensor] = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # none is, here
+            self.in_features, self.out_features = _get_in_out_features(base_layer)
+
+    @property
+    def subspace_peft_theta_d(self) -> nn.ParameterDict:
+        return self.vectors.subspace_peft_theta_d
+
+    def __getattr__(self, name: str) -> Any:
+        """Public names that the layer lacks are the base module's: models ask their parts for more than to be called."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or (name.startswith("_") and name not in base._modules):
+                raise
+            return getattr(base, name)
+
+    def __repr__(self) -> str:
+        return "subspace_peft." + super().__repr__()
+
+    def add_adapter(self, adapter: str, coordinates: dict[str, Coordinates], owned_elsewhere: set[str] = frozenset()):
+        """Move the parameters at these paths inside the base module.
+
+        Args:
+            owned_elsewhere: The paths whose tensor another layer holds too, and merges.
+        """
+        self.coordinates[adapter] = coordinates
+        self.shared[adapter] = set(owned_elsewhere)
+        for name in STATISTICS:
+            statistic = getattr(self.base_layer, name, None)
+            if isinstance(statistic, Tensor):
+                getattr(self, f"subspace_peft_{name}")[adapter] = statistic.detach().clone()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.shared.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """The device only: PEFT's would also round theta_d to the dtype of the base."""
+        theta_d = self.subspace_peft_theta_d.get(adapter_name)
+        device = device or next(self.base_layer.parameters(), theta_d).device
+        if theta_d is not None and theta_d.device.type != "meta" and theta_d.device != device:
+            self.subspace_peft_theta_d[adapter_name] = theta_d.to(device)
+
+    def _here(self, adapters) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.coordinates]
+
+    def increments(self, adapters: list[str], skip=()) -> dict[str, Tensor]:
+        """The sum of the increments of these adapters to each parameter, by its path inside the base module."""
+        total: dict[str, Tensor] = {}
+        for adapter in adapters:
+            z = self.vectors.normalised(adapter)
+            for path, coordinates in self.coordinates[adapter].items():
+                if path not in skip:
+                    increment = coordinates.increment(z)
+                    total[path] = total[path] + increment if path in total else increment
+        return total
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """P theta_d of the weight, in the shape of the weight."""
+        return self.coordinates[adapter]["weight"].increment(self.vectors.normalised(adapter))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether LoRA can hold what the adapter does here: it moves the weight of a linear module and nothing else."""
+        paths = self.coordinates.get(adapter_name, {"weight": None})
+        return isinstance(self.base_layer, (nn.Linear, Conv1D)) and set(paths) == {"weight"}
+
+    def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        if adapter_names is not None:
+            return self._mixed_batch(adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        adapters = self._here(self.active_adapters)
+        if self.merged or not adapters:
+            return self.base_layer(*args, **kwargs)
+        return self._adapted(adapters, *args, **kwargs)
+
+    def _adapted(self, adapters: list[str], *args, **kwargs):
+        factored = [a for a in adapters if self._runs_factored(a)]
+        if self._adds_to_output() or len(factored) == len(adapters):
+            return self._added(adapters, factored, *args, **kwargs)
+        base = self.base_layer
+        tensors = {}
+        for path, increment in self.increments(adapters).items():
+            origin = attrgetter(path)(base)
+            tensors[path] = (origin + increment).to(origin.dtype)
+        tensors |= self._statistics(adapters[0])
+        with _flat_weights(base, tensors):
+            return torch.func.functional_call(base, tensors, args, kwargs, tie_weights=False)
+
+    def _adds_to_output(self) -> bool:
+        """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""
+        if not isinstance(self.base_layer, LINEAR_IN_PARAMETERS):
+            return False
+        return self.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
+
+    def _runs_factored(self, adapter: str) -> bool:
+        """Whether x can go through A and B in turn, without their product."""
+        coordinates = self.coordinates[adapter].get("weight")
+        return isinstance(coordinates, LowRank) and type(self.base_layer).forward in (
+            nn.Linear.forward,
+            Conv1D.forward,
+        )
+
+    def _added(self, adapters: list[str], factored: list[str], *args, **kwargs):
+        """op(x, W_0) + op(x, P theta_d), for an op that is linear in its parameters."""
+        base = self.base_layer
+        output = base(*args, **kwargs)
+        for adapter in factored:
+            x = args[0] if args else kwargs["input"]
+            B, A = self.coordinates[adapter]["weight"].factors(self.vectors.normalised(adapter))
+            if isinstance(base, Conv1D):
+                A, B = B.mT, A.mT
+            dtype = output.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+            output = output + F.linear(F.linear(x, A.to(dtype)), B.to(dtype)).to(output.dtype)
+        rest = [adapter for adapter in adapters if adapter not in factored]
+        if rest:
+            increments = self.increments(rest)
+            tensors = {
+                path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)
+                for path, parameter in base.named_parameters(recurse=False)
+            }
+            output = output + torch.func.functional_call(base, tensors, args, kwargs, tie_weights=False)
+        return output
+
+    def _statistics(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's own batch-norm statistics: training changes these and leaves the base's alone."""
+        held = {name: getattr(self, f"subspace_peft_{name}") for name in STATISTICS}
+        return {name: buffers[adapter] for name, buffers in held.items() if adapter in buffers}
+
+    def _mixed_batch(self, adapter_names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
+        """Each sample of the batch through its own adapter; "__base__" is none."""
+        if self.merged or self.disable_adapters:
+            raise ValueError(
+                "Cannot pass `adapter_names` while adapters are merged or disabled; unmerge or enable them."
+            )
+        if not isinstance(x, Tensor) or x.shape[0] != len(adapter_names):
+            raise ValueError(
+                f"`adapter_names` must have one name for each sample along dimension 0 of the input of {type(self.base_layer)}"
+                f", got {len(adapter_names)} names; run such a batch one adapter at a time with set_adapter."
+            )
+        output = None
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            here = self._here([name])
+            part = x.index_select(0, index)
+            y = self._adapted(here, part, *args, **kwargs) if here else self.base_layer(part, *args, **kwargs)
+            if not isinstance(y, Tensor) or y.shape[0] != len(index):
+                raise ValueError(f"`adapter_names` cannot split the output of {type(self.base_layer)} into samples.")
+            output = y.new_empty(len(adapter_names), *y.shape[1:]) if output is None else output
+            output = output.index_copy(0, index, y)
+        return output
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the increments to the parameters of the base module, and take over the adapter's statistics.
+
+        Raises:
+            ValueError: with `safe_merge`, if a merged parameter would not be finite; nothing is changed then.
+        """
+        for adapter in self._here(check_adapters_to_merge(self, adapter_names)):
+            merged = {
+                parameter: parameter + increment.to(parameter.device)
+                for parameter, increment in self._owned_increments(adapter)
+            }
+            if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            for parameter, tensor in merged.items():
+                parameter.data = tensor.to(parameter.dtype)
+            self._swap_statistics(self._statistics(adapter))
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if not self.merged:
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            for parameter, increment in self._owned_increments(adapter):
+                parameter.data = (parameter - increment.to(parameter.device)).to(parameter.dtype)
+        for name, statistic in self._unmerged_statistics.items():
+            getattr(self.base_layer, name).copy_(statistic)
+        self._unmerged_statistics = {}
+
+    def _owned_increments(self, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for path, increment in self.increments([adapter], skip=self.shared[adapter]).items():
+            yield attrgetter(path)(self.base_layer), increment
+
+    def _swap_statistics(self, statistics: dict[str, Tensor]) -> None:
+        for name, statistic in statistics.items():
+            own = getattr(self.base_layer, name)
+            self._unmerged_statistics.setdefault(name, own.clone())
+            own.copy_(statistic)
+
+
+@contextlib.contextmanager
+def _flat_weights(module: nn.Module, tensors: dict[str, Tensor]):
+    """nn.RNN and its kind read their parameters from a list of their own, which functional_call does not know."""
+    if not isinstance(module, nn.RNNBase):
+        yield
+        return
+    own = module._flat_weights
+    module._flat_weights = [tensors.get(name, weight) for name, weight in zip(module._flat_weights_names, own)]
+    try:
+        yield
+    finally:
+        module._flat_weights = own

@@ -1,0 +1,142 @@
+"""Plan: where one adapter goes in a model, checked before it goes there."""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from .coordinates import COORDINATES, Coordinates, LowRank
+from .given import GIVEN, read_given
+from .layer import SubspaceLayer
+from .projections import PROJECTIONS, Block
+from .targets import Target, check_fingerprint, fingerprint
+from .vectors import SubspaceVectors
+
+
+class Plan:
+    """The tensors that are theta, and the P that moves them.
+
+    Raises:
+        ValueError: if the config does not fit the targets.
+    """
+
+    def __init__(self, config: PeftConfig, targets: list[Target]):
+        self.config, self.targets = config, targets
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of each target tensor
+        self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # of what is projected for it, by suffix
+        for target in targets:
+            for path, name in target.tensors.items():
+                shape = tuple(target.module.get_parameter(path).shape)
+                if parts := COORDINATES[config.coordinates].parts(shape, config.rank):
+                    self.shapes[name], self.parts[name] = shape, parts
+        self._check_coordinates()
+        if config.expected_fingerprint is not None:
+            check_fingerprint(config.expected_fingerprint, self.shapes)
+        projected = {name + suffix: part for name, parts in self.parts.items() for suffix, part in parts.items()}
+        self.D = sum(map(prod, projected.values()))
+        self.given = read_given(config, projected)
+        self.d = self._dimension()
+
+    def _check_coordinates(self) -> None:
+        if not self.shapes:
+            raise ValueError(
+                f"coordinates={self.config.coordinates!r} need target tensors of two or more dimensions, found none; use "
+                "coordinates='weight' or other `target_modules`."
+            )
+        for name, shape in self.shapes.items():
+            limit = min(shape[0], prod(shape[1:]))
+            if self.config.rank is not None and self.config.rank > limit:
+                raise ValueError(
+                    f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {list(shape)}, got "
+                    f"{self.config.rank}; lower `rank` or exclude that module."
+                )
+
+    def _dimension(self) -> int:
+        config, d = self.config, self.config.d
+        if d is None:
+            if self.given is None and config.projection != "identity":
+                raise ValueError(f"`{GIVEN[config.projection]}` is needed for projection={config.projection!r}.")
+            d = self.given.d if self.given else self.D
+        if d > self.D:
+            raise ValueError(
+                f"`d` must be at most the D = {self.D} adapted entries, got {d}; lower `d` or widen `target_modules`."
+            )
+        if config.projection == "identity" and d != self.D:
+            raise ValueError(f"projection='identity' has d = D = {self.D}, got d = {d}; leave `d` out.")
+        if config.projection in GIVEN and self.given is None and config.expected_fingerprint is None:
+            raise ValueError(f"`{GIVEN[config.projection]}` is needed for projection={config.projection!r}.")
+        return d
+
+    def apply(self, vectors: SubspaceVectors, adapter: str) -> None:
+        """Wrap the targets."""
+        config = self.config
+        config.d, config.D, config.fingerprint = self.d, self.D, fingerprint(self.shapes)
+        coordinates = self._coordinates()
+        device = next(parameter.device for target in self.targets for parameter in target.module.parameters())
+        start = torch.zeros(self.d, device=device)
+        if not config.init_weights:
+            start = torch.randn(self.d, device=device)
+        # A given P comes with the file when an adapter is loaded, and its factor with it.
+        known = config.projection not in GIVEN or self.given is not None
+        vectors.add(adapter, start, factor(config, coordinates) if known else 1.0)
+        for target in self.targets:
+            layer = target.parent._modules[target.child]
+            if not isinstance(layer, SubspaceLayer):
+                layer = target.parent._modules[target.child] = SubspaceLayer(target.module, vectors)
+            mine = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
+            layer.add_adapter(adapter, mine, target.shared)
+
+    def _coordinates(self) -> dict[str, Coordinates]:
+        config, coordinates = self.config, {}
+        offset = column = 0
+        for name, parts in self.parts.items():
+            projections = {}
+            for suffix, part in parts.items():
+                given = self.given.rows[name + suffix] if self.given else None
+                block = Block(
+                    name=name + suffix,
+                    n=prod(part),
+                    d=self.d,
+                    seed=config.seed,
+                    offset=offset,
+                    column=column,
+                    nnz_per_row=config.nnz_per_row,
+                    version=config.projection_version,
+                    cache=config.cache_projection,
+                    given=given,
+                )
+                projections[suffix] = PROJECTIONS[config.projection](block)
+                offset += block.n
+                column += len(given) if config.projection == "coordinate" and given is not None else 0
+            coordinates[name] = self._coordinate(name, projections)
+        return coordinates
+
+    def _coordinate(self, name: str, projections) -> Coordinates:
+        config = self.config
+        choice = COORDINATES[config.coordinates]
+        if choice is not LowRank:
+            return choice(name, self.shapes[name], projections)
+        return LowRank(
+            name,
+            self.shapes[name],
+            projections,
+            rank=config.rank,
+            alpha=config.alpha,
+            seed=config.seed,
+            version=config.projection_version,
+        )
+
+
+def factor(config: PeftConfig, coordinates: dict[str, Coordinates]) -> Tensor | float:
+    """What theta_d is multiplied by so that P is normalised over all of D.
+
+    `columns`: float32 [d], 1 / norm of each column. `rows`: one number, so that the rows that move have mean square
+    norm 1.
+    """
+    squares = sum(p.column_square_norms() for c in coordinates.values() for p in c.projections.values())
+    if config.normalization == "columns":
+        return squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().float()
+    return sqrt(sum(c.moved for c in coordinates.values()) / squares.sum().item())

@@ -1,0 +1,22 @@
+"""What P is: one file a projection, and the only list of them."""
+
+from .base import Block, Projection
+from .basis import Basis
+from .coordinate import Coordinate
+from .dense import Dense
+from .fastfood import Fastfood
+from .fastjl import FastJL
+from .identity import Identity
+from .sparse import Sparse
+
+PROJECTIONS: dict[str, type[Projection]] = {
+    "dense": Dense,
+    "sparse": Sparse,
+    "fastfood": Fastfood,
+    "fastjl": FastJL,
+    "basis": Basis,
+    "coordinate": Coordinate,
+    "identity": Identity,
+}
+
+__all__ = ["PROJECTIONS", "Block", "Projection"]

@@ -1,0 +1,143 @@
+"""Projection: the rows of P that make one tensor."""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..philox import Philox
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything that the rows of P of one tensor may depend on.
+
+    None of it depends on the other tensors, but for `offset` and `column`, which only identity and coordinate read.
+    """
+
+    name: str  # of the tensor in the base model, for example "layers.0.fc.weight"
+    n: int  # entries of the tensor
+    d: int
+    seed: int = 0
+    offset: int = 0  # entries of theta before this tensor
+    column: int = 0  # columns of P that belong to tensors before this one
+    nnz_per_row: int | None = None
+    version: int = 1  # projection_version of the adapter's config
+    cache: bool = True
+    given: Tensor | None = None  # basis: rows [n, d]; coordinate: sorted positions inside the tensor [k]
+
+
+class _Map(torch.autograd.Function):
+    """x -> P x, or x -> P^T x. Its derivative is itself and its adjoint is itself the other way round."""
+
+    @staticmethod
+    def forward(x, projection, transposed):
+        return projection.adjoint(x) if transposed else projection.apply(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.projection, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Map.apply(grad, ctx.projection, not ctx.transposed), None, None
+
+    @staticmethod
+    def jvp(ctx, x, *_):
+        return _Map.apply(x, ctx.projection, ctx.transposed)
+
+    @staticmethod
+    def vmap(info, in_dims, x, projection, transposed):
+        return _Map.apply(x.movedim(in_dims[0], 0), projection, transposed), 0
+
+
+# torch binds the arguments of `forward` at each call; finding its signature would take longer than a small projection
+_Map.forward.__signature__ = inspect.signature(_Map.forward)
+
+
+class Projection(ABC):
+    """The rows of P of one tensor: theta = origin + P theta_d, P: [n, d], fixed.
+
+    A final class gives two linear maps that know nothing of autograd, `apply` and `adjoint`; calling the projection
+    is `apply` with derivatives of every order, for which nothing of size n is saved.
+
+    What can be redrawn from the seed is the state: drawn when first needed, on the device that asks (the numbers are
+    the same on each), dropped when pickled or copied, and with `cache=False` never kept.
+    """
+
+    VERSION = 1  # the newest projection version that this class can draw
+
+    def __init__(self, block: Block):
+        if not 1 <= block.version <= self.VERSION:
+            raise ValueError(
+                f"`projection_version` must be 1 to {self.VERSION} for {type(self).__name__}, got {block.version}; "
+                "install a newer subspace_peft to load this adapter."
+            )
+        self.block = block
+        self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def __call__(self, theta_d: Tensor) -> Tensor:
+        """P theta_d: [..., d] -> [..., n]."""
+        return self._map(theta_d, False)
+
+    def transpose(self, grad: Tensor) -> Tensor:
+        """P^T grad: [..., n] -> [..., d]."""
+        return self._map(grad, True)
+
+    @abstractmethod
+    def apply(self, theta_d: Tensor) -> Tensor:
+        """P theta_d: [..., d] -> [..., n], without derivatives."""
+
+    @abstractmethod
+    def adjoint(self, grad: Tensor) -> Tensor:
+        """P^T grad: [..., n] -> [..., d], without derivatives."""
+
+    @abstractmethod
+    def column_square_norms(self) -> Tensor:
+        """sum_i P_ij^2 over the rows of this tensor, exact: float64 [d] on the CPU."""
+
+    @property
+    def moved(self) -> int:
+        """How many rows are not zero."""
+        return self.block.n
+
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What apply and adjoint need and the seed gives; the base has none."""
+        return ()
+
+    def philox(self, purpose: str) -> Philox:
+        return Philox(self.block.seed, self.block.name, purpose, self.block.version)
+
+    def state(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The drawn state on `device`."""
+        drawn = self._drawn.get(device)
+        return self._draw(device) if drawn is None else drawn
+
+    @torch.compiler.disable
+    def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        # A tensor made in inference mode could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            drawn = self.draw(device)
+        if self.block.cache:
+            self._drawn[device] = drawn
+        return drawn
+
+    def _map(self, x: Tensor, transposed: bool) -> Tensor:
+        if torch.compiler.is_compiling():  # a Function with a jvp cannot be traced; these operations can
+            return self.adjoint(x) if transposed else self.apply(x)
+        return _Map.apply(x, self, transposed)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_drawn": {}}
+
+    def __repr__(self) -> str:
+        block = dataclasses.replace(self.block, given=None)
+        return f"{type(self).__name__}({block})"
+
+
+def working(x: Tensor) -> Tensor:
+    """x in the dtype to compute in: half precision is computed in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

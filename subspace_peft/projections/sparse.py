@@ -1,0 +1,50 @@
+"""Sparse: a fixed number of random signs a row."""
+
+import torch
+from torch import Tensor
+
+from .base import Block, Projection, working
+
+
+class Sparse(Projection):
+    """Each row of P has `nnz_per_row` entries ±1 (default 1) in distinct columns, the rest is zero.
+
+    With one entry it is the isometric one-hot map of Uni-LoRA (Li et al., 2025), with signs: theta_i = ± theta_d[j].
+    Columns come from uniform permutations stacked one below the other, so that every column is used equally often,
+    up to one.
+    """
+
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.nnz = block.nnz_per_row or 1
+        if self.nnz > block.d:
+            raise ValueError(f"`nnz_per_row` must be at most d = {block.d}, got {self.nnz}; lower it or raise `d`.")
+        self.rows = block.d // self.nnz  # that one permutation serves
+
+    def columns(self, device: torch.device) -> Tensor:
+        """int64 [n, nnz]."""
+        stacks = self.philox("sparse columns").permutations(self.block.d, 0, -(-self.block.n // self.rows), device)
+        return stacks[:, : self.rows * self.nnz].reshape(-1, self.nnz)[: self.block.n]
+
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        signs = self.philox("sparse signs").signs(0, self.block.n * self.nnz, device).view(-1, self.nnz)
+        # a sign is part of the index: entries d.. of (theta_d, -theta_d)
+        return ((self.columns(device) + (signs < 0) * self.block.d).to(torch.int32),)
+
+    def apply(self, theta_d: Tensor) -> Tensor:
+        (index,) = self.state(theta_d.device)
+        z = working(theta_d)
+        y = torch.cat((z, -z), -1).index_select(-1, index.view(-1))
+        return (y if self.nnz == 1 else y.unflatten(-1, (-1, self.nnz)).sum(-1)).to(theta_d.dtype)
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        (index,) = self.state(grad.device)
+        g = working(grad)
+        if self.nnz > 1:
+            g = g.unsqueeze(-1).expand(*g.shape, self.nnz).flatten(-2)
+        both = g.new_zeros((*g.shape[:-1], 2 * self.block.d)).index_add(-1, index.view(-1), g)
+        return (both[..., : self.block.d] - both[..., self.block.d :]).to(grad.dtype)
+
+    def column_square_norms(self) -> Tensor:
+        (index,) = self.state(torch.device("cpu"))
+        return torch.bincount(index.view(-1).long() % self.block.d, minlength=self.block.d).double()

@@ -1,0 +1,69 @@
+"""SubspaceVectors: theta_d of every adapter, the one thing that trains."""
+
+from __future__ import annotations
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+
+class SubspaceVectors(AuxiliaryTrainingWrapper):
+    """theta_d of every adapter of a model, and the factors that normalise their P.
+
+    A child of the base model, to which layers hold an unregistered reference: the vector has one owner and one name in
+    the state dict, whichever modules it moves. To PEFT it is what `modules_to_save` is, something trained beside its
+    layers, since as a tuner layer it would have to be merged and converted to LoRA.
+    """
+
+    adapter_layer_names = ("subspace_peft_theta_d",)
+
+    def __init__(self, adapter: str):
+        super().__init__(nn.Identity(), adapter)
+
+    def init_modules(self, adapter_name: str) -> None:
+        self.subspace_peft_theta_d = nn.ParameterDict()
+        self.factors: dict[str, Tensor | float] = {}
+
+    def add(self, adapter: str, theta_d: Tensor, factor: Tensor | float) -> None:
+        self.update(adapter)
+        self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
+        self.factors[adapter] = factor
+
+    def normalised(self, adapter: str) -> Tensor:
+        """z, the theta_d that the unnormalised P is applied to. [d]"""
+        theta_d, factor = self.subspace_peft_theta_d[adapter], self.factors[adapter]
+        if isinstance(factor, Tensor) and factor.device != theta_d.device:
+            factor = self.factors[adapter] = factor.to(theta_d.device)
+        return theta_d * factor
+
+    def forward(self, *args):
+        """Identity, for base models that run all their children in turn (nn.Sequential)."""
+        return args[0] if len(args) == 1 else args
+
+    # What follows is PEFT's protocol. Which vectors train is set by the layers, as for every tuner.
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.subspace_peft_theta_d.keys())
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        return next((name for name in names if name in self._adapters), None)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        self._adapters.discard(adapter_name)
+        self.factors.pop(adapter_name, None)
+        if adapter_name in self.subspace_peft_theta_d:
+            del self.subspace_peft_theta_d[adapter_name]
+        self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if adapter_name not in self._adapters:
+            return {}
+        return {"subspace_peft_theta_d": state_dict[f"subspace_peft_theta_d.{adapter_name}"]}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self._adapters:
+            return {}
+        return {"subspace_peft_theta_d": f"subspace_peft_theta_d.{adapter_name}"}
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
+        return self.original_module
