@@ -77,8 +77,8 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
             for suffix, projection in coordinates.projections.items():
                 given = projection.block.given
                 drawn = projection.state(torch.device("cpu")) if given is None else given
-                for i, tensor in enumerate(drawn if isinstance(drawn, tuple) else (drawn,)):
-                    kept[f"{root}P.{coordinates.name}{suffix}.{i}.{adapter}"] = tensor
+                for path, tensor in _flatten(drawn):
+                    kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
     return kept
 
 
@@ -89,7 +89,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
         ValueError: if the file belongs to another P, or lacks what it should hold, or holds it in another shape.
     """
     remapped = {key: value.detach().clone() for key, value in statistics(model, adapter)}
-    saved: dict[str, dict[int, Tensor]] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
         if not vectors:
@@ -102,8 +102,8 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
         elif rest == "identity":
             _check_mark(value, config)
         elif rest.startswith("P."):
-            name, _, i = rest.removeprefix("P.").rpartition(".")
-            saved.setdefault(name, {})[int(i)] = value
+            name, _, path = rest.removeprefix("P.").rpartition("/")
+            saved.setdefault(name, {})[path] = value
         else:
             raise ValueError(
                 f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
@@ -123,13 +123,32 @@ def _check_theta_d(found: Tensor, config: PeftConfig) -> None:
 def _check_mark(found: Tensor, config: PeftConfig) -> None:
     if not torch.equal(found.cpu(), mark(config)):
         raise ValueError(
-            f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was trained "
-            "with another seed, d, projection or base; load it under another adapter name, with its own "
+            f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was "
+            "trained with another seed, d, projection or base; load it under another adapter name, with its own "
             "adapter_config.json."
         )
 
 
-def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str, dict[int, Tensor]]) -> None:
+def _flatten(tensors, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Nested tuples of tensors, each under its indices: "0.2"; a lone tensor under ""."""
+    if isinstance(tensors, Tensor):
+        yield path.removeprefix("."), tensors
+    else:
+        for i, tensor in enumerate(tensors):
+            yield from _flatten(tensor, f"{path}.{i}")
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> Tensor | tuple:
+    if "" in tensors:
+        return tensors[""].clone()  # a file's tensors are not aligned in memory, on which a product's rounding depends
+    inner: dict[int, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        first, _, rest = path.partition(".")
+        inner.setdefault(int(first), {})[rest] = tensor
+    return tuple(_unflatten(inner[i]) for i in sorted(inner))
+
+
+def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str, dict[str, Tensor]]) -> None:
     """Put a P that came with the file in place of the one that is missing or would be redrawn."""
     coordinates = unique_coordinates(model, adapter)
     projections = {c.name + suffix: (c, suffix) for c in coordinates.values() for suffix in c.projections}
@@ -140,9 +159,8 @@ def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str
     column = 0
     for name, tensors in ((name, saved[name]) for name in projections if name in saved):
         owner, suffix = projections[name]
-        block = owner.projections[suffix].block
-        given = tensors[0] if config.projection in GIVEN else tuple(tensors[i] for i in sorted(tensors))
-        block = dataclasses.replace(block, given=given, column=column)
+        given = _unflatten(tensors)
+        block = dataclasses.replace(owner.projections[suffix].block, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(block)
         column += len(given) if config.projection == "coordinate" else 0
     if config.projection in GIVEN:

@@ -20,8 +20,8 @@ PROJECTION_VERSION = 1
 CARD_NOTE = """
 ## How to load this adapter
 
-This is a [subspace_peft](https://pypi.org/project/subspace-peft/) adapter: PEFT knows its type once the package has been
-imported (`pip install subspace-peft`).
+This is a [subspace_peft](https://pypi.org/project/subspace-peft/) adapter: PEFT knows its type once the package has
+been imported (`pip install subspace-peft`).
 
 ```python
 import subspace_peft  # makes the adapter type SUBSPACE_PEFT known to PEFT
@@ -46,22 +46,23 @@ class SubspaceConfig(PeftConfig):
         theta = origin + P theta_d
 
     Args:
-        d (`int`): Dimension of the subspace, 1 <= d <= D. May be left out where it follows: `identity` (d = D), `basis`
-            (its columns) and `coordinate` (the entries in the mask).
+        d (`int`): Dimension of the subspace, 1 <= d <= D. May be left out where it follows: `identity` (d = D),
+            `basis` (its columns) and `coordinate` (the entries in the mask).
         projection (`str`): What P is: `dense`, `sparse`, `fastfood`, `fastjl` (random, redrawn from the seed), `basis`
             (given orthonormal columns), `coordinate` (given entries), `identity`.
         coordinates (`str`): What theta is: `weight`, the target tensors themselves, or `low_rank`, the factors of
             W_0 + alpha / rank (B_0 + P_B theta_d)(A_0 + P_A theta_d) with B_0 = 0.
         rank (`int`), alpha (`float`): Of `low_rank` only; alpha is the rank if left out.
         seed (`int`): What a random P is drawn from.
-        normalization (`str`): `rows`: the rows of P that move have mean square norm 1, so a step of Adam moves a weight
-            by about the learning rate, whatever d and D. `columns`: unit columns over all of D, as in the papers.
+        normalization (`str`): `rows`: the rows of P that move have mean square norm 1, so a step of Adam moves a
+            weight by about the learning rate, whatever d and D. `columns`: unit columns over all of D, as in the
+            papers.
         nnz_per_row (`int`): Non-zeros a row of `sparse`, scattered copies of `fastjl`; 1 if left out.
         target_modules: Names, a regular expression, "all-linear", or "all": every module that owns parameters.
         parameters (`list[str]`): Which parameters of a target, for example `["weight"]`; all it owns if left out.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: As in every PEFT method.
-        basis: For `basis`: a tensor [D, k], a dictionary of one [n, k] for each tensor, or a safetensors file or folder
-            that holds either. The first d columns are used and saved with the adapter.
+        basis: For `basis`: a tensor [D, k], a dictionary of one [n, k] for each tensor, or a safetensors file or
+            folder that holds either. The first d columns are used and saved with the adapter.
         mask: For `coordinate`: the same with booleans, [D] or one of each tensor's shape.
         save_projection (`bool`): Also save what a seed could redraw.
         projection_version (`int`): The recipe by which P is drawn from the seed.
@@ -123,8 +124,8 @@ class SubspaceConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
         if self.projection_version > PROJECTION_VERSION:
             raise ValueError(
-                f"`projection_version` must be at most {PROJECTION_VERSION} for subspace_peft {package_version()}, got "
-                f"{self.projection_version} (written by {self.subspace_peft_version}); upgrade subspace_peft."
+                f"`projection_version` must be at most {PROJECTION_VERSION} for subspace_peft {package_version()}, "
+                f"got {self.projection_version} (written by {self.subspace_peft_version}); upgrade subspace_peft."
             )
         if self.projection_version < 1:
             raise ValueError(f"`projection_version` must be at least 1, got {self.projection_version}.")

@@ -31,7 +31,7 @@ def read_given(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> Given 
     """The basis or mask of the config, cut along the tensors of these names and shapes; None if there is none to read.
 
     Raises:
-        ValueError: if it has another shape than the tensors, is not finite or not orthonormal, or holds too few columns.
+        ValueError: if its shape is not that of the tensors, or it is not finite, or not orthonormal, or too narrow.
     """
     source = getattr(config, GIVEN.get(config.projection, ""), None)
     if source is None:
@@ -59,10 +59,10 @@ def _rows(field: str, tensors: Tensor | dict[str, Tensor], shapes: dict[str, tup
     if isinstance(tensors, Tensor):
         if tensors.shape[:1] != (D,):
             raise ValueError(
-                f"`{field}` must have one row for each of the D = {D} adapted entries, got shape {list(tensors.shape)}; "
-                "check `target_modules` and `parameters`."
+                f"`{field}` must have one row for each of the D = {D} adapted entries, got shape "
+                f"{list(tensors.shape)}; check `target_modules` and `parameters`."
             )
-        return dict(zip(sizes, tensors.split(list(sizes.values()))))
+        return dict(zip(sizes, tensors.split(list(sizes.values())), strict=True))
     if set(tensors) != set(sizes):
         differs = sorted(set(tensors) ^ set(sizes))[0]
         raise ValueError(
@@ -89,7 +89,7 @@ def _basis(config: PeftConfig, rows: dict[str, Tensor]) -> Given:
     d = k if config.d is None else config.d
     if d > k:
         raise ValueError(f"`basis` must hold at least d = {d} columns, got {k}; lower `d` or give more columns.")
-    rows = {name: tensor[:, :d].detach().contiguous() for name, tensor in rows.items()}
+    rows = {name: tensor[:, :d].detach().clone(memory_format=torch.contiguous_format) for name, tensor in rows.items()}
     for name, tensor in rows.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"`basis` must be finite floating numbers, that of `{name}` is not ({tensor.dtype}).")

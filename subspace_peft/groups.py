@@ -8,8 +8,8 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Groups for a torch optimiser: theta_d at `lr`, all other trainable parameters at `head_lr`.
 
-    A freshly initialised head (`modules_to_save`) wants a rate far above that of theta_d: the pretrained weights have to
-    move little and the head much. Weight decay acts on the head alone: on theta_d it would pull towards the origin.
+    A freshly initialised head (`modules_to_save`) wants a rate far above that of theta_d: the pretrained weights have
+    to move little and the head much. Weight decay acts on the head alone: on theta_d it would pull towards the origin.
 
     Args:
         head_lr: Ten times `lr` if left out.

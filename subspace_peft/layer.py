@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
@@ -42,25 +44,32 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.coordinates: dict[str, dict[str, Coordinates]] = {}
         self.shared: dict[str, set[str]] = {}
         for name in STATISTICS:
-            setattr(self, f"subspace_peft_{name}", BufferDict(persistent=True))
+            has = isinstance(getattr(base_layer, name, None), Tensor)
+            setattr(self, f"subspace_peft_{name}", BufferDict(persistent=True) if has else {})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_statistics: dict[str, Tensor] = {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # none is, here
-            self.in_features, self.out_features = _get_in_out_features(base_layer)
+            try:
+                self.in_features, self.out_features = _get_in_out_features(base_layer)
+            except ValueError:  # MultiheadAttention whose keys have a width of their own
+                self.in_features = self.out_features = None
 
     @property
     def subspace_peft_theta_d(self) -> nn.ParameterDict:
         return self.vectors.subspace_peft_theta_d
 
     def __getattr__(self, name: str) -> Any:
-        """Public names that the layer lacks are the base module's: models ask their parts for more than to be called."""
+        """Names that the layer lacks are the base module's: models ask their parts for more than to be called.
+
+        But not accelerate's hooks, which it looks for on each module apart.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or (name.startswith("_") and name not in base._modules):
+            if base is None or name.startswith(("__", "_hf_", "_old_forward")):
                 raise
             return getattr(base, name)
 
@@ -76,9 +85,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.coordinates[adapter] = coordinates
         self.shared[adapter] = set(owned_elsewhere)
         for name in STATISTICS:
-            statistic = getattr(self.base_layer, name, None)
-            if isinstance(statistic, Tensor):
-                getattr(self, f"subspace_peft_{name}")[adapter] = statistic.detach().clone()
+            held = getattr(self, f"subspace_peft_{name}")
+            if isinstance(held, BufferDict):
+                held[adapter] = getattr(self.base_layer, name).detach().clone()
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.shared.pop(adapter_name, None)
@@ -87,7 +96,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """The device only: PEFT's would also round theta_d to the dtype of the base."""
         theta_d = self.subspace_peft_theta_d.get(adapter_name)
-        device = device or next(self.base_layer.parameters(), theta_d).device
+        device = device or _device(self.base_layer)
         if theta_d is not None and theta_d.device.type != "meta" and theta_d.device != device:
             self.subspace_peft_theta_d[adapter_name] = theta_d.to(device)
 
@@ -98,19 +107,22 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """The sum of the increments of these adapters to each parameter, by its path inside the base module."""
         total: dict[str, Tensor] = {}
         for adapter in adapters:
-            z = self.vectors.normalised(adapter)
             for path, coordinates in self.coordinates[adapter].items():
                 if path not in skip:
-                    increment = coordinates.increment(z)
+                    increment = coordinates.increment(self._z(adapter))
                     total[path] = total[path] + increment if path in total else increment
         return total
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """P theta_d of the weight, in the shape of the weight."""
-        return self.coordinates[adapter]["weight"].increment(self.vectors.normalised(adapter))
+        return self.coordinates[adapter]["weight"].increment(self._z(adapter))
+
+    def _z(self, adapter: str) -> Tensor:
+        """theta_d normalised, on the device of this layer: a model may be spread over several. [d]"""
+        return self.vectors.normalised(adapter).to(_device(self.base_layer))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether LoRA can hold what the adapter does here: it moves the weight of a linear module and nothing else."""
+        """Whether LoRA can hold the adapter here: it moves the weight of a linear module and nothing else."""
         paths = self.coordinates.get(adapter_name, {"weight": None})
         return isinstance(self.base_layer, (nn.Linear, Conv1D)) and set(paths) == {"weight"}
 
@@ -124,7 +136,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         adapters = self._here(self.active_adapters)
         if self.merged or not adapters:
             return self.base_layer(*args, **kwargs)
-        return self._adapted(adapters, *args, **kwargs)
+        with align_module_device(self.base_layer):  # offloaded weights are read before the base module's own forward
+            return self._adapted(adapters, *args, **kwargs)
 
     def _adapted(self, adapters: list[str], *args, **kwargs):
         factored = [a for a in adapters if self._runs_factored(a)]
@@ -136,8 +149,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             origin = attrgetter(path)(base)
             tensors[path] = (origin + increment).to(origin.dtype)
         tensors |= self._statistics(adapters[0])
-        with _flat_weights(base, tensors):
-            return torch.func.functional_call(base, tensors, args, kwargs, tie_weights=False)
+        with _in_place_of(base, tensors):
+            return base(*args, **kwargs)
 
     def _adds_to_output(self) -> bool:
         """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""
@@ -159,7 +172,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         output = base(*args, **kwargs)
         for adapter in factored:
             x = args[0] if args else kwargs["input"]
-            B, A = self.coordinates[adapter]["weight"].factors(self.vectors.normalised(adapter))
+            B, A = self.coordinates[adapter]["weight"].factors(self._z(adapter))
             if isinstance(base, Conv1D):
                 A, B = B.mT, A.mT
             dtype = output.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -171,7 +184,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)
                 for path, parameter in base.named_parameters(recurse=False)
             }
-            output = output + torch.func.functional_call(base, tensors, args, kwargs, tie_weights=False)
+            with _in_place_of(base, tensors):
+                output = output + base(*args, **kwargs)
         return output
 
     def _statistics(self, adapter: str) -> dict[str, Tensor]:
@@ -187,8 +201,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             )
         if not isinstance(x, Tensor) or x.shape[0] != len(adapter_names):
             raise ValueError(
-                f"`adapter_names` must have one name for each sample along dimension 0 of the input of {type(self.base_layer)}"
-                f", got {len(adapter_names)} names; run such a batch one adapter at a time with set_adapter."
+                f"`adapter_names` must have one name for each sample along dimension 0 of the input of "
+                f"{type(self.base_layer)}, got {len(adapter_names)} names; run such a batch one adapter at a time, with "
+                "set_adapter."
             )
         output = None
         for name in dict.fromkeys(adapter_names):
@@ -244,15 +259,33 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             own.copy_(statistic)
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
 @contextlib.contextmanager
-def _flat_weights(module: nn.Module, tensors: dict[str, Tensor]):
-    """nn.RNN and its kind read their parameters from a list of their own, which functional_call does not know."""
-    if not isinstance(module, nn.RNNBase):
-        yield
-        return
-    own = module._flat_weights
-    module._flat_weights = [tensors.get(name, weight) for name, weight in zip(module._flat_weights_names, own)]
+def _in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
+    """Run `module` with these tensors, by path, in place of its parameters and buffers.
+
+    An instance attribute hides a parameter of that name. `torch.func.functional_call` exchanges the parameters, which
+    has no effect where FSDP has put views of its own into the instance.
+    """
+    hidden = []
+    for path, tensor in tensors.items():
+        prefix, _, name = path.rpartition(".")
+        owner = module.get_submodule(prefix).__dict__
+        hidden.append((owner, name, owner.get(name)))
+        owner[name] = tensor
+    if isinstance(module, nn.RNNBase):  # reads its parameters from a list of its own
+        names = module._flat_weights_names
+        flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
+        hidden.append((module.__dict__, "_flat_weights", module._flat_weights))
+        module.__dict__["_flat_weights"] = flat
     try:
         yield
     finally:
-        module._flat_weights = own
+        for owner, name, before in hidden:
+            if before is None:
+                del owner[name]
+            else:
+                owner[name] = before

@@ -41,8 +41,8 @@ class SubspaceModel(BaseTuner):
         taken = getattr(model, VECTORS, None)
         if taken is not None and adapter_name in taken.subspace_peft_theta_d:
             raise ValueError(
-                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another or delete "
-                "it first."
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another or "
+                "delete it first."
             )
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -65,7 +65,7 @@ class SubspaceModel(BaseTuner):
         return bool(found) and not isinstance(found, _ExcludedModule)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
-        """Carry out the whole plan at the first of PEFT's calls: a tensor may be moved by a module that has no turn."""
+        """Carry out the whole plan at the first of PEFT's calls: a tied tensor moves modules that have no turn."""
         if self._plan is None:
             return
         if not hasattr(self.model, VECTORS):
@@ -128,7 +128,7 @@ class SubspaceModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         with torch.no_grad():
-            theta_d[adapter_name].copy_(sum(w * theta_d[a] for a, w in zip(adapters, weights)))
+            theta_d[adapter_name].copy_(sum(w * theta_d[a] for a, w in zip(adapters, weights, strict=True)))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

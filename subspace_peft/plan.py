@@ -43,8 +43,8 @@ class Plan:
     def _check_coordinates(self) -> None:
         if not self.shapes:
             raise ValueError(
-                f"coordinates={self.config.coordinates!r} need target tensors of two or more dimensions, found none; use "
-                "coordinates='weight' or other `target_modules`."
+                f"coordinates={self.config.coordinates!r} need target tensors of two or more dimensions, found none; "
+                "use coordinates='weight' or other `target_modules`."
             )
         for name, shape in self.shapes.items():
             limit = min(shape[0], prod(shape[1:]))
@@ -95,7 +95,7 @@ class Plan:
         for name, parts in self.parts.items():
             projections = {}
             for suffix, part in parts.items():
-                given = self.given.rows[name + suffix] if self.given else None
+                given = self._given(name + suffix, prod(part))
                 block = Block(
                     name=name + suffix,
                     n=prod(part),
@@ -110,9 +110,19 @@ class Plan:
                 )
                 projections[suffix] = PROJECTIONS[config.projection](block)
                 offset += block.n
-                column += len(given) if config.projection == "coordinate" and given is not None else 0
+                column += len(given) if config.projection == "coordinate" else 0
             coordinates[name] = self._coordinate(name, projections)
         return coordinates
+
+    def _given(self, name: str, n: int) -> Tensor | None:
+        """The rows of a given P; where they will come with the file, an empty stand-in."""
+        if self.config.projection not in GIVEN:
+            return None
+        if self.given is not None:
+            return self.given.rows[name]
+        if self.config.projection == "basis":
+            return torch.empty(n, self.d, device="meta")
+        return torch.empty(0, dtype=torch.int64)
 
     def _coordinate(self, name: str, projections) -> Coordinates:
         config = self.config

@@ -79,8 +79,8 @@ def expand_all(model: nn.Module) -> set[str]:
     stray = [name for name, _ in model.named_parameters(recurse=False)]
     if stray:
         raise ValueError(
-            f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap the '
-            "model in another module, or name the target modules."
+            f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
+            "the model in another module, or name the target modules."
         )
     return {
         name
@@ -122,7 +122,7 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
     tensors = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
 
     targets, held = [], set()
-    for name, parent, child, module in modules:
+    for _, parent, child, module in modules:
         if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
             continue
         mine = {path: p for path, p in own_parameters(module).items() if id(p) in tensors}
@@ -155,8 +155,8 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
         for path in wanted:
             if not owned[path].is_floating_point():
                 raise ValueError(
-                    f"A target tensor must be of a floating dtype: `{name}.{path}` is {owned[path].dtype}, a quantised "
-                    "weight; load the model unquantised, or leave the module out with `exclude_modules`."
+                    f"A target tensor must be of a floating dtype: `{name}.{path}` is {owned[path].dtype}, a "
+                    "quantised weight; load the model unquantised, or leave the module out with `exclude_modules`."
                 )
         if wanted:
             chosen[name] = chosen.get(name, []) + wanted
@@ -204,6 +204,6 @@ def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None
     else:
         what = f"this model ends after `{names[-1]}`, the adapter's base had {len(expected) // 8 - len(names)} more"
     raise ValueError(
-        f"An adapter must be loaded onto the base model it was trained on: {what} (of {len(expected) // 8} tensors there "
-        f"and {len(names)} here); load the right base model, or train a new adapter."
+        f"An adapter must be loaded onto the base model it was trained on: {what} (of {len(expected) // 8} tensors "
+        f"there and {len(names)} here); load the right base model, or train a new adapter."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -31,6 +32,9 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     def normalised(self, adapter: str) -> Tensor:
         """z, the theta_d that the unnormalised P is applied to. [d]"""
         theta_d, factor = self.subspace_peft_theta_d[adapter], self.factors[adapter]
+        if theta_d.device.type == "meta":  # offloaded by accelerate, which loads what a forward of its own would read
+            with align_module_device(self.subspace_peft_theta_d):
+                theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(factor, Tensor) and factor.device != theta_d.device:
             factor = self.factors[adapter] = factor.to(theta_d.device)
         return theta_d * factor

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..philox import Philox
 
@@ -27,7 +28,7 @@ class Block:
     nnz_per_row: int | None = None
     version: int = 1  # projection_version of the adapter's config
     cache: bool = True
-    given: Tensor | None = None  # basis: rows [n, d]; coordinate: sorted positions inside the tensor [k]
+    given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; else: a saved state
 
 
 class _Map(torch.autograd.Function):
@@ -120,7 +121,8 @@ class Projection(ABC):
     def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
         # A tensor made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            drawn = self.draw(device)
+            given = self.block.given
+            drawn = tree_map(lambda x: x.to(device), given) if isinstance(given, tuple) else self.draw(device)
         if self.block.cache:
             self._drawn[device] = drawn
         return drawn

@@ -1,115 +1,192 @@
-"""Blocks: what Fastfood and FastJL share, many Hadamard transforms of one vector with other coefficients for each."""
+"""Blocks of Hadamard transforms: what Fastfood and FastJL share."""
 
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from ..hadamard import matrix, next_power_of_two
+from .base import Block, Projection, working
 
 CHUNK = 2**18  # entries of theta at a time: two such pieces stay in a core's cache
+FEW = 2**15  # up to so many entries the rows of P are held: one small product is faster than a transform
 ROWS = 256  # rows of the last block at a time, for column norms
 
-Factors = tuple[Tensor, ...]
 
+class Blocks(Projection):
+    """P = [H C_1 A; H C_2 A; ...], cropped to n rows; blocks of `size` = 2^⌈log2 d⌉ rows.
 
-class Blocks:
-    """Y_b = (I_k ⊗ H_1 ⊗ ... ⊗ H_m) (c_b ∘ v) for b = 0, 1, ...: the first n entries of all of them.
-
-    v and Y_b: [size], numbered (k, rest). c_b: [size / k], the same for each k. H_1, ..., H_m: the `factors`, Hadamard
-    matrices whose sizes multiply to size / k (signs on their rows do no harm). The work is one product with each:
-    small ones mean fewer operations, few ones fewer passes over memory.
+    A: [size, d] is the tensor's, C_b = I_k ⊗ diag c_b the block's, so H = H_k ⊗ H_1 ⊗ ... ⊗ H_m splits: H_k acts once
+    a tensor, the others once a block, each as one product of small matrices. (Small ones mean fewer operations, few
+    ones fewer passes over memory.) Positions are numbered (k, rest). The factors may have signs on their rows.
     """
 
-    def __init__(self, n: int, size: int, shared: int = 1):
-        self.n, self.size, self.shared = n, size, shared
-        self.count = -(-n // size)
-        self.length = size // shared  # of c_b
-        self.sizes = radices(self.length)
-        self.step = max(1, CHUNK // size)  # blocks at a time
+    def __init__(self, block: Block):
+        super().__init__(block)
+        self.size = next_power_of_two(block.d)
+        self.count = -(-block.n // self.size)
+        self.shared = self.share()
+        self.length = self.size // self.shared  # of c_b
+        self.sizes = (self.shared, *radices(self.length))
+        self.few = block.n * block.d <= FEW
 
-    def expand(self, v: Tensor, c: Tensor, factors: Factors) -> Tensor:
-        """v: [..., size] -> [..., n]; c: [blocks, size / k]."""
-        if v.dtype != c.dtype:
-            c, factors = c.to(v.dtype), [h.to(v.dtype) for h in factors]
-        if torch.compiler.is_compiling() or v.numel() * self.count <= CHUNK:
-            y = self._transform(v.view(-1, 1, self.shared, self.length), c, factors)
-            return y.view(*v.shape[:-1], -1)[..., : self.n]
-        if v.dim() > 1:
-            return torch.stack([self.expand(row, c, factors) for row in v.view(-1, self.size)]).view(*v.shape[:-1], -1)
-        out = v.new_empty(self.n)
-        v = v.view(1, 1, self.shared, self.length)
-        for at in range(0, self.count, self.step):
-            part = out[at * self.size : (at + self.step) * self.size]
-            whole = part.numel() % self.size == 0
-            y = self._transform(v, c[at : at + self.step], factors, part if whole else None)
-            if not whole:
-                part.copy_(y.view(-1)[: part.numel()])
+    @abstractmethod
+    def share(self) -> int:
+        """k: how many positions share a coefficient; a power of two."""
+
+    @abstractmethod
+    def draw_coefficients(self, device: torch.device) -> Tensor:
+        """All c_b: [blocks, size / k]."""
+
+    @abstractmethod
+    def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What A needs."""
+
+    @abstractmethod
+    def first(self, z: Tensor, *state: Tensor) -> Tensor:
+        """A z: [batch, d] -> [batch, size]."""
+
+    @abstractmethod
+    def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
+        """A^T v: [batch, size] -> [batch, d]."""
+
+    @abstractmethod
+    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
+        """Column square norms of whole blocks, float64 [blocks, d] or [blocks, 1]."""
+
+    def draw_factors(self, device: torch.device) -> list[Tensor]:
+        return [matrix(size, device=device) for size in self.sizes]
+
+    def draw(self, device: torch.device) -> tuple:
+        state = self.draw_coefficients(device), self.draw_factors(device), self.draw_first(device)
+        if not self.few:
+            return state
+        return (self._adjoint(torch.eye(self.block.n, dtype=torch.float64, device=device), state).float(),)
+
+    def apply(self, theta_d: Tensor) -> Tensor:
+        z, state = working(theta_d), self.state(theta_d.device)
+        y = z @ state[0].to(z.dtype).mT if self.few else self._apply(z.reshape(-1, self.block.d), state)
+        return y.view(*theta_d.shape[:-1], self.block.n).to(theta_d.dtype)
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        g, state = working(grad), self.state(grad.device)
+        z = g @ state[0].to(g.dtype) if self.few else self._adjoint(g.reshape(-1, self.block.n), state)
+        return z.view(*grad.shape[:-1], self.block.d).to(grad.dtype)
+
+    def column_square_norms(self) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            if self.few:
+                return self.state(torch.device("cpu"))[0].double().square().sum(0)
+            return self._column_square_norms()
+
+    def _apply(self, z: Tensor, state: tuple) -> Tensor:
+        """[batch, d] -> [batch, n]."""
+        c, factors, first = state
+        if z.dtype != c.dtype:
+            c, factors = c.to(z.dtype), [h.to(z.dtype) for h in factors]
+        v = self._before(self.first(z, *first), factors)
+        if torch.compiler.is_compiling() or len(z) * self.count * self.size <= CHUNK:
+            return self._transform(v, c, factors).view(len(z), -1)[:, : self.block.n]
+        out = z.new_empty(len(z), self.block.n)
+        step = max(1, CHUNK // self.size)
+        for row, y in enumerate(out):
+            for at in range(0, self.count, step):
+                part = y[at * self.size : (at + step) * self.size]
+                whole = part if len(part) % self.size == 0 else None
+                x = self._transform(v[row : row + 1], c[at : at + step], factors, whole)
+                if whole is None:
+                    part.copy_(x.view(-1)[: len(part)])
         return out
 
-    def reduce(self, grad: Tensor, c: Tensor, factors: Factors) -> Tensor:
-        """The transpose of `expand`: [..., n] -> [..., size]."""
-        if grad.dtype != c.dtype:
-            c, factors = c.to(grad.dtype), [h.to(grad.dtype) for h in factors]
-        missing = self.count * self.size - self.n
-        if torch.compiler.is_compiling() or grad.numel() <= CHUNK:
-            whole = torch.nn.functional.pad(grad, (0, missing)) if missing else grad.contiguous()
-            return self._transposed(whole.view(-1, self.count * self.size), c, factors).view(*grad.shape[:-1], -1)
-        if grad.dim() > 1:
-            rows = [self.reduce(row, c, factors) for row in grad.reshape(-1, self.n)]
-            return torch.stack(rows).view(*grad.shape[:-1], -1)
-        total = grad.new_zeros(1, self.shared, self.length)
-        for at in range(0, self.count, self.step):
-            part = grad[at * self.size : (at + self.step) * self.size]
-            if part.numel() % self.size:
-                part = torch.nn.functional.pad(part, (0, missing))
-            total += self._transposed(part.view(1, -1), c[at : at + self.step], factors)
-        return total.view(-1)
+    def _adjoint(self, g: Tensor, state: tuple) -> Tensor:
+        """[batch, n] -> [batch, d]."""
+        c, factors, first = state
+        if g.dtype != c.dtype:
+            c, factors = c.to(g.dtype), [h.to(g.dtype) for h in factors]
+        missing = self.count * self.size - self.block.n
+        if torch.compiler.is_compiling() or g.numel() <= CHUNK:
+            total = self._transposed(pad(g, (0, missing)) if missing else g, c, factors)
+        else:
+            step = max(1, CHUNK // self.size)
+            rows = []
+            for row in g:
+                total = 0
+                for at in range(0, self.count, step):
+                    part = row[at * self.size : (at + step) * self.size]
+                    part = pad(part, (0, missing)) if len(part) % self.size else part
+                    total = total + self._transposed(part.view(1, -1), c[at : at + step], factors)
+                rows.append(total)
+            total = torch.cat(rows)
+        return self.first_adjoint(self._after(total, factors), *first)
 
-    def _transform(self, v: Tensor, c: Tensor, factors: Factors, out: Tensor | None = None) -> Tensor:
-        """v: [batch, 1, k, size / k], c: [blocks, size / k] -> [batch, blocks, size], in whatever shape."""
-        *others, last = factors
-        r = last.shape[0]
-        x = (v * c.unsqueeze(1)).view(-1, r)
-        if not others:
-            return torch.mm(x, last) if out is None else torch.mm(x, last, out=out.view(-1, r))
-        x, inner = torch.mm(x, last), r
-        for h in others[:0:-1]:
-            x, inner = _left(h, x, inner, None), inner * h.shape[0]
-        return _left(others[0], x, inner, out)
+    # With one factor H_1 the coefficients become the left side of a product of all blocks at once:
+    # H_1 (c_b ∘ v) = (H_1 diag v) c_b, where W = H_1 diag v: [size / k, size] costs little.
 
-    def _transposed(self, y: Tensor, c: Tensor, factors: Factors) -> Tensor:
-        """y: [batch, blocks * size] -> [batch, k, size / k]."""
-        batch, inner = y.shape[0], self.length
-        *others, last = factors
-        for h in others:
-            inner //= h.shape[0]
-            y = _left(h.mT, y, inner, None)
-        x = torch.mm(y.view(-1, last.shape[0]), last.mT).view(batch, -1, self.shared, self.length)
+    def _before(self, v: Tensor, factors: list[Tensor]) -> Tensor:
+        """H_k: [batch, size] -> [batch, 1, k, size / k], or W."""
+        v = v.view(-1, self.shared, self.length)
+        if len(factors) > 2:
+            return (v if self.shared == 1 else torch.matmul(factors[0], v)).unsqueeze(1)
+        v = v.mT if self.shared == 1 else torch.matmul(v.mT, factors[0].mT)
+        return (v.unsqueeze(3) * factors[1].mT.unsqueeze(1)).view(-1, self.length, self.size)
+
+    def _after(self, total: Tensor, factors: list[Tensor]) -> Tensor:
+        """The transpose of `_before`."""
+        if len(factors) == 2:
+            total = total.view(-1, self.length, self.shared, self.length) * factors[1].mT.unsqueeze(1)
+            total = total.sum(3).mT
+        return (total if self.shared == 1 else torch.matmul(factors[0].mT, total)).reshape(-1, self.size)
+
+    def _transform(self, v: Tensor, c: Tensor, factors: list[Tensor], out: Tensor | None = None) -> Tensor:
+        """-> [batch, blocks, size], in whatever shape."""
+        if len(factors) == 2:
+            return torch.matmul(c, v) if out is None else torch.mm(c, v[0], out=out.view(-1, self.size))
+        left, *others, last = factors[1:]
+        inner = len(last)
+        x = torch.mm((v * c.unsqueeze(1)).view(-1, inner), last.mT)
+        for h in reversed(others):
+            x, inner = _product(h, x, inner), inner * len(h)
+        return _product(left, x, inner, out)
+
+    def _transposed(self, y: Tensor, c: Tensor, factors: list[Tensor]) -> Tensor:
+        """[batch, blocks * size] -> [batch, k, size / k], or with one factor [batch, size / k, size]."""
+        batch, inner = len(y), self.length
+        if len(factors) == 2:
+            return torch.matmul(c.mT, y.view(batch, -1, self.size))
+        for h in factors[1:-1]:
+            inner //= len(h)
+            y = _product(h.mT, y, inner)
+        x = torch.mm(y.view(-1, inner), factors[-1]).view(batch, -1, self.shared, self.length)
         return x.mul_(c.unsqueeze(1)).sum(1)
 
-    def last_block(self, whole: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """Column square norms of the last block, of which only the first rows belong to the tensor.
-
-        `whole` are those of the whole block, `rows` maps indicators [k, size] of rows to those rows [k, d]. Computes
-        the smaller side of the crop.
-        """
-        kept = self.n - (self.count - 1) * self.size
+    def _column_square_norms(self) -> Tensor:
+        """Whole blocks by formula; of the last one, of which the first rows count, the smaller side of the crop."""
+        c, factors, first = self.state(torch.device("cpu"))
+        whole = self.whole_square_norms(c, *first)
+        kept = self.block.n - (self.count - 1) * self.size
         start, stop = (0, kept) if 2 * kept < self.size else (kept, self.size)
-        part = torch.zeros(1, dtype=torch.float64)
+        part = torch.zeros(self.block.d, dtype=torch.float64)
+        factors, c = [h.double() for h in factors], c.double()
         for at in range(start, stop, ROWS):
-            index = torch.arange(at, min(at + ROWS, stop))
-            part = part + rows(torch.nn.functional.one_hot(index, self.size).double()).square().sum(0)
-        return part if start == 0 else whole - part
+            rows = one_hot(torch.arange(at, min(at + ROWS, stop)), self.size).double()
+            rows = self.first_adjoint(self._after(self._transposed(rows, c[-1:], factors), factors), *first)
+            part += rows.square().sum(0)
+        return whole[:-1].sum(0) + (part if start == 0 else whole[-1] - part)
 
 
-def _left(h: Tensor, x: Tensor, inner: int, out: Tensor | None) -> Tensor:
+def _product(h: Tensor, x: Tensor, inner: int, out: Tensor | None = None) -> Tensor:
     """h times each [r, inner] matrix of x."""
-    x = x.view(-1, h.shape[0], inner)
-    h = h.expand(x.shape[0], -1, -1)
+    x = x.view(-1, len(h), inner)
+    h = h.expand(len(x), -1, -1)
     return torch.bmm(h, x) if out is None else torch.bmm(h, x, out=out.view(x.shape))
 
 
 def radices(size: int) -> list[int]:
-    """Sizes of the factors of H: two up to 1024, then three; measured."""
+    """Sizes of the factors H_1, ..., H_m, by measurement.
+
+    The signs of FastJL's rows follow them: another choice is another P, and so another projection version.
+    """
     k = size.bit_length() - 1
-    parts = 1 if k <= 4 else 2 if k <= 10 else 3
+    parts = 1 if k <= 6 else 2 if k <= 10 else -(-2 * k // 9)
     return [2 ** ((k + i) // parts) for i in range(parts)]

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..hadamard import hadamard, matrix, next_power_of_two
-from .base import Block, Projection, working
+from ..hadamard import hadamard
 from .blocks import Blocks
 
 
-class Fastfood(Projection):
+class Fastfood(Blocks):
     """P = [H G_1 Π H B; H G_2 Π H B; ...], cropped to n rows and d columns; blocks of 2^⌈log2 d⌉.
 
     Le, Sarlos and Smola, "Fastfood: computing Hilbert space expansions in loglinear time", ICML 2013, without their
@@ -19,36 +18,26 @@ class Fastfood(Projection):
     u = Π H B theta_d the blocks H G_b u are independent because the G_b are, and u then costs O(d log d) once.
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        self.size = next_power_of_two(block.d)
-        self.blocks = Blocks(block.n, self.size)
+    def share(self) -> int:
+        return 1
 
-    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        # 2^-(k // 2) is an exact power of two: no rounding enters P
-        signs = self.philox("fastfood signs").signs(0, self.size, device) * 2.0 ** -((self.size.bit_length() - 1) // 2)
+    def draw_coefficients(self, device: torch.device) -> Tensor:
+        return self.philox("fastfood gaussian").normals(0, self.count * self.size, device).view(-1, self.size)
+
+    def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
+        # an exact power of two: no rounding enters P
+        scale = 2.0 ** -((self.size.bit_length() - 1) // 2)
+        signs = self.philox("fastfood signs").signs(0, self.block.d, device).mul_(scale)
         order = self.philox("fastfood permutation").permutations(self.size, 0, 1, device)[0]
-        gaussian = self.philox("fastfood gaussian").normals(0, self.blocks.count * self.size, device)[0]
-        factors = (matrix(size, device=device) for size in self.blocks.sizes)
-        return gaussian.view(-1, self.size), signs[: self.block.d].clone(), order, order.argsort(), *factors
+        return signs, order, order.argsort()
 
-    def apply(self, theta_d: Tensor) -> Tensor:
-        gaussian, signs, order, _, *factors = self.state(theta_d.device)
-        u = hadamard(working(theta_d) * signs, self.size).index_select(-1, order)
-        return self.blocks.expand(u, gaussian, factors).to(theta_d.dtype)
+    def first(self, z: Tensor, *state: Tensor) -> Tensor:
+        signs, order, _ = state
+        return hadamard(z * signs, self.size).index_select(-1, order)
 
-    def adjoint(self, grad: Tensor) -> Tensor:
-        gaussian, signs, _, inverse, *factors = self.state(grad.device)
-        u = self.blocks.reduce(working(grad), gaussian, factors)
-        return (hadamard(u.index_select(-1, inverse))[..., : self.block.d] * signs).to(grad.dtype)
+    def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
+        signs, _, inverse = state
+        return hadamard(v.index_select(-1, inverse))[..., : self.block.d] * signs
 
-    def column_square_norms(self) -> Tensor:
-        gaussian, signs, _, inverse, *_ = self.state(torch.device("cpu"))
-        scale = signs[0].double() ** 2
-        squares = gaussian.double().square().sum(1) * self.size * scale  # [blocks], whole ones
-
-        def rows(indicators: Tensor) -> Tensor:
-            u = hadamard(indicators) * gaussian[-1].double()
-            return hadamard(u[..., inverse])[..., : self.block.d] * signs.double()
-
-        return squares[:-1].sum() + self.blocks.last_block(squares[-1].expand(self.block.d), rows)
+    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
+        return self.size * state[0][0].double().square() * c.double().square().sum(1, keepdim=True)

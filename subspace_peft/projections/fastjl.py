@@ -2,16 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..hadamard import hadamard, kept_matrix, matrix, next_power_of_two
-from .base import Block, Projection, working
+from ..hadamard import matrix
+from .base import Block
 from .blocks import Blocks
 
 SHARED = 4  # positions that share a sign of a block
 SHARED_FROM = 64  # block size from which they do: below, too few sign patterns would be left
 
 
-class FastJL(Projection):
+class FastJL(Blocks):
     """P = [D2 H D1_1 S; D2 H D1_2 S; ...], cropped to n rows; blocks of 2^⌈log2 d⌉.
 
     The fast Johnson-Lindenstrauss transform (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform and
@@ -21,76 +22,52 @@ class FastJL(Projection):
 
     With q = 1 every entry is ±1 and the columns of a whole block are exactly orthogonal. Positions are numbered
     (k, i), k up to 4, and H = H_k ⊗ H_i. D1_b is random signs of the tensor times random signs of the block that do
-    not depend on k: H_k then acts once per tensor. D2 is signs of i, a product of signs of its digits, which are part
-    of the factors of H_i. (Signs as Kronecker products: Jin, Kolda and Ward, "Faster Johnson-Lindenstrauss transforms
-    via Kronecker products", 2021.)
+    not depend on k: H_k then acts once per tensor. D2 is a product of random signs of k and of each digit of i, and so
+    part of the factors of H (signs as Kronecker products: Jin, Kolda and Ward, "Faster Johnson-Lindenstrauss
+    transforms via Kronecker products", 2021).
     """
 
     def __init__(self, block: Block):
         super().__init__(block)
-        self.size = next_power_of_two(block.d)
-        self.blocks = Blocks(block.n, self.size, SHARED if self.size >= SHARED_FROM else 1)
         self.nnz = block.nnz_per_row or 1
 
-    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+    def share(self) -> int:
+        return SHARED if self.size >= SHARED_FROM else 1
+
+    def draw_coefficients(self, device: torch.device) -> Tensor:
+        return self.philox("fastjl block signs").signs(0, self.count * self.length, device).view(-1, self.length)
+
+    def draw_factors(self, device: torch.device) -> list[Tensor]:
+        outer = (self.philox(f"fastjl outer signs {k}") for k in range(len(self.sizes)))
+        return [matrix(s, device=device) * p.signs(0, s, device).unsqueeze(1) for s, p in zip(self.sizes, outer)]
+
+    def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
         inner = self.philox("fastjl inner signs").signs(0, self.size, device)
-        per_block = self.size // self.blocks.shared
-        signs = self.philox("fastjl block signs").signs(0, self.blocks.count * per_block, device)
-        factors = [matrix(size, device=device) for size in self.blocks.sizes]
-        for k, factor in enumerate(factors):
-            factor *= self.philox(f"fastjl outer signs {k}").signs(0, len(factor), device)
         if self.nnz == 1:
-            scatter = (inner[: self.block.d].clone(),)
-        else:
-            slots = self.nnz * self.size
-            order = self.philox("fastjl scatter").permutations(self.block.d, 0, -(-slots // self.block.d), device)
-            weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
-            scatter = (weights * inner, order.view(-1)[:slots].view(self.nnz, -1))
-        return signs.view(-1, per_block), factors, scatter
+            return (inner[: self.block.d].clone(),)
+        slots = self.nnz * self.size
+        order = self.philox("fastjl scatter").permutations(self.block.d, 0, -(-slots // self.block.d), device)
+        weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
+        return weights * inner, order.view(-1)[:slots].view(self.nnz, -1)
 
-    def apply(self, theta_d: Tensor) -> Tensor:
-        signs, factors, scatter = self.state(theta_d.device)
-        z = self._scatter(working(theta_d), *scatter)
-        return self.blocks.expand(self._shared_transform(z), signs, factors).to(theta_d.dtype)
-
-    def adjoint(self, grad: Tensor) -> Tensor:
-        signs, factors, scatter = self.state(grad.device)
-        v = self.blocks.reduce(working(grad), signs, factors)
-        return self._gather(self._shared_transform(v), *scatter).to(grad.dtype)
-
-    def _scatter(self, z: Tensor, weights: Tensor, columns: Tensor | None = None) -> Tensor:
-        """D1 S z: [..., d] -> [..., size]."""
-        if columns is None:
-            return torch.nn.functional.pad(z * weights, (0, self.size - self.block.d))
-        return (z[..., columns] * weights).sum(-2)
-
-    def _gather(self, v: Tensor, weights: Tensor, columns: Tensor | None = None) -> Tensor:
-        """S^T D1 v: [..., size] -> [..., d]."""
-        if columns is None:
-            return v[..., : self.block.d] * weights
-        zero = v.new_zeros((*v.shape[:-1], self.block.d))
-        return zero.index_add(-1, columns.flatten(), (v.unsqueeze(-2) * weights).flatten(-2))
-
-    def _shared_transform(self, v: Tensor) -> Tensor:
-        """H_k ⊗ I."""
-        k = self.blocks.shared
-        if k == 1:
-            return v
-        return (kept_matrix(k, v) @ v.view(*v.shape[:-1], k, -1)).view(v.shape)
-
-    def column_square_norms(self) -> Tensor:
-        d, n = self.block.d, self.block.n
+    def first(self, z: Tensor, *state: Tensor) -> Tensor:
+        weights = state[0]
         if self.nnz == 1:
-            return torch.full((d,), float(n), dtype=torch.float64)
-        signs, factors, (weights, columns) = self.state(torch.device("cpu"))
+            return pad(z * weights, (0, self.size - self.block.d))
+        return (z[:, state[1]] * weights).sum(1)
+
+    def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
+        weights = state[0]
+        if self.nnz == 1:
+            return v[:, : self.block.d] * weights
+        zero = v.new_zeros(len(v), self.block.d)
+        return zero.index_add(1, state[1].flatten(), (v.unsqueeze(1) * weights).flatten(1))
+
+    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
+        if self.nnz == 1:
+            return torch.full((self.count, 1), float(self.size), dtype=torch.float64)
         # a position may hold one column twice: first the sum, then its square
-        s = torch.zeros(self.size * d, dtype=torch.float64)
-        at = torch.arange(self.size) * d + columns
-        s.index_add_(0, at.flatten(), weights.double().flatten())
-        whole = self.size * s.view(self.size, d).square().sum(0)
-
-        def rows(indicators: Tensor) -> Tensor:
-            v = Blocks(self.size, self.size, self.blocks.shared).reduce(indicators, signs[-1:], factors)
-            return self._gather(self._shared_transform(v), weights, columns)
-
-        return whole * (self.blocks.count - 1) + self.blocks.last_block(whole, rows)
+        s = torch.zeros(self.size * self.block.d, dtype=torch.float64)
+        at = torch.arange(self.size) * self.block.d + state[1]
+        s.index_add_(0, at.flatten(), state[0].double().flatten())
+        return self.size * s.view(self.size, -1).square().sum(0).expand(self.count, -1)
