@@ -36,8 +36,12 @@ class Coordinates(ABC):
     def increment(self, z: Tensor) -> Tensor:
         """What is added to the tensor. [..., d] -> [..., *shape]"""
 
+    @abstractmethod
+    def moved_from(self, origin: Tensor, z: Tensor) -> Tensor:
+        """The tensor: origin plus increment. [..., d] -> [..., *shape]"""
+
     @property
-    def moved(self) -> int:
+    def moves(self) -> int:
         """How many of the projected numbers P moves."""
         return sum(projection.moved for projection in self.projections.values())
 
@@ -51,6 +55,9 @@ class Weight(Coordinates):
 
     def increment(self, z):
         return self.projections[""](z).reshape(*z.shape[:-1], *self.shape)
+
+    def moved_from(self, origin, z):
+        return self.projections[""](z, origin)
 
 
 class LowRank(Coordinates):
@@ -95,6 +102,9 @@ class LowRank(Coordinates):
     def increment(self, z):
         B, A = self.factors(z)
         return (B @ A).reshape(*z.shape[:-1], *self.shape)
+
+    def moved_from(self, origin, z):
+        return origin + self.increment(z)
 
 
 COORDINATES: dict[str, type[Coordinates]] = {"weight": Weight, "low_rank": LowRank}

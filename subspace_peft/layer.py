@@ -107,11 +107,22 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """The sum of the increments of these adapters to each parameter, by its path inside the base module."""
         total: dict[str, Tensor] = {}
         for adapter in adapters:
+            z = self._z(adapter)
             for path, coordinates in self.coordinates[adapter].items():
                 if path not in skip:
-                    increment = coordinates.increment(self._z(adapter))
+                    increment = coordinates.increment(z)
                     total[path] = total[path] + increment if path in total else increment
         return total
+
+    def moved(self, adapters: list[str]) -> dict[str, Tensor]:
+        """origin + P theta_d of these adapters for each parameter, by its path inside the base module."""
+        tensors: dict[str, Tensor] = {}
+        for adapter in adapters:
+            z = self._z(adapter)
+            for path, coordinates in self.coordinates[adapter].items():
+                origin = tensors[path] if path in tensors else attrgetter(path)(self.base_layer)
+                tensors[path] = coordinates.moved_from(origin, z.to(torch.promote_types(z.dtype, origin.dtype)))
+        return {path: tensor.to(attrgetter(path)(self.base_layer).dtype) for path, tensor in tensors.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """P theta_d of the weight, in the shape of the weight."""
@@ -143,14 +154,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         factored = [a for a in adapters if self._runs_factored(a)]
         if self._adds_to_output() or len(factored) == len(adapters):
             return self._added(adapters, factored, *args, **kwargs)
-        base = self.base_layer
-        tensors = {}
-        for path, increment in self.increments(adapters).items():
-            origin = attrgetter(path)(base)
-            tensors[path] = (origin + increment).to(origin.dtype)
-        tensors |= self._statistics(adapters[0])
-        with _in_place_of(base, tensors):
-            return base(*args, **kwargs)
+        with _in_place_of(self.base_layer, self.moved(adapters) | self._statistics(adapters[0])):
+            return self.base_layer(*args, **kwargs)
 
     def _adds_to_output(self) -> bool:
         """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""

@@ -101,7 +101,7 @@ class SubspaceModel(BaseTuner):
     def moved_share(self, adapter_name: str = "default") -> float:
         """The share of the D entries of theta that P moves."""
         coordinates = unique_coordinates(self.model, adapter_name)
-        return sum(c.moved for c in coordinates.values()) / self.peft_config[adapter_name].D
+        return sum(c.moves for c in coordinates.values()) / self.peft_config[adapter_name].D
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
         """A new adapter whose theta_d is the weighted sum of those of others: exact, since P is linear.

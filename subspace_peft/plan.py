@@ -149,4 +149,4 @@ def factor(config: PeftConfig, coordinates: dict[str, Coordinates]) -> Tensor | 
     squares = sum(p.column_square_norms() for c in coordinates.values() for p in c.projections.values())
     if config.normalization == "columns":
         return squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().float()
-    return sqrt(sum(c.moved for c in coordinates.values()) / squares.sum().item())
+    return sqrt(sum(c.moves for c in coordinates.values()) / squares.sum().item())

@@ -55,8 +55,44 @@ class _Map(torch.autograd.Function):
         return _Map.apply(x.movedim(in_dims[0], 0), projection, transposed), 0
 
 
+class _Move(torch.autograd.Function):
+    """theta_d, origin -> origin + P theta_d, in the memory of P theta_d: [n] is too much to hold twice."""
+
+    @staticmethod
+    def forward(theta_d, origin, projection):
+        moved = projection.apply(theta_d)
+        return moved.view(*theta_d.shape[:-1], *origin.shape).add_(origin)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        theta_d, origin, ctx.projection = inputs
+        ctx.batch, ctx.shape, ctx.dtype = theta_d.shape[:-1], output.shape, origin.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        to_origin = grad.sum_to_size(ctx.shape[len(ctx.batch) :]).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return _Map.apply(grad.reshape(*ctx.batch, -1), ctx.projection, True), to_origin, None
+
+    @staticmethod
+    def jvp(ctx, theta_d, origin, _):
+        moved = 0 if theta_d is None else _Map.apply(theta_d, ctx.projection, False).view(ctx.shape)
+        return moved + (0 if origin is None else origin)
+
+    @staticmethod
+    def vmap(info, in_dims, theta_d, origin, projection):
+        if in_dims[0] is None:
+            theta_d = theta_d.expand(info.batch_size, *theta_d.shape)
+        elif in_dims[0]:
+            theta_d = theta_d.movedim(in_dims[0], 0)
+        if in_dims[1] is None:
+            return _Move.apply(theta_d, origin, projection), 0
+        origin = origin.movedim(in_dims[1], 0)
+        return _Map.apply(theta_d, projection, False).view_as(origin) + origin, 0
+
+
 # torch binds the arguments of `forward` at each call; finding its signature would take longer than a small projection
-_Map.forward.__signature__ = inspect.signature(_Map.forward)
+for function in (_Map, _Move):
+    function.forward.__signature__ = inspect.signature(function.forward)
 
 
 class Projection(ABC):
@@ -80,9 +116,13 @@ class Projection(ABC):
         self.block = block
         self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def __call__(self, theta_d: Tensor) -> Tensor:
-        """P theta_d: [..., d] -> [..., n]."""
-        return self._map(theta_d, False)
+    def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
+        """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
+        if origin is None:
+            return self._map(theta_d, False)
+        if torch.compiler.is_compiling():
+            return origin + self.apply(theta_d).view(*theta_d.shape[:-1], *origin.shape)
+        return _Move.apply(theta_d, origin, self)
 
     def transpose(self, grad: Tensor) -> Tensor:
         """P^T grad: [..., n] -> [..., d]."""
@@ -90,7 +130,7 @@ class Projection(ABC):
 
     @abstractmethod
     def apply(self, theta_d: Tensor) -> Tensor:
-        """P theta_d: [..., d] -> [..., n], without derivatives."""
+        """P theta_d: [..., d] -> [..., n], without derivatives, in memory of its own."""
 
     @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:
