@@ -49,6 +49,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_statistics: dict[str, Tensor] = {}
+        self.register_forward_pre_hook(_no_fast_path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # none is, here
             try:
@@ -262,6 +263,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             own = getattr(self.base_layer, name)
             self._unmerged_statistics.setdefault(name, own.clone())
             own.copy_(statistic)
+
+
+def _no_fast_path(module: nn.Module, args: tuple) -> None:
+    """nn.TransformerEncoderLayer in eval mode reads its parts' weights and calls no part, unless one has a hook."""
 
 
 def _device(module: nn.Module) -> torch.device:

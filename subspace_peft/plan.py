@@ -46,9 +46,11 @@ class Plan:
                 f"coordinates={self.config.coordinates!r} need target tensors of two or more dimensions, found none; "
                 "use coordinates='weight' or other `target_modules`."
             )
+        if self.config.rank is None:
+            return
         for name, shape in self.shapes.items():
             limit = min(shape[0], prod(shape[1:]))
-            if self.config.rank is not None and self.config.rank > limit:
+            if self.config.rank > limit:
                 raise ValueError(
                     f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {list(shape)}, got "
                     f"{self.config.rank}; lower `rank` or exclude that module."

@@ -46,9 +46,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     """
 
     def visit(prefix: str, parent: nn.Module):
-        for child, module in parent.named_children():
+        for child, module in parent._modules.items():  # named_children leaves out a module's second name
             name = f"{prefix}.{child}" if prefix else child
-            if isinstance(module, AuxiliaryTrainingWrapper):
+            if module is None or isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             if isinstance(module, SubspaceLayer):
                 module = module.base_layer
@@ -121,10 +121,11 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
             canonical.setdefault(id(parameter), f"{name}.{path}")
     tensors = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
 
-    targets, held = [], set()
+    targets, held, places = [], set(), set()
     for _, parent, child, module in modules:
-        if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
+        if (isinstance(parent, nn.MultiheadAttention) and child == "out_proj") or (id(parent), child) in places:
             continue
+        places.add((id(parent), child))
         mine = {path: p for path, p in own_parameters(module).items() if id(p) in tensors}
         if mine or _keeps_statistics(module):
             shared = frozenset(path for path, p in mine.items() if id(p) in held)

@@ -1,0 +1,81 @@
+"""One JSON file a run, named by its settings, and a lock folder beside it while the run is under way.
+
+Any number of processes, on any machines that share the folder, take the next run that has neither.
+"""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recipes.settings import Settings
+
+
+class Results:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, settings: Settings) -> Path:
+        return self.folder / f"{settings.name}.json"
+
+    def take(self, settings: Settings) -> bool:
+        """Whether this process now holds the run: it has no result, and no living process holds it.
+
+        The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
+        but one, because a folder that is not empty is never replaced.
+        """
+        if self.path(settings).exists():
+            return False
+        lock, owner = self._lock(settings), f"{socket.gethostname()} {os.getpid()}"
+        if _abandoned(lock):
+            shutil.rmtree(lock, ignore_errors=True)
+        mine = lock.with_suffix(f".{owner.replace(' ', '.')}")
+        mine.mkdir(exist_ok=True)
+        (mine / "owner").write_text(owner)
+        try:
+            mine.rename(lock)
+        except OSError:
+            shutil.rmtree(mine)
+            return False
+        return True
+
+    def release(self, settings: Settings) -> None:
+        shutil.rmtree(self._lock(settings))
+
+    def write(self, settings: Settings, result: dict[str, Any]) -> None:
+        """All of the result or nothing, whenever the process is stopped."""
+        draft = self._lock(settings) / "result"
+        draft.write_text(json.dumps({"settings": settings.record(), **result}, indent=1, allow_nan=False) + "\n")
+        draft.replace(self.path(settings))
+
+    def load(self, settings: Settings) -> dict[str, Any]:
+        return json.loads(self.path(settings).read_text()) if self.path(settings).exists() else {}
+
+    def table(self, runs: list[Settings]) -> pd.DataFrame:
+        """One row for each run that has a result: its settings, D, accuracies and seconds of training."""
+        rows = []
+        for result in filter(None, map(self.load, runs)):
+            numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
+            rows.append(result["settings"] | numbers | {"seconds": result["seconds"]["train"]})
+        return pd.DataFrame(rows)
+
+    def _lock(self, settings: Settings) -> Path:
+        return self.folder / f"{settings.name}.lock"
+
+
+def _abandoned(lock: Path) -> bool:
+    """Whether the owner was a process of this machine that is no more; of other machines nothing is known."""
+    try:
+        host, pid = (lock / "owner").read_text().split()
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (FileNotFoundError, PermissionError):
+        return False
+    return False

@@ -1,0 +1,134 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import run, train
+from recipes.results import Results
+from recipes.settings import Settings, read
+
+
+RECIPES = Path(run.__file__).parent
+TINY = {"dataset": "digits", "epochs": 1, "batch_size": 256, "seed": 0, "threads": 1, "d": 3}
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        "model: fc\nbatch_size: 256\nepochs: 2\nlr: 0.1\nprojection: [full, fastjl]\nd: [3, 4]\nthreads: 1\n"
+    )
+    return file
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {file.stem: json.loads(file.read_text()) for file in (folder / "results").glob("*.json")}
+
+
+@pytest.mark.parametrize("file", [f for f in RECIPES.glob("*/*.yaml") if f.parent.name != "accelerate"], ids=str)
+def test_every_recipe_runs_tiny(file, tmp_path, capsys):
+    options = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    run.main([str(file), *options, "--output", str(tmp_path)])
+    assert results(tmp_path).keys() == {settings.name for settings in read(file, TINY).runs}
+    assert "d_int90" in capsys.readouterr().out
+    assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+
+
+def test_a_result_says_what_was_run_and_on_what(recipe):
+    run.main([str(recipe)])
+    found = results(recipe.parent)
+    assert found.keys() == {settings.name for settings in read(recipe).runs}
+    result = next(r for r in found.values() if r["settings"]["d"] == 4)
+    assert result["D"] == 3466
+    assert result["d"] == 4
+    assert len(result["epochs"]) == 2
+    assert result["final_accuracy"] == pytest.approx(result["epochs"][-1]["test_accuracy"])
+    assert result["best_accuracy"] == max(epoch["test_accuracy"] for epoch in result["epochs"])
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["seconds"].keys() == {"setup", "train"}
+    assert {"cpu", "cores", "threads", "gpu", "load"} <= result["hardware"].keys()
+
+
+def test_what_has_a_result_is_not_run_again(recipe, monkeypatch):
+    run.main([str(recipe), "--d", "3"])
+    done = []
+    monkeypatch.setattr(run, "train", lambda settings, *rest: done.append(settings.d) or train.train(settings, *rest))
+    run.main([str(recipe)])
+    assert done == [4]
+
+
+def test_a_stopped_run_leaves_nothing_behind(recipe, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.main([str(recipe)])
+    assert list((recipe.parent / "results").iterdir()) == []
+
+
+def test_a_lock_holds_while_its_owner_lives(tmp_path):
+    settings, runs = Settings(), Results(tmp_path)
+    assert runs.take(settings)
+    assert not runs.take(settings)
+    owner = tmp_path / f"{settings.name}.lock" / "owner"
+    owner.write_text("another-machine 1")
+    assert not runs.take(settings)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    owner.write_text(f"{socket.gethostname()} {ended.pid}")
+    assert runs.take(settings)
+    assert owner.read_text().split()[1] == str(os.getpid())
+    runs.release(settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_share_a_sweep(recipe):
+    command = [sys.executable, RECIPES / "run.py", recipe, "--seed", "0", "1"]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [worker.communicate()[0].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert len(results(recipe.parent)) == 6
+    assert not list((recipe.parent / "results").glob("*.lock"))
+
+
+def test_two_processes_train_one_run_together(recipe, tmp_path):
+    """On the same global batches: theta_d is that of one process up to rounding."""
+    launch = [
+        Path(sys.executable).with_name("accelerate"),
+        "launch",
+        "--config_file",
+        RECIPES / "accelerate" / "ddp.yaml",
+    ]
+    options = [recipe, "--d", "4", "--projection", "fastjl", "--save_adapter", "true", "--output"]
+    subprocess.run([*launch, RECIPES / "run.py", *options, tmp_path / "two"], check=True, capture_output=True)
+    run.main([*map(str, options), str(tmp_path / "one")])
+    one, two = (load_file(next((tmp_path / name / "adapters").glob("*/*.safetensors"))) for name in ("one", "two"))
+    assert [r["processes"] for r in results(tmp_path / "two").values()] == [2]
+    for key, theta_d in one.items():
+        torch.testing.assert_close(two[key], theta_d, rtol=1e-3, atol=1e-4)
+
+
+def test_the_adapter_of_a_run_is_proved(recipe, capsys):
+    run.main([str(recipe), "--d", "4", "--save_adapter", "true"])
+    proofs = [r["adapter"] for r in results(recipe.parent).values() if "adapter" in r]
+    assert [proof["max_difference"] for proof in proofs] == [0.0]
+    assert "reloaded adapter: outputs equal (max difference 0.0)" in capsys.readouterr().out
+
+
+def test_losses_that_are_no_numbers_are_recorded_as_none(recipe):
+    run.main([str(recipe), "--projection", "full", "--lr", "1e30"])
+    (result,) = results(recipe.parent).values()
+    assert result["epochs"][-1]["train_loss"] is None
+
+
+def test_accuracy_is_evaluates():
+    metric = evaluate.load(str(train.ACCURACY), keep_in_memory=True)
+    assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}

@@ -1,0 +1,63 @@
+import pytest
+
+from recipes.run import parse
+from recipes.settings import Settings, grid, read
+
+
+def test_names_are_fixed_and_come_from_what_differs_from_the_defaults():
+    """Results under version control are found by these names: a new setting, or another folder, must not move them."""
+    run = Settings(dataset="mnist", projection="fastfood", d=200, lr=0.5, epochs=5, schedule="cosine")
+    assert run.name == "167b6d424cc5"
+    assert Settings(**run.record(), data="elsewhere", threads=3, save_adapter=True).name == run.name
+
+
+def test_full_training_has_no_subspace():
+    assert Settings(projection="full", d=7, normalization="rows") == Settings()
+
+
+def test_a_list_is_an_axis_and_a_sub_grid_wins_over_what_is_shared():
+    recipe = {"seed": [0, 1], "lr": "1e-3", "runs": [{"lr": 0.1}, {"projection": ["dense", "fastjl"], "d": [3, 4]}]}
+    runs = grid(recipe)
+    assert [str(run) for run in runs[:5]] == [
+        "lenet full seed=0",
+        "lenet dense d=3 seed=0",
+        "lenet dense d=4 seed=0",
+        "lenet fastjl d=3 seed=0",
+        "lenet fastjl d=4 seed=0",
+    ]
+    assert {run.seed for run in runs[5:]} == {1}
+    assert [run.lr for run in runs[:2]] == [0.1, 0.001]
+
+
+def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: [0, 1, 2]\nruns:\n  - {d: 5}\n  - {d: [1, 2]}\n")
+    path, output, overrides = parse(
+        [str(file), "--seed", "3", "--lr", "0.1", "0.2", "--save_adapter", "true", "--d", "4", "--projection", "dense"]
+    )
+    runs = read(path, overrides).runs
+    assert output == tmp_path
+    assert [(run.seed, run.lr, run.save_adapter) for run in runs] == [(3, 0.1, True), (3, 0.2, True)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"learning_rate": 1}, "got `learning_rate`"),
+        ({"runs": [{"epoch": 1}]}, "got `epoch`; near: epochs"),
+        ({"epochs": 1.5}, "`epochs` must be of type int, got 1.5"),
+        ({"save_adapter": "perhaps"}, "`save_adapter` must be of type bool, got 'perhaps'"),
+        ({"model": "lenett"}, "`model` must be one of fc, lenet, got 'lenett'"),
+        ({"projection": "fastfoot"}, "`projection` must be one of full, .*fastfood.*, got 'fastfoot'"),
+        ({"projection": "dense"}, "`d` must be at least 1 for projection 'dense', got 0"),
+        ({"momentum": 0.9}, "`momentum` belongs to optimizer 'sgd', got 'adam'"),
+    ],
+)
+def test_what_no_run_could_do_is_an_error_before_any_run(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        grid(recipe)
+
+
+def test_an_unknown_option_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="got `epoch`; near: epochs"):
+        parse([str(tmp_path / "recipe.yaml"), "--epoch", "3"])
