@@ -1,0 +1,17 @@
+"""Settings of all tests: one thread for tiny tensors, and no warnings but those that cannot be avoided."""
+
+import torch
+
+
+UPSTREAM = [
+    # peft 0.21 asks transformers 5.23 under the old name
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # torch 2.13 compiles the decompositions of its forward-mode derivatives with it
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+]
+
+
+def pytest_configure(config):
+    for line in UPSTREAM:
+        config.addinivalue_line("filterwarnings", line)
+    torch.set_num_threads(1)

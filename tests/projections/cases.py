@@ -1,0 +1,27 @@
+"""Projections of any size, and the matrices they stand for."""
+
+import torch
+
+from subspace_peft.projections import PROJECTIONS, Block
+
+
+def make(name, n, d, nnz=None, /, **changes):
+    """A projection of that size; what d means for identity follows from n."""
+    generator = torch.Generator().manual_seed(n + d)
+    if name == "basis":
+        changes["given"] = torch.randn(n, d, generator=generator)
+    elif name == "coordinate":
+        k = max(1, min(n, d) // 2)
+        changes |= {"given": torch.randperm(n, generator=generator)[:k].sort().values, "column": d - k}
+    elif name == "identity":
+        d, changes["offset"] = n + 5, 2
+    return PROJECTIONS[name](Block(**{"name": "a.weight", "n": n, "d": d, "nnz_per_row": nnz} | changes))
+
+
+def random(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def explicit(projection):
+    """P, from unit vectors: float64 [n, d]."""
+    return projection(torch.eye(projection.block.d, dtype=torch.float64)).T

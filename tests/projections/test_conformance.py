@@ -1,0 +1,181 @@
+"""What every member of PROJECTIONS keeps. A new one is tested by being listed there."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspace_peft.projections import PROJECTIONS
+from tests.projections.cases import explicit, make, random
+
+
+SIZES = [(1, 1), (7, 3), (50, 200), (3000, 37), (1500, 170), (700, 1000), (400, 2100)]
+RANDOM = ["dense", "sparse", "fastfood", "fastjl"]
+CASES = [(name, n, d, None) for name in PROJECTIONS for n, d in SIZES]
+CASES += [(name, n, d, 3) for name in ("sparse", "fastjl") for n, d in ((5, 3), (3000, 37), (700, 1000))]
+SMALL = [(name, 40, 12, None) for name in PROJECTIONS] + [("fastjl", 3000, 37, None), ("fastfood", 700, 300, None)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matrix(case):
+    projection = make(*case)
+    n, d = projection.block.n, projection.block.d
+    P = explicit(projection)
+    assert P.shape == (n, d)
+    torch.testing.assert_close(projection.transpose(torch.eye(n, dtype=torch.float64)), P, rtol=0, atol=1e-11)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        z, g = random(d, dtype=dtype), random(n, dtype=dtype)
+        torch.testing.assert_close(projection(z), (P @ z.double()).to(dtype), rtol=0, atol=tolerance * 3 * d**0.5)
+        expected = (P.T @ g.double()).to(dtype)
+        torch.testing.assert_close(projection.transpose(g), expected, rtol=0, atol=tolerance * 3 * n**0.5)
+    torch.testing.assert_close(projection.column_square_norms(), P.square().sum(0), rtol=1e-6, atol=1e-9)
+    assert projection.moved == (P != 0).any(1).sum()
+    assert projection.moved == n or case[0] == "coordinate"
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@given(n=st.integers(1, 3000), d=st.integers(1, 300), seed=st.integers(0, 2**63))
+@settings(max_examples=25, deadline=None)
+def test_linear_with_exact_adjoint(name, n, d, seed):
+    projection = make(name, n, d, seed=seed)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        z, g = random(2, projection.block.d, dtype=dtype), random(n, dtype=dtype)
+        y = projection(z)
+        torch.testing.assert_close(projection(z[0] - 2 * z[1]), y[0] - 2 * y[1], rtol=0, atol=tolerance * 100 * d**0.5)
+        error = y[0].double() @ g.double() - z[0].double() @ projection.transpose(g).double()
+        assert error.abs() <= tolerance * y[0].double().norm() * g.double().norm()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_batched(case):
+    projection = make(*case)
+    z, g = random(2, 3, projection.block.d), random(2, 3, projection.block.n)
+    torch.testing.assert_close(projection(z)[1, 2], projection(z[1, 2]))
+    torch.testing.assert_close(projection.transpose(g)[1, 2], projection.transpose(g[1, 2]))
+    # strided, and expanded as by the backward of a sum
+    torch.testing.assert_close(projection(z.transpose(0, 1)), projection(z).transpose(0, 1))
+    torch.testing.assert_close(
+        projection(random(projection.block.d, 2).T)[1], projection(random(projection.block.d, 2)[:, 1])
+    )
+    torch.testing.assert_close(projection.transpose(g.transpose(0, 1)), projection.transpose(g).transpose(0, 1))
+    ones = torch.ones((), dtype=torch.float64).expand(projection.block.n)
+    torch.testing.assert_close(projection.transpose(ones), projection.transpose(ones.contiguous()))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(case, dtype):
+    projection = make(*case)
+    z, g = random(projection.block.d).to(dtype), random(projection.block.n).to(dtype)
+    assert torch.equal(projection(z), projection(z.float()).to(dtype))
+    assert torch.equal(projection.transpose(g), projection.transpose(g.float()).to(dtype))
+
+
+# forward mode scripts its decompositions
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_derivatives(case):
+    projection = make(*case)
+    P, z = explicit(projection), random(projection.block.d)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(projection)(z), P)
+    torch.testing.assert_close(torch.func.jacrev(projection.transpose)(random(projection.block.n)), P.T)
+    square = lambda z: projection(z).square().sum() / 2  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(square)(z), P.T @ (P @ z))
+    torch.testing.assert_close(torch.func.hessian(square)(z), P.T @ P)
+    per_sample = torch.vmap(torch.func.grad(square))(random(3, projection.block.d))
+    torch.testing.assert_close(per_sample[1], torch.func.grad(square)(random(3, projection.block.d)[1]))
+    columns = torch.vmap(projection, in_dims=1, out_dims=1)(random(projection.block.d, 3))
+    torch.testing.assert_close(columns, P @ random(projection.block.d, 3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, z + 1)
+        tangent = torch.autograd.forward_ad.unpack_dual(projection(dual)).tangent
+    torch.testing.assert_close(tangent, P @ (z + 1))
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_gradgradcheck(name):
+    projection = make(name, 9, 4)
+    z = random(projection.block.d).requires_grad_()
+    cubes = lambda z: projection(z) ** 3  # noqa: E731
+    assert torch.autograd.gradcheck(cubes, z, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(cubes, z)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_compiles(case):
+    projection = make(*case)
+    z = random(projection.block.d).requires_grad_()
+    expected = torch.autograd.grad(projection(z).square().sum(), z)  # also draws the state
+    compiled = torch.compile(lambda z: projection(z).square().sum(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(z), z), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_saves_nothing_for_backward(case):
+    projection = make(*case)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = projection(random(projection.block.d).requires_grad_())
+    assert y.requires_grad
+    assert saved == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cache_changes_no_bit_and_no_copy_carries_it(case):
+    projection, redrawn = make(*case), make(*case, cache=False)
+    z, g = random(projection.block.d, dtype=torch.float32), random(projection.block.n, dtype=torch.float32)
+    y, x = projection(z), projection.transpose(g)
+    assert torch.equal(projection(z), y)
+    assert redrawn._drawn == {}
+    for other in (redrawn, pickle.loads(pickle.dumps(projection)), copy.deepcopy(projection)):
+        assert other._drawn == {}
+        assert torch.equal(other(z), y)
+        assert torch.equal(other.transpose(g), x)
+    assert torch.equal(redrawn.column_square_norms(), projection.column_square_norms())
+    assert redrawn._drawn == {}
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_state_drawn_in_inference_mode_serves_training(case):
+    projection = make(*case)
+    with torch.inference_mode():
+        projection(torch.zeros(projection.block.d))
+        projection.column_square_norms()
+    z = random(projection.block.d, dtype=torch.float32).requires_grad_()
+    projection(z).square().sum().backward()
+    assert z.grad is not None
+    assert not projection(z.detach()).is_inference()
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize(("n", "d"), [(7, 3), (3000, 37), (700, 1000)])
+def test_depends_on_seed_and_name_alone(name, n, d):
+    P = explicit(make(name, n, d))
+    assert torch.equal(explicit(make(name, n, d, offset=5, column=7)), P)
+    for changes in ({"seed": 1}, {"name": "b.weight"}):
+        other = explicit(make(name, n, d, **changes))
+        assert (other != P).float().mean() > (0.2 if name != "sparse" else 0.2 / d)
+
+
+@pytest.mark.parametrize("name", ["fastfood", "fastjl"])
+@pytest.mark.parametrize(("n", "d"), [(3000, 37), (3000, 170), (700, 1000), (2500, 2100)])
+def test_pieces_change_nothing(name, n, d, monkeypatch):
+    z, g = random(2, d), random(2, n)
+    projection = make(name, n, d)
+    y, x = projection(z), projection.transpose(g)
+    monkeypatch.setattr("subspace_peft.projections.blocks.CHUNK", 600)
+    torch.testing.assert_close(projection(z), y)
+    torch.testing.assert_close(projection.transpose(g), x)
+    torch.testing.assert_close(projection(z[0]), y[0])
+    torch.testing.assert_close(projection.transpose(g[0]), x[0])
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_refuses_a_newer_version(name):
+    with pytest.raises(ValueError, match="install a newer subspace_peft"):
+        make(name, 4, 3, version=99)

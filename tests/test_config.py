@@ -1,0 +1,89 @@
+"""SubspaceConfig: every wrong value is an error that says the rule, the value and the way out."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftConfig
+
+from subspace_peft import SubspaceConfig
+
+
+LOW_RANK = {"coordinates": "low_rank", "rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"d": 0}, "`d` must be an integer of at least 1, got 0"),
+        ({"d": -3}, "at least 1, got -3"),
+        ({"d": 2.5}, "must be an integer of at least 1, got 2.5"),
+        ({"d": True}, "must be an integer of at least 1, got True"),
+        ({"d": None}, "`d` is needed for projection='fastfood'"),
+        ({"projection": "fastfod"}, "`projection` must be one of dense, sparse.*got 'fastfod'"),
+        ({"coordinates": "weights"}, "`coordinates` must be one of weight, low_rank; got 'weights'"),
+        ({"normalization": "cols"}, "`normalization` must be one of rows, columns; got 'cols'"),
+        ({"rank": 4}, "`rank` and `alpha` belong to coordinates='low_rank'.*rank=4"),
+        ({"alpha": 4.0}, "`rank` and `alpha` belong to coordinates='low_rank'.*alpha=4.0"),
+        ({"coordinates": "low_rank"}, "`rank` is needed for coordinates='low_rank'"),
+        ({**LOW_RANK, "rank": 0}, "`rank` must be an integer of at least 1, got 0"),
+        ({"nnz_per_row": 2}, "`nnz_per_row` belongs to projection='sparse' and 'fastjl', got 'fastfood'"),
+        ({"projection": "sparse", "nnz_per_row": 8}, "`nnz_per_row` must be at most d = 7, got 8"),
+        ({"projection": "sparse", "nnz_per_row": 0}, "`nnz_per_row` must be an integer of at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be an integer from 0 to 2\\*\\*63 - 1, got -1"),
+        ({"seed": "a"}, "`seed` must be an integer .*got 'a'"),
+        ({"basis": torch.eye(7)}, "`basis` belongs to projection='basis', got projection='fastfood'"),
+        ({"mask": torch.ones(7) > 0}, "`mask` belongs to projection='coordinate', got projection='fastfood'"),
+        ({"projection_version": 99}, "`projection_version` must be at most 1 .*got 99.*upgrade subspace_peft"),
+        ({"projection_version": 0}, "`projection_version` must be at least 1, got 0"),
+        ({"target_modules": "fc.*", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
+        ({"target_modules": "fc.*", "layers_pattern": "h"}, "`layers_pattern` cannot be used"),
+        ({"target_modules": ["fc"], "layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+        ({"parameters": "weight"}, "`parameters` must be a list of names, got 'weight'"),
+        ({"task_type": "NONSENSE"}, "NONSENSE"),
+    ],
+    ids=str,
+)
+def test_bad_values(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SubspaceConfig(**{"d": 7, **bad})
+
+
+def test_d_follows_where_it_can():
+    for projection in ("identity", "basis", "coordinate"):
+        assert SubspaceConfig(projection=projection).d is None
+
+
+def test_alpha_is_the_rank_if_left_out():
+    assert SubspaceConfig(d=7, **LOW_RANK).alpha == 2
+    assert SubspaceConfig(d=7, alpha=6, **LOW_RANK).alpha == 6
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = SubspaceConfig(d=7, projection="sparse", nnz_per_row=2, seed=2**62, target_modules=["b", "a"], **LOW_RANK)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SUBSPACE_PEFT"
+
+
+def test_a_given_basis_is_not_written_into_the_config(tmp_path):
+    SubspaceConfig(projection="basis", basis=torch.eye(3)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["basis"] is None
+
+
+def test_a_config_of_the_first_version_loads(tmp_path):
+    """These fields, with these names and meanings, are the public API of adapter_config.json."""
+    first = {
+        "peft_type": "SUBSPACE_PEFT", "D": 114, "coordinates": "weight", "d": 7, "normalization": "rows", "seed": 3,
+        "projection": "fastjl", "projection_version": 1, "save_projection": False, "target_modules": ["fc1", "fc2"],
+        "fingerprint": "00000000", "init_weights": True, "parameters": None, "rank": None, "alpha": None,
+        "nnz_per_row": 2, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+        "modules_to_save": None, "cache_projection": True, "subspace_peft_version": "0.1.0",
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(first))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, SubspaceConfig)
+    assert config.target_modules == {"fc1", "fc2"}
+    assert {k: getattr(config, k) for k in first if k != "target_modules"} == {
+        k: v for k, v in first.items() if k != "target_modules"
+    }

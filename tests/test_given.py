@@ -1,0 +1,135 @@
+"""A given basis or mask: every form of it, and every way in which it can be wrong."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from subspace_peft.adapter_file import unique_coordinates
+from tests.cases import BY_NAME, MLP, assert_same_state, dense_P, move, outputs, settings, tensors, train, tree, wrap
+
+
+CASE = BY_NAME["mlp"]
+D = 114  # entries of MLP
+SHAPES = {name: p.shape for name, p in MLP().named_parameters()}
+
+
+def orthonormal(k=5, rows=D):
+    return torch.linalg.qr(torch.randn(rows, k, generator=torch.Generator().manual_seed(4)))[0]
+
+
+def cut(matrix):
+    sizes = [shape.numel() for shape in SHAPES.values()]
+    return dict(zip(SHAPES, matrix.split(sizes), strict=True))
+
+
+def random_mask():
+    return torch.rand(D, generator=torch.Generator().manual_seed(5)) < 0.2
+
+
+def stacked_P(model):
+    P = dense_P(model)
+    return torch.cat([P[name] for name in unique_coordinates(model, "default")])
+
+
+@pytest.mark.parametrize("form", ["tensor", "dictionary", "shaped", "file", "folder", "fewer"])
+def test_every_form_of_a_basis(form, tmp_path):
+    Q = orthonormal()
+    given, d = Q, None
+    if form == "dictionary":
+        given = cut(Q)
+    elif form == "shaped":
+        given = {name: rows.reshape(*SHAPES[name], 5) for name, rows in cut(Q).items()}
+    elif form in ("file", "folder"):
+        save_file({"basis": Q}, tmp_path / "basis.safetensors")
+        given = str(tmp_path / "basis.safetensors") if form == "file" else tmp_path
+    elif form == "fewer":
+        d = 3
+    model = wrap(CASE, projection="basis", basis=given, d=d, normalization="columns")
+    assert model.peft_config["default"].d == (d or 5)
+    torch.testing.assert_close(stacked_P(model), Q[:, :d], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["tensor", "dictionary"])
+def test_every_form_of_a_mask(form):
+    mask = random_mask()
+    given = mask
+    if form == "dictionary":
+        given = {name: rows.reshape(SHAPES[name]) for name, rows in cut(mask).items()}
+    model = wrap(CASE, projection="coordinate", mask=given, d=None)
+    assert model.peft_config["default"].d == mask.sum()
+    assert torch.equal(stacked_P(model), torch.eye(D)[:, mask])
+    assert model.base_model.moved_share() == pytest.approx(mask.sum().item() / D)
+
+
+@pytest.mark.parametrize("projection", ["basis", "coordinate"])
+def test_a_given_projection_is_saved_with_the_adapter(projection, tmp_path):
+    given = {"basis": orthonormal()} if projection == "basis" else {"mask": random_mask()}
+    model = wrap(CASE, projection=projection, d=None, **given)
+    train(model, CASE)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(CASE.model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
+
+
+def test_the_givers_tensor_may_change_afterwards():
+    Q = orthonormal()
+    model = wrap(CASE, projection="basis", basis=Q, d=None)
+    move(model)
+    before = outputs(model, CASE)
+    Q.zero_()
+    assert torch.equal(outputs(model, CASE), before)
+
+
+@pytest.mark.parametrize(
+    ("basis", "message"),
+    [
+        (orthonormal(rows=D - 1), "one row for each of the D = 114 adapted entries, got shape \\[113, 5\\]"),
+        (torch.ones(D), "`basis` must be a matrix \\[D, k\\]"),
+        (2 * orthonormal(), "orthonormal columns, its Gram matrix differs from the identity by 3"),
+        (orthonormal().index_fill(0, torch.tensor([3]), float("nan")), "`basis` must be finite.*`fc1.weight`"),
+        (orthonormal().index_fill(0, torch.tensor([113]), float("inf")), "`basis` must be finite.*`fc2.bias`"),
+        (torch.eye(D)[:, :5].long(), "`basis` must be finite floating numbers"),
+        (orthonormal(k=6), "^$"),
+        ({"fc1.weight": torch.ones(60, 2)}, "one entry for each target tensor; `fc1.bias` is in only one"),
+        ({**cut(orthonormal()), "fc1.bias": torch.ones(11, 5)}, "`basis` of `fc1.bias` must be of shape \\[10, 'k'\\]"),
+        ({**cut(orthonormal()), "fc1.bias": torch.ones(10, 4)}, "`basis` must be a matrix \\[D, k\\] with one k"),
+        ("no/such/file", "a safetensors file that exists, got 'no/such/file'"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_a_bad_basis(basis, message):
+    too_many = message == "^$"
+    if too_many:
+        message = "`basis` must hold at least d = 7 columns, got 6; lower `d` or give more columns"
+    refuse(message, projection="basis", basis=basis, d=7 if too_many else None)
+
+
+@pytest.mark.parametrize(
+    ("mask", "d", "message"),
+    [
+        (torch.ones(D - 1) > 0, None, "one row for each of the D = 114 adapted entries, got shape \\[113\\]"),
+        (torch.ones(D), None, "`mask` must be boolean, that of `fc1.weight` is torch.float32"),
+        (torch.zeros(D) > 0, None, "`mask` must select at least one entry, got none"),
+        (random_mask(), 1, "`d` must equal the [0-9]+ entries that `mask` selects, got 1; leave `d` out"),
+    ],
+    ids=["shape", "dtype", "empty", "d"],
+)
+def test_a_bad_mask(mask, d, message):
+    refuse(message, projection="coordinate", mask=mask, d=d)
+
+
+def refuse(message, **changes):
+    model = CASE.model()
+    before, shape = tensors(model), tree(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, settings(**changes))
+    assert tree(model) == shape
+    assert_same_state(model, before)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"basis": orthonormal()}, tmp_path / "basis.safetensors")
+    with pytest.raises(Exception, match="(?i)header|safetensors"):
+        get_peft_model(CASE.model(), settings(projection="basis", d=None, basis=tmp_path / "basis.safetensors"))

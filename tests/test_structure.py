@@ -1,0 +1,64 @@
+"""Who may import whom (by the source, not by what happens to be loaded)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+TORCH = {"torch"}
+PEFT = {"torch", "peft", "transformers", "accelerate"}
+ALLOWED = {  # file or folder of the package: other files of it, other packages
+    "philox": (set(), TORCH),
+    "hadamard": (set(), TORCH),
+    "projections": ({"philox", "hadamard", "projections"}, TORCH),
+    "coordinates": ({"philox", "projections"}, TORCH),
+    "given": (set(), {"torch", "peft", "safetensors"}),
+    "config": ({"coordinates", "given", "projections"}, {"peft"}),
+    "vectors": (set(), {"torch", "peft", "accelerate"}),
+    "layer": ({"coordinates", "vectors"}, PEFT),
+    "targets": ({"layer"}, PEFT),
+    "plan": ({"coordinates", "given", "layer", "projections", "targets", "vectors"}, {"torch", "peft"}),
+    "adapter_file": ({"coordinates", "given", "layer", "plan", "vectors"}, {"torch", "peft"}),
+    "model": ({"adapter_file", "config", "given", "layer", "plan", "targets", "vectors"}, {"torch", "peft"}),
+    "groups": (set(), TORCH),
+    "register": ({"config", "model"}, {"peft"}),
+}
+STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "hashlib"}
+STANDARD |= {"importlib", "inspect", "itertools", "json", "math", "numbers", "operator", "os", "typing", "warnings"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top packages imported; those of the package itself as ".name"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            inside = path.parent.name != "subspace_peft" and node.level == 1
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"." + (path.parent.name if inside else name.split(".")[0]) for name in names}
+    return found - STANDARD
+
+
+PACKAGE = [path for path in sorted((ROOT / "subspace_peft").rglob("*.py")) if path != ROOT / "subspace_peft/__init__.py"]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_the_package_imports_downwards_only(path):
+    part = path.relative_to(ROOT / "subspace_peft").parts[0].removesuffix(".py")
+    siblings, packages = ALLOWED[part]
+    assert imports(path) <= {f".{name}" for name in siblings} | packages
+
+
+def test_recipes_import_the_package_and_never_another_recipe():
+    assert "recipes" not in set().union(*map(imports, PACKAGE))
+    folders = {p.name for p in (ROOT / "recipes").iterdir() if p.is_dir() and p.name not in ("accelerate", "metrics")}
+    for path in (ROOT / "recipes").rglob("*.py"):
+        mine = path.relative_to(ROOT / "recipes").parts[0]
+        text = path.read_text(encoding="utf-8")
+        for other in folders - {mine}:
+            assert f"recipes.{other}" not in text, f"{path.name} of {mine} imports {other}"

@@ -1,0 +1,133 @@
+"""Targets: which tensors are theta, and errors before anything is touched."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from subspace_peft.adapter_file import unique_coordinates
+from tests.cases import BY_NAME, MLP, Bare, assert_same_state, settings, tensors, tree, wrap
+
+
+def moved(model, adapter="default") -> set[str]:
+    return set(unique_coordinates(model, adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_modules": ["fc1"]}, {"fc1.weight", "fc1.bias"}),
+        ({"target_modules": ["fc1"], "parameters": ["weight"]}, {"fc1.weight"}),
+        ({"target_modules": ".*2", "parameters": ["bias"], "d": 2}, {"fc2.bias"}),
+        ({"target_modules": "all", "exclude_modules": ["fc1"]}, {"fc2.weight", "fc2.bias"}),
+        ({"target_modules": "all-linear", "parameters": ["weight"]}, {"fc1.weight", "fc2.weight"}),
+    ],
+    ids=str,
+)
+def test_names_expressions_and_shorthands(changes, expected):
+    assert moved(wrap(BY_NAME["mlp"], **changes)) == expected
+
+
+def test_all_finds_the_parameters_of_modules_with_children():
+    assert {"scale.gain", "scale.shift", "scale.inner.weight"} < moved(wrap(BY_NAME["bare"]))
+    vit = moved(wrap(BY_NAME["vit"]))
+    assert vit == {name for name, _ in BY_NAME["vit"].model().named_parameters()}
+    assert any(name.endswith("cls_token") for name in vit)
+
+
+def test_all_linear_leaves_out_the_output_layer():
+    assert not any("lm_head" in name for name in moved(wrap(BY_NAME["llama"], target_modules="all-linear")))
+    bert = moved(wrap(BY_NAME["bert"], target_modules="all-linear"))
+    assert any("query" in name for name in bert)
+
+
+def test_layers_to_transform():
+    model = wrap(BY_NAME["llama"], target_modules=["q_proj"], layers_to_transform=[1])
+    assert moved(model) == {"model.layers.1.self_attn.q_proj.weight"}
+
+
+@pytest.mark.parametrize("shorthand", ["all", "all-linear"])
+@pytest.mark.parametrize("name", ["mlp", "llama", "vit", "bare"])
+def test_a_second_adapter_finds_the_same_targets(name, shorthand):
+    case = BY_NAME[name]
+    model = wrap(case, target_modules=shorthand)
+    model.add_adapter("other", settings(target_modules=shorthand, seed=1, d=5))
+    assert moved(model, "other") == moved(model)
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
+def test_a_tied_weight_is_one_tensor_with_its_first_name():
+    model = wrap(BY_NAME["tied"], target_modules=["out"])
+    assert moved(model) == {"tokens.weight"}
+    assert model.peft_config["default"].D == 44
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["fc3"]}, "not found in the base model.*names near to it.*fc1"),
+        ({"target_modules": ["nothing_like_it"]}, "not found in the base model|No modules were targeted"),
+        ({"target_modules": ["act"]}, "`act` owns none"),
+        ({"parameters": ["wieght"]}, "parameters named \\['wieght'\\]"),
+        ({"d": 115}, "`d` must be at most the D = 114 adapted entries, got 115; lower `d` or widen"),
+        ({"projection": "identity", "d": 7}, "has d = D = 114, got d = 7; leave `d` out"),
+        ({"coordinates": "low_rank", "rank": 5}, "`rank` must be at most the smaller dimension, 4 for `fc2.weight`"),
+        ({"coordinates": "low_rank", "rank": 1, "parameters": ["bias"]}, "two or more dimensions, found none"),
+        ({"projection": "basis", "d": None}, "`basis` is needed"),
+        ({"projection": "coordinate", "d": None}, "`mask` is needed"),
+        ({"projection": "basis"}, "`basis` is needed"),
+        ({"projection": "coordinate"}, "`mask` is needed"),
+    ],
+    ids=str,
+)
+def test_errors_come_before_anything_is_touched(changes, message):
+    torch.manual_seed(0)
+    model = MLP()
+    model.act = nn.Tanh()
+    before, shape = tensors(model), tree(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, settings(**changes))
+    assert tree(model) == shape
+    assert_same_state(model, before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_quantised_weights_are_refused():
+    model = MLP()
+    model.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)
+    shape = tree(model)
+    with pytest.raises(ValueError, match="`fc1.weight` is torch.int8, a quantised weight"):
+        get_peft_model(model, settings())
+    assert tree(model) == shape
+    get_peft_model(model, settings(exclude_modules=["fc1"]))
+
+
+def test_a_root_that_owns_parameters_is_refused_by_all():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.inner = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="the model itself owns \\['gain'\\]"):
+        get_peft_model(Root(), settings(d=1))
+
+
+def test_a_module_with_another_methods_adapter_is_refused():
+    model = get_peft_model(MLP(), LoraConfig(r=2, target_modules=["fc1"])).base_model.model
+    with (
+        pytest.warns(UserWarning, match="second time|already"),
+        pytest.raises(ValueError, match="adapters of one PEFT type: `fc1`"),
+    ):
+        get_peft_model(model, settings())
+
+
+def test_a_failing_second_adapter_leaves_the_first():
+    case = BY_NAME["bare"]
+    model = wrap(case)
+    before, shape = tensors(model), tree(model)
+    with pytest.raises(ValueError, match="at most the D"):
+        model.add_adapter("other", settings(d=10_000))
+    assert tree(model) == shape
+    assert_same_state(model, before)
+    assert moved(model) == {name for name, _ in Bare().named_parameters()}
+    model.add_adapter("other", settings(d=5))
