@@ -65,10 +65,10 @@ def statistics(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is saved beside theta_d: the statistics that training changed, a given P, and the mark of P itself."""
+    """What is saved: theta_d, the statistics that training changed, a given P, and the mark of P itself."""
     vector = f"{VECTORS}.{PREFIX}theta_d.{adapter}"
     root = next(key.removesuffix(vector) for key in state_dict if key.endswith(vector)) + f"{VECTORS}.{PREFIX}"
-    kept = {f"{root}identity.{adapter}": mark(config)}
+    kept = {f"{root}theta_d.{adapter}": state_dict[f"{root}theta_d.{adapter}"], f"{root}identity.{adapter}": mark(config)}
     for key, base in statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
             kept[key] = state_dict[key]
@@ -96,9 +96,9 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
             bare = key.removeprefix("base_model.model.")
             key = next((f"{k}.{adapter}" for k in (key, bare) if f"{k}.{adapter}" in remapped), key)
             remapped[key] = value
-        elif rest == f"theta_d.{adapter}":
+        elif rest == "theta_d":
             _check_theta_d(value, config)
-            remapped[key] = value
+            remapped[f"{key}.{adapter}"] = value
         elif rest == "identity":
             _check_mark(value, config)
         elif rest.startswith("P."):
@@ -108,6 +108,8 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
             raise ValueError(
                 f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
             )
+    if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}") for key in remapped):
+        raise ValueError("The adapter file must hold theta_d, and does not; it is damaged.")
     _install(model, config, adapter, saved)
     return remapped
 
@@ -163,5 +165,5 @@ def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str
         block = dataclasses.replace(owner.projections[suffix].block, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(block)
         column += len(given) if config.projection == "coordinate" else 0
-    if config.projection in GIVEN:
+    if saved:
         find_vectors(model).factors[adapter] = factor(config, coordinates)

@@ -186,6 +186,6 @@ class SubspaceConfig(PeftConfig):
         if os.path.isfile(card):
             with open(card, encoding="utf-8") as file:
                 text = file.read()
-            if CARD_NOTE not in text:
+            if CARD_NOTE.strip() not in text:
                 with open(card, "a", encoding="utf-8") as file:
                     file.write(CARD_NOTE)

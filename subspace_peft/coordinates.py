@@ -54,7 +54,7 @@ class Weight(Coordinates):
         return {"": tuple(shape)}
 
     def increment(self, z):
-        return self.projections[""](z).reshape(*z.shape[:-1], *self.shape)
+        return self.projections[""](z).reshape((*z.shape[:-1], *self.shape))
 
     def moved_from(self, origin, z):
         return self.projections[""](z, origin)

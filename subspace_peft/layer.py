@@ -205,7 +205,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` while adapters are merged or disabled; unmerge or enable them."
             )
-        if not isinstance(x, Tensor) or x.shape[0] != len(adapter_names):
+        others = any(isinstance(other, Tensor) for other in (*args, *kwargs.values()))
+        if not isinstance(x, Tensor) or x.shape[0] != len(adapter_names) or others:
             raise ValueError(
                 f"`adapter_names` must have one name for each sample along dimension 0 of the input of "
                 f"{type(self.base_layer)}, got {len(adapter_names)} names; run such a batch one adapter at a time, with "

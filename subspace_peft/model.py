@@ -79,7 +79,7 @@ class SubspaceModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """theta_d is float32 whatever the base is, unless the user asks for the dtype of the base."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # PEFT's would also cast batch-norm statistics, which must have the dtype of the base's.
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         dtype = torch.float32
         if not autocast_adapter_dtype:

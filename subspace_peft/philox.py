@@ -29,20 +29,18 @@ VERSINE = [(-1) ** k / math.factorial(2 * k + 2) for k in range(9)]
 def cipher(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
     """Philox4x32-10 of four int64 tensors that hold 32-bit words; gives four such tensors."""
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
-    x0, x1, x2, x3 = (word.expand(shape).contiguous() for word in counter)
-    p0, p1 = torch.empty_like(x0), torch.empty_like(x0)
+    x0, x1, x2, x3 = (word.expand(shape).clone(memory_format=torch.contiguous_format) for word in counter)
+    p0, p1, high = torch.empty_like(x0), torch.empty_like(x0), torch.empty_like(x0)
     k0, k1 = key
-    x1, x3 = x1.clone(), x3.clone()
-    x0, x2 = x0.clone(), x2.clone()
     for _ in range(10):
         # With M' = M - 2^32: low(M x) = low(M' x) and high(M x) = high(M' x) + x mod 2^32. Only the low half of
         # p0 and p1 has a meaning when they become words; the garbage above it is masked where it would matter.
         torch.mul(x0, MULTIPLIERS[0], out=p0)
         torch.mul(x2, MULTIPLIERS[1], out=p1)
-        x1.bitwise_xor_(k0)
-        x3.bitwise_xor_(k1)
-        x1.bitwise_xor_((p1 >> 32).add_(x2)).bitwise_and_(MASK)
-        x3.bitwise_xor_((p0 >> 32).add_(x0)).bitwise_and_(MASK)
+        torch.bitwise_right_shift(p1, 32, out=high)
+        x1.bitwise_xor_(high.add_(x2)).bitwise_xor_(k0).bitwise_and_(MASK)
+        torch.bitwise_right_shift(p0, 32, out=high)
+        x3.bitwise_xor_(high.add_(x0)).bitwise_xor_(k1).bitwise_and_(MASK)
         x0, x1, x2, x3, p0, p1 = x1, p1, x3, p0, x0, x2
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
     return [x0, x1.bitwise_and_(MASK), x2, x3.bitwise_and_(MASK)]
@@ -126,7 +124,7 @@ class Philox:
         return self._fill(start, stop, range(1), torch.float32, device, make)[0]
 
     def normals(self, start: int, stop: int, device="cpu", streams: range = range(1)) -> Tensor:
-        """float32 standard normals [streams, stop - start], Box-Muller on word pairs (0, 1) and (2, 3) of a counter."""
+        """float32 standard normals [streams, stop - start], by Box-Muller from lanes (0, 1) and (2, 3)."""
         make = lambda lanes: (*box_muller(*lanes[:2]), *box_muller(*lanes[2:]))  # noqa: E731
         return self._fill(start, stop, streams, torch.float32, device, make)
 

@@ -83,7 +83,7 @@ class Plan:
             start = torch.randn(self.d, device=device)
         # A given P comes with the file when an adapter is loaded, and its factor with it.
         known = config.projection not in GIVEN or self.given is not None
-        vectors.add(adapter, start, factor(config, coordinates) if known else 1.0)
+        vectors.add(adapter, start, factor(config, coordinates) if known else None)
         for target in self.targets:
             layer = target.parent._modules[target.child]
             if not isinstance(layer, SubspaceLayer):

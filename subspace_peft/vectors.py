@@ -22,9 +22,9 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
 
     def init_modules(self, adapter_name: str) -> None:
         self.subspace_peft_theta_d = nn.ParameterDict()
-        self.factors: dict[str, Tensor | float] = {}
+        self.factors: dict[str, Tensor | float | None] = {}
 
-    def add(self, adapter: str, theta_d: Tensor, factor: Tensor | float) -> None:
+    def add(self, adapter: str, theta_d: Tensor, factor: Tensor | float | None) -> None:
         self.update(adapter)
         self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
         self.factors[adapter] = factor
@@ -32,6 +32,11 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     def normalised(self, adapter: str) -> Tensor:
         """z, the theta_d that the unnormalised P is applied to. [d]"""
         theta_d, factor = self.subspace_peft_theta_d[adapter], self.factors[adapter]
+        if factor is None:
+            raise ValueError(
+                f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' own "
+                "load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, folder)."
+            )
         if theta_d.device.type == "meta":  # offloaded by accelerate, which loads what a forward of its own would read
             with align_module_device(self.subspace_peft_theta_d):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
@@ -59,15 +64,13 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
 
+    # adapter_file saves and loads; transformers finds theta_d by PEFT's prefix and would rename what is listed here twice.
+
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        if adapter_name not in self._adapters:
-            return {}
-        return {"subspace_peft_theta_d": state_dict[f"subspace_peft_theta_d.{adapter_name}"]}
+        return {}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        if adapter_name not in self._adapters:
-            return {}
-        return {"subspace_peft_theta_d": f"subspace_peft_theta_d.{adapter_name}"}
+        return {}
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         return self.original_module

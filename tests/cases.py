@@ -312,7 +312,9 @@ def dense_P(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """P of weight coordinates by the tensors it moves, from unit vectors: [n, d] each."""
     factor = find_vectors(model).factors[adapter]
     units = torch.eye(theta_d(model, adapter).numel()) * factor
-    return {name: c.increment(units).reshape(len(units), -1).T for name, c in unique_coordinates(model, adapter).items()}
+    return {
+        name: c.increment(units).reshape(len(units), -1).T for name, c in unique_coordinates(model, adapter).items()
+    }
 
 
 @torch.no_grad()

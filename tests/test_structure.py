@@ -44,7 +44,9 @@ def imports(path: Path) -> set[str]:
     return found - STANDARD
 
 
-PACKAGE = [path for path in sorted((ROOT / "subspace_peft").rglob("*.py")) if path != ROOT / "subspace_peft/__init__.py"]
+PACKAGE = [
+    path for path in sorted((ROOT / "subspace_peft").rglob("*.py")) if path != ROOT / "subspace_peft/__init__.py"
+]
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from .fastjl import FastJL
 from .identity import Identity
 from .sparse import Sparse
 
+
 PROJECTIONS: dict[str, type[Projection]] = {
     "dense": Dense,
     "sparse": Sparse,

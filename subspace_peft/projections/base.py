@@ -61,7 +61,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(theta_d, origin, projection):
         moved = projection.apply(theta_d)
-        return moved.view(*theta_d.shape[:-1], *origin.shape).add_(origin)
+        return moved.view((*theta_d.shape[:-1], *origin.shape)).add_(origin)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -9,17 +9,22 @@ from torch.nn.functional import one_hot, pad
 from ..hadamard import matrix, next_power_of_two
 from .base import Block, Projection, working
 
+
 CHUNK = 2**18  # entries of theta at a time: two such pieces stay in a core's cache
 FEW = 2**15  # up to so many entries the rows of P are held: one small product is faster than a transform
 ROWS = 256  # rows of the last block at a time, for column norms
 
 
 class Blocks(Projection):
-    """P = [H C_1 A; H C_2 A; ...], cropped to n rows; blocks of `size` = 2^⌈log2 d⌉ rows.
+    """P = [D H C_1 A; D H C_2 A; ...], cropped to n rows; blocks of `size` = 2^⌈log2 d⌉ rows.
 
     A: [size, d] is the tensor's, C_b = I_k ⊗ diag c_b the block's, so H = H_k ⊗ H_1 ⊗ ... ⊗ H_m splits: H_k acts once
     a tensor, the others once a block, each as one product of small matrices. (Small ones mean fewer operations, few
-    ones fewer passes over memory.) Positions are numbered (k, rest). The factors may have signs on their rows.
+    ones fewer passes over memory.) Positions are numbered (k, rest).
+
+    D: random signs of the tensor, a Kronecker product like H and so part of its factors at no cost (Jin, Kolda and
+    Ward, "Faster Johnson-Lindenstrauss transforms via Kronecker products", 2021). Without them H would map a gradient
+    that is constant, or periodic in a power of two, to one number.
     """
 
     def __init__(self, block: Block):
@@ -56,7 +61,9 @@ class Blocks(Projection):
         """Column square norms of whole blocks, float64 [blocks, d] or [blocks, 1]."""
 
     def draw_factors(self, device: torch.device) -> list[Tensor]:
-        return [matrix(size, device=device) for size in self.sizes]
+        """H_k, H_1, ..., H_m with the signs D on their rows."""
+        signs = [self.philox(f"outer signs {k}").signs(0, size, device) for k, size in enumerate(self.sizes)]
+        return [matrix(len(s), device=device) * s.unsqueeze(1) for s in signs]
 
     def draw(self, device: torch.device) -> tuple:
         state = self.draw_coefficients(device), self.draw_factors(device), self.draw_first(device)
@@ -66,12 +73,12 @@ class Blocks(Projection):
 
     def apply(self, theta_d: Tensor) -> Tensor:
         z, state = working(theta_d), self.state(theta_d.device)
-        y = z @ state[0].to(z.dtype).mT if self.few else self._apply(z.reshape(-1, self.block.d), state)
+        y = z @ state[0].to(z.dtype).mT if self.few else self._apply(z.reshape(-1, self.block.d).contiguous(), state)
         return y.view(*theta_d.shape[:-1], self.block.n).to(theta_d.dtype)
 
     def adjoint(self, grad: Tensor) -> Tensor:
         g, state = working(grad), self.state(grad.device)
-        z = g @ state[0].to(g.dtype) if self.few else self._adjoint(g.reshape(-1, self.block.n), state)
+        z = g @ state[0].to(g.dtype) if self.few else self._adjoint(g.reshape(-1, self.block.n).contiguous(), state)
         return z.view(*grad.shape[:-1], self.block.d).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:
@@ -185,7 +192,7 @@ def _product(h: Tensor, x: Tensor, inner: int, out: Tensor | None = None) -> Ten
 def radices(size: int) -> list[int]:
     """Sizes of the factors H_1, ..., H_m, by measurement.
 
-    The signs of FastJL's rows follow them: another choice is another P, and so another projection version.
+    The signs D follow them: another choice is another P, and so another projection version.
     """
     k = size.bit_length() - 1
     parts = 1 if k <= 6 else 2 if k <= 10 else -(-2 * k // 9)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .base import Block, Projection, working
 
+
 HELD_BYTES = 2**30  # a P up to this size (for one tensor) is held, a larger one is redrawn piece by piece
 PIECE = 2**24  # entries of P at a time
 

@@ -8,14 +8,15 @@ from .blocks import Blocks
 
 
 class Fastfood(Blocks):
-    """P = [H G_1 Π H B; H G_2 Π H B; ...], cropped to n rows and d columns; blocks of 2^⌈log2 d⌉.
+    """P = [D H G_1 Π H B; D H G_2 Π H B; ...], cropped to n rows and d columns; blocks of 2^⌈log2 d⌉.
 
     Le, Sarlos and Smola, "Fastfood: computing Hilbert space expansions in loglinear time", ICML 2013, without their
     S, which makes row lengths vary like those of a Gaussian matrix. B: random signs, Π: a uniform permutation, G_b:
-    standard normals, H: the unnormalised Hadamard matrix; entries have variance 1 or 2.
+    standard normals, H: the unnormalised Hadamard matrix, D: random signs; entries have variance 1 or 2.
 
     The paper draws B and Π for every block; here they are the tensor's own but shared by its blocks. Given
-    u = Π H B theta_d the blocks H G_b u are independent because the G_b are, and u then costs O(d log d) once.
+    u = Π H B theta_d the blocks H G_b u are independent because the G_b are, and u then costs O(d log d) once. The
+    other way round blocks with the same gradient would meet in the same few numbers: hence D, which the paper has not.
     """
 
     def share(self) -> int:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..hadamard import matrix
 from .base import Block
 from .blocks import Blocks
+
 
 SHARED = 4  # positions that share a sign of a block
 SHARED_FROM = 64  # block size from which they do: below, too few sign patterns would be left
@@ -20,11 +20,9 @@ class FastJL(Blocks):
     this is its transpose. D1_b, D2: random signs, H: the Hadamard matrix, S: theta_d at the first d positions, or
     with `nnz_per_row` = q > 1 the sum of q signed entries of theta_d at each.
 
-    With q = 1 every entry is ±1 and the columns of a whole block are exactly orthogonal. Positions are numbered
-    (k, i), k up to 4, and H = H_k ⊗ H_i. D1_b is random signs of the tensor times random signs of the block that do
-    not depend on k: H_k then acts once per tensor. D2 is a product of random signs of k and of each digit of i, and so
-    part of the factors of H (signs as Kronecker products: Jin, Kolda and Ward, "Faster Johnson-Lindenstrauss
-    transforms via Kronecker products", 2021).
+    With q = 1 every entry is ±1 and the columns of a whole block are exactly orthogonal. D1_b is random signs of the
+    tensor times random signs of the block, which 4 positions share: two of the log2 steps of H then act once a tensor.
+    D2 is a product of signs (see Blocks).
     """
 
     def __init__(self, block: Block):
@@ -36,10 +34,6 @@ class FastJL(Blocks):
 
     def draw_coefficients(self, device: torch.device) -> Tensor:
         return self.philox("fastjl block signs").signs(0, self.count * self.length, device).view(-1, self.length)
-
-    def draw_factors(self, device: torch.device) -> list[Tensor]:
-        outer = (self.philox(f"fastjl outer signs {k}") for k in range(len(self.sizes)))
-        return [matrix(s, device=device) * p.signs(0, s, device).unsqueeze(1) for s, p in zip(self.sizes, outer)]
 
     def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
         inner = self.philox("fastjl inner signs").signs(0, self.size, device)

@@ -6,6 +6,9 @@ from torch import Tensor
 from .base import Block, Projection, working
 
 
+PIECE = 2**20  # entries drawn at a time
+
+
 class Sparse(Projection):
     """Each row of P has `nnz_per_row` entries ±1 (default 1) in distinct columns, the rest is zero.
 
@@ -21,15 +24,18 @@ class Sparse(Projection):
             raise ValueError(f"`nnz_per_row` must be at most d = {block.d}, got {self.nnz}; lower it or raise `d`.")
         self.rows = block.d // self.nnz  # that one permutation serves
 
-    def columns(self, device: torch.device) -> Tensor:
-        """int64 [n, nnz]."""
-        stacks = self.philox("sparse columns").permutations(self.block.d, 0, -(-self.block.n // self.rows), device)
-        return stacks[:, : self.rows * self.nnz].reshape(-1, self.nnz)[: self.block.n]
-
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        signs = self.philox("sparse signs").signs(0, self.block.n * self.nnz, device).view(-1, self.nnz)
-        # a sign is part of the index: entries d.. of (theta_d, -theta_d)
-        return ((self.columns(device) + (signs < 0) * self.block.d).to(torch.int32),)
+        n, d, nnz = self.block.n, self.block.d, self.nnz
+        index = torch.empty(n, nnz, dtype=torch.int32, device=device)
+        step = max(1, PIECE // d)  # permutations at a time
+        for at in range(0, n, step * self.rows):
+            stop = min(at + step * self.rows, n)
+            first, last = at // self.rows, -(-stop // self.rows)
+            stacked = self.philox("sparse columns").permutations(d, first, last, device)[:, : self.rows * nnz]
+            signs = self.philox("sparse signs").signs(at * nnz, stop * nnz, device).view(-1, nnz)
+            # a sign is part of the index: entries d.. of (theta_d, -theta_d)
+            index[at:stop] = stacked.reshape(-1, nnz)[: stop - at] + d * (signs < 0)
+        return (index,)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         (index,) = self.state(theta_d.device)

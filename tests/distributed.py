@@ -1,0 +1,54 @@
+"""What test_distributed.py launches in two processes: training on parts of the same global batches."""
+
+import json
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+
+from tests.cases import BY_NAME, wrap
+
+
+STEPS, BATCH = 4, 8
+
+
+def train(model: nn.Module, process: int = 0, processes: int = 1) -> list[float]:
+    """theta_d after some steps, in each of which this process sees its part of the batch."""
+    (theta_d,) = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.SGD([theta_d], lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        part = torch.randn(BATCH, 6, generator=generator).chunk(processes)[process]
+        optimizer.zero_grad()
+        model(part).square().mean().backward()
+        optimizer.step()
+    return (theta_d.full_tensor() if hasattr(theta_d, "full_tensor") else theta_d).detach().tolist()
+
+
+def replicated(accelerator: Accelerator) -> dict:
+    moved = []
+
+    def count(state, bucket):
+        moved.append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+
+    model = accelerator.prepare(wrap(BY_NAME["mlp"]).train())
+    model.register_comm_hook(None, count)
+    return {"theta_d": train(model, accelerator.process_index, accelerator.num_processes), "moved": moved}
+
+
+def sharded(accelerator: Accelerator) -> dict:
+    model = wrap(BY_NAME["mlp"]).train()
+    for module in (model.base_model.model.fc1, model.base_model.model.fc2, model):
+        fully_shard(module)
+    return {"theta_d": train(model, accelerator.process_index, accelerator.num_processes)}
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded)}
+    if accelerator.is_main_process:
+        print("FOUND " + json.dumps({"processes": accelerator.num_processes, **found}))
+    accelerator.end_training()

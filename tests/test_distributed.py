@@ -1,0 +1,48 @@
+"""Two processes on the CPU (gloo): the same theta_d as one, and d numbers moved a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import distributed
+from tests.cases import BY_NAME, wrap
+
+
+ROOT = Path(__file__).parent.parent
+# Without a GPU --multi_gpu means several processes on the CPU; --cpu starts one, whatever --num_processes says.
+LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    vector = distributed.train(wrap(BY_NAME["mlp"]).train())
+    assert max(map(abs, vector)) > 1e-2
+    return vector
+
+
+@pytest.fixture(scope="module")
+def together() -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", *LAUNCH, "-m", "tests.distributed"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if "FOUND " in line)
+    return json.loads(line.split("FOUND ")[1])
+
+
+def test_replicated_training_is_that_of_one_process(alone, together):
+    assert together["processes"] == 2
+    assert together["replicated"]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)
+
+
+def test_d_numbers_are_moved_a_step(together):
+    assert together["replicated"]["moved"] == [7] * distributed.STEPS
+
+
+def test_sharded_training_is_that_of_one_process(alone, together):
+    assert together["sharded"]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)

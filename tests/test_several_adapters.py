@@ -1,0 +1,209 @@
+"""Several adapters on one model: made, loaded, chosen, deleted, summed, mixed in a batch."""
+
+import pytest
+import torch
+from peft import PeftModel, get_layer_status, get_model_status
+from peft.utils.hotswap import hotswap_adapter
+
+from tests.cases import BY_NAME, move, outputs, settings, theta_d, train, tree, wrap
+
+
+ADAPTERS = {
+    "one": {"d": 7, "seed": 1},
+    "two": {"d": 5, "seed": 2, "projection": "sparse"},
+    "three": {"d": 9, "seed": 2, "projection": "dense", "target_modules": ["fc2", "head"]},
+    "low": {"d": 6, "coordinates": "low_rank", "rank": 2, "parameters": ["weight"]},
+}
+
+
+@pytest.fixture(params=["mlp", "convnet"])
+def case(request):
+    return BY_NAME[request.param]
+
+
+@pytest.fixture
+def model(case):
+    names = list(ADAPTERS)
+    model = wrap(case, names[0], **ADAPTERS[names[0]])
+    for name in names[1:]:
+        model.add_adapter(name, settings(**ADAPTERS[name]))
+    for i, name in enumerate(names):
+        move(model, name, size=0.3, seed=i)
+    return model.eval()
+
+
+def alone(case, name):
+    model = wrap(case, name, **ADAPTERS[name])
+    move(model, name, size=0.3, seed=list(ADAPTERS).index(name))
+    return outputs(model, case)
+
+
+def test_each_acts_as_if_alone(case, model):
+    seen = []
+    for name in ADAPTERS:
+        model.set_adapter(name)
+        seen.append(outputs(model, case))
+        assert torch.equal(seen[-1], alone(case, name))
+    assert not any(torch.equal(x, y) for i, x in enumerate(seen) for y in seen[:i])
+
+
+def test_only_the_active_one_trains(case, model):
+    model.set_adapter("two")
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.model.subspace_vectors.subspace_peft_theta_d.two"
+    ]
+    before = {name: theta_d(model, name).clone() for name in ADAPTERS}
+    train(model, case)
+    assert [name for name in ADAPTERS if not torch.equal(theta_d(model, name), before[name])] == ["two"]
+
+
+def test_an_adapter_for_inference_does_not_train(model):
+    model.set_adapter("two", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_deleting(case, model):
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    assert torch.equal(outputs(model, case), alone(case, "two"))
+    assert "one" not in model.peft_config
+    for module in model.modules():
+        for held in vars(module).values():
+            assert not (isinstance(held, dict) and "one" in held)
+    assert not any(name.endswith(".one") for name in model.state_dict())
+    with pytest.warns(UserWarning, match="two was active which is now deleted. Setting active adapter to"):
+        model.delete_adapter("two")
+    assert model.active_adapter in ("three", "low")
+    model.add_adapter("one", settings(**ADAPTERS["two"]))
+    model.set_adapter("one")
+    move(model, "one", size=0.3, seed=1)
+    assert torch.equal(outputs(model, case), alone(case, "two"))
+
+
+def test_one_name_serves_one_adapter(case, model):
+    shape, before = tree(model), outputs(model, case)
+    with pytest.raises(ValueError, match="'one'|already exists"):
+        model.add_adapter("one", settings())
+    assert tree(model) == shape
+    assert torch.equal(outputs(model, case), before)
+
+
+def test_all_are_saved_and_loaded(case, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.model(), tmp_path / "one", adapter_name="one")
+    for name in ("two", "three", "low"):
+        loaded.load_adapter(tmp_path / name, name)
+    loaded.eval()
+    for name in ADAPTERS:
+        loaded.set_adapter(name)
+        assert torch.equal(outputs(loaded, case), alone(case, name))
+
+
+def test_a_loaded_adapter_can_train_on(case, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert not theta_d(
+        PeftModel.from_pretrained(case.model(), tmp_path / "one", adapter_name="one"), "one"
+    ).requires_grad
+    loaded = PeftModel.from_pretrained(case.model(), tmp_path / "one", adapter_name="one", is_trainable=True)
+    before = theta_d(loaded, "one").clone()
+    train(loaded, case)
+    assert not torch.equal(theta_d(loaded, "one"), before)
+
+
+def test_a_mixed_batch(model):
+    case = BY_NAME["mlp"]
+    if "head" in dict(model.base_model.model.named_children()):
+        case = BY_NAME["convnet"]
+    names = ["two", "__base__", "one"]
+    mixed = outputs(model, case, adapter_names=names)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = outputs(model, case)
+        else:
+            model.set_adapter(name)
+            expected = outputs(model, case)
+        torch.testing.assert_close(mixed[i], expected[i], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_mixed_batches(case, model):
+    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+        outputs(model, case, adapter_names=["one", "one", "nobody"])
+    with pytest.raises(
+        ValueError, match="one name for each sample.*got 2 names|same length|length of `adapter_names`"
+    ):
+        outputs(model, case, adapter_names=["one", "two"])
+    with pytest.raises(ValueError, match="training mode"):
+        outputs(model.train(), case, adapter_names=["one", "two", "one"])
+
+
+def test_a_weighted_sum_is_exact():
+    case = BY_NAME["mlp"]
+    model = wrap(case, "one")
+    model.add_adapter("two", settings())
+    move(model, "one", seed=1)
+    move(model, "two", seed=2)
+    model.base_model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
+    torch.testing.assert_close(theta_d(model, "sum"), 0.5 * theta_d(model, "one") - 2 * theta_d(model, "two"))
+    model.set_adapter("sum")
+    assert not torch.equal(outputs(model, case), outputs(case.model(), case))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "share one seeded P"),
+        ({"d": 8}, "share one seeded P"),
+        ({"projection": "dense"}, "share one seeded P"),
+        ({"target_modules": ["fc1"]}, "share one seeded P"),
+    ],
+    ids=str,
+)
+def test_an_inexact_sum_is_refused(changes, message):
+    model = wrap(BY_NAME["mlp"], "one")
+    model.add_adapter("two", settings(**changes))
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(["one", "two"], [1, 1], "sum")
+    assert set(model.peft_config) == {"one", "two"}
+
+
+def test_other_inexact_sums_are_refused():
+    low_rank = wrap(BY_NAME["mlp"], coordinates="low_rank", rank=2)
+    with pytest.raises(ValueError, match="over weight coordinates"):
+        low_rank.base_model.add_weighted_adapter(["default"], [2.0], "sum")
+    convnet = wrap(BY_NAME["convnet"])
+    with pytest.raises(ValueError, match="batch-norm statistics have no exact sum"):
+        convnet.base_model.add_weighted_adapter(["default"], [2.0], "sum")
+    mlp = wrap(BY_NAME["mlp"])
+    with pytest.raises(ValueError, match="got 2 for 1"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0, 2.0], "sum")
+    with pytest.raises(ValueError, match="must be 'linear', got 'svd'"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
+    with pytest.raises(ValueError, match="default.*taken|own"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0], "default")
+    assert set(mlp.peft_config) == {"default"}
+
+
+def test_status(model):
+    status = get_model_status(model)
+    assert status.adapter_model_type == "SubspaceModel"
+    assert status.peft_types == dict.fromkeys(ADAPTERS, "SUBSPACE_PEFT")
+    assert status.enabled is True
+    assert status.active_adapters == ["one"]
+    assert status.merged_adapters == []
+    assert status.requires_grad == {name: name == "one" for name in ADAPTERS}
+    assert status.available_adapters == sorted(ADAPTERS)
+    layers = {layer.name: layer.module_type for layer in get_layer_status(model)}
+    assert layers.pop("model.subspace_vectors") == "SubspaceVectors"
+    assert set(layers.values()) == {"subspace_peft.SubspaceLayer"}
+
+
+def test_printed_parameters(capsys):
+    wrap(BY_NAME["mlp"]).print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 7 || all params: 121 || trainable%: 5.7851\n"
+
+
+def test_hotswapping_is_refused_by_peft(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but SUBSPACE_PEFT was passed"):
+        hotswap_adapter(model, tmp_path / "one", "one")
