@@ -68,7 +68,8 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
     """What is saved: theta_d, the statistics that training changed, a given P, and the mark of P itself."""
     vector = f"{VECTORS}.{PREFIX}theta_d.{adapter}"
     root = next(key.removesuffix(vector) for key in state_dict if key.endswith(vector)) + f"{VECTORS}.{PREFIX}"
-    kept = {f"{root}theta_d.{adapter}": state_dict[f"{root}theta_d.{adapter}"], f"{root}identity.{adapter}": mark(config)}
+    theta_d = f"{root}theta_d.{adapter}"
+    kept = {theta_d: state_dict[theta_d], f"{root}identity.{adapter}": mark(config)}
     for key, base in statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
             kept[key] = state_dict[key]
@@ -79,6 +80,10 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
                 drawn = projection.state(torch.device("cpu")) if given is None else given
                 for path, tensor in _flatten(drawn):
                     kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
+    for key in [key for key in state_dict if key.rpartition(".")[0].endswith(".base_layer")]:
+        # PEFT adds the base's embeddings to the file where a target is called lm_head or embed_tokens; it looks for
+        # them in this dictionary, a copy of its own. They belong to the base.
+        del state_dict[key]
     return kept
 
 

@@ -209,8 +209,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if not isinstance(x, Tensor) or x.shape[0] != len(adapter_names) or others:
             raise ValueError(
                 f"`adapter_names` must have one name for each sample along dimension 0 of the input of "
-                f"{type(self.base_layer)}, got {len(adapter_names)} names; run such a batch one adapter at a time, with "
-                "set_adapter."
+                f"{type(self.base_layer)}, got {len(adapter_names)} names; run such a batch one adapter at a time, "
+                "with set_adapter."
             )
         output = None
         for name in dict.fromkeys(adapter_names):

@@ -34,10 +34,10 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         theta_d, factor = self.subspace_peft_theta_d[adapter], self.factors[adapter]
         if factor is None:
             raise ValueError(
-                f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' own "
-                "load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, folder)."
+                f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' "
+                "own load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, folder)."
             )
-        if theta_d.device.type == "meta":  # offloaded by accelerate, which loads what a forward of its own would read
+        if theta_d.device.type == "meta":  # offloaded by accelerate, which loads what its own forward would read
             with align_module_device(self.subspace_peft_theta_d):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(factor, Tensor) and factor.device != theta_d.device:
@@ -64,7 +64,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
 
-    # adapter_file saves and loads; transformers finds theta_d by PEFT's prefix and would rename what is listed here twice.
+    # adapter_file saves and loads. transformers finds theta_d by its prefix; listed here, it would be renamed twice.
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}

@@ -206,7 +206,7 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     tied: bool = False
-    mixed: bool = True  # whether every layer takes one sample a row of its first argument
+    mixed: bool = True  # whether every target takes one sample a row of its first argument, and none lies in another
 
     def model(self) -> nn.Module:
         """The same model at each call, in eval mode."""
@@ -234,7 +234,7 @@ CASES = [
     Case("embeddings", Embeddings, tokens(3, 5)),
     Case("attention", Attention, floats(3, 5, 8), mixed=False),
     Case("recurrent", Recurrent, floats(3, 5, 4), mixed=False),
-    Case("bare", Bare, floats(3, 4)),
+    Case("bare", Bare, floats(3, 4), mixed=False),
     Case("tied", Tied, tokens(3, 5), tied=True),
     Case("shared_modules", SharedModules, floats(3, 4)),
     Case("encoder", encoder, floats(3, 5, 8), mixed=False),

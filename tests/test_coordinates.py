@@ -6,7 +6,7 @@ from torch import nn
 
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.layer import SubspaceLayer
-from tests.cases import BY_NAME, base_outputs, dense_P, loss, move, moved_base, outputs, theta_d, train, wrap
+from tests.cases import BY_NAME, base_outputs, dense_P, loss, move, outputs, theta_d, train, wrap
 
 
 LOW_RANK = {"coordinates": "low_rank", "rank": 2, "d": 9, "parameters": ["weight"]}
@@ -98,17 +98,15 @@ def test_low_rank_identity_is_LoRA():
     assert not torch.equal(outputs(model, case), base_outputs(case))
 
 
-def test_weight_identity_is_full_fine_tuning():
-    case = BY_NAME["convnet"]
+@pytest.mark.parametrize("name", ["mlp", "norms", "recurrent"])
+def test_weight_identity_is_full_fine_tuning(name):
+    case = BY_NAME[name]
     model = wrap(case, projection="identity", d=None)
     plain = case.model()
     assert sum(p.numel() for p in plain.parameters()) == model.base_model.D
     train(model, case, steps=3)
     train(plain, case, steps=3)
-    torch.testing.assert_close(outputs(model, case), outputs(plain, case), rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        for name, parameter in moved_base(case, model).named_parameters():
-            torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(outputs(model, case), outputs(plain, case), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalization", ["rows", "columns"])

@@ -164,6 +164,8 @@ class Projection(ABC):
             given = self.block.given
             drawn = tree_map(lambda x: x.to(device), given) if isinstance(given, tuple) else self.draw(device)
         if self.block.cache:
+            if device.type != "cpu":  # there it was drawn for the column norms
+                self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
         return drawn
 

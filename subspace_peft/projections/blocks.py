@@ -4,9 +4,9 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 
-from ..hadamard import matrix, next_power_of_two
+from ..hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 from .base import Block, Projection, working
 
 
@@ -19,8 +19,7 @@ class Blocks(Projection):
     """P = [D H C_1 A; D H C_2 A; ...], cropped to n rows; blocks of `size` = 2^⌈log2 d⌉ rows.
 
     A: [size, d] is the tensor's, C_b = I_k ⊗ diag c_b the block's, so H = H_k ⊗ H_1 ⊗ ... ⊗ H_m splits: H_k acts once
-    a tensor, the others once a block, each as one product of small matrices. (Small ones mean fewer operations, few
-    ones fewer passes over memory.) Positions are numbered (k, rest).
+    a tensor, the others once a block, each as one product of small matrices. Positions are numbered (k, rest).
 
     D: random signs of the tensor, a Kronecker product like H and so part of its factors at no cost (Jin, Kolda and
     Ward, "Faster Johnson-Lindenstrauss transforms via Kronecker products", 2021). Without them H would map a gradient
@@ -34,6 +33,7 @@ class Blocks(Projection):
         self.shared = self.share()
         self.length = self.size // self.shared  # of c_b
         self.sizes = (self.shared, *radices(self.length))
+        self.last = block.n - (self.count - 1) * self.size  # rows of the last block
         self.few = block.n * block.d <= FEW
 
     @abstractmethod
@@ -57,8 +57,8 @@ class Blocks(Projection):
         """A^T v: [batch, size] -> [batch, d]."""
 
     @abstractmethod
-    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
-        """Column square norms of whole blocks, float64 [blocks, d] or [blocks, 1]."""
+    def square_norms(self, state: tuple) -> Tensor:
+        """Column square norms, exact: float64 [d]."""
 
     def draw_factors(self, device: torch.device) -> list[Tensor]:
         """H_k, H_1, ..., H_m with the signs D on their rows."""
@@ -83,27 +83,25 @@ class Blocks(Projection):
 
     def column_square_norms(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            if self.few:
-                return self.state(torch.device("cpu"))[0].double().square().sum(0)
-            return self._column_square_norms()
+            state = self.state(torch.device("cpu"))
+            return state[0].double().square().sum(0) if self.few else self.square_norms(state)
 
     def _apply(self, z: Tensor, state: tuple) -> Tensor:
         """[batch, d] -> [batch, n]."""
         c, factors, first = state
         if z.dtype != c.dtype:
             c, factors = c.to(z.dtype), [h.to(z.dtype) for h in factors]
-        v = self._before(self.first(z, *first), factors)
-        if torch.compiler.is_compiling() or len(z) * self.count * self.size <= CHUNK:
-            return self._transform(v, c, factors).view(len(z), -1)[:, : self.block.n]
-        out = z.new_empty(len(z), self.block.n)
-        step = max(1, CHUNK // self.size)
-        for row, y in enumerate(out):
-            for at in range(0, self.count, step):
-                part = y[at * self.size : (at + step) * self.size]
-                whole = part if len(part) % self.size == 0 else None
-                x = self._transform(v[row : row + 1], c[at : at + step], factors, whole)
-                if whole is None:
-                    part.copy_(x.view(-1)[: len(part)])
+        v, batch = self._before(z, factors, first), z.shape[0]
+        if torch.compiler.is_compiling() or batch * self.count * self.size <= CHUNK:
+            return self._transform(v, c, factors).view(batch, -1)[:, : self.block.n]
+        out = z.new_empty(batch, self.block.n)
+        for row, y in zip(v.unsqueeze(1), out, strict=True):
+            for blocks, entries in self._pieces():
+                part = y[entries]
+                if part.shape[0] % self.size == 0:
+                    self._transform(row, c[blocks], factors, part)
+                else:
+                    part.copy_(self._transform(row, c[blocks], factors).view(-1)[: part.shape[0]])
         return out
 
     def _adjoint(self, g: Tensor, state: tuple) -> Tensor:
@@ -111,89 +109,51 @@ class Blocks(Projection):
         c, factors, first = state
         if g.dtype != c.dtype:
             c, factors = c.to(g.dtype), [h.to(g.dtype) for h in factors]
-        missing = self.count * self.size - self.block.n
         if torch.compiler.is_compiling() or g.numel() <= CHUNK:
-            total = self._transposed(pad(g, (0, missing)) if missing else g, c, factors)
-        else:
-            step = max(1, CHUNK // self.size)
-            rows = []
-            for row in g:
-                total = 0
-                for at in range(0, self.count, step):
-                    part = row[at * self.size : (at + step) * self.size]
-                    part = pad(part, (0, missing)) if len(part) % self.size else part
-                    total = total + self._transposed(part.view(1, -1), c[at : at + step], factors)
-                rows.append(total)
-            total = torch.cat(rows)
-        return self.first_adjoint(self._after(total, factors), *first)
+            return self._after(self._transposed(self._padded(g), c, factors), factors, first)
+        totals = []
+        for row in g.unsqueeze(1):
+            pieces = ((self._padded(row[:, entries]), c[blocks]) for blocks, entries in self._pieces())
+            totals.append(sum(self._transposed(piece, its, factors) for piece, its in pieces))
+        return self._after(torch.cat(totals), factors, first)
 
-    # With one factor H_1 the coefficients become the left side of a product of all blocks at once:
-    # H_1 (c_b ∘ v) = (H_1 diag v) c_b, where W = H_1 diag v: [size / k, size] costs little.
+    def _pieces(self) -> list[tuple[slice, slice]]:
+        """Blocks, and their entries of the tensor, that fit into the cache together."""
+        step = max(1, CHUNK // self.size)
+        starts = range(0, self.count, step)
+        return [(slice(at, at + step), slice(at * self.size, (at + step) * self.size)) for at in starts]
 
-    def _before(self, v: Tensor, factors: list[Tensor]) -> Tensor:
-        """H_k: [batch, size] -> [batch, 1, k, size / k], or W."""
-        v = v.view(-1, self.shared, self.length)
-        if len(factors) > 2:
-            return (v if self.shared == 1 else torch.matmul(factors[0], v)).unsqueeze(1)
-        v = v.mT if self.shared == 1 else torch.matmul(v.mT, factors[0].mT)
-        return (v.unsqueeze(3) * factors[1].mT.unsqueeze(1)).view(-1, self.length, self.size)
-
-    def _after(self, total: Tensor, factors: list[Tensor]) -> Tensor:
-        """The transpose of `_before`."""
-        if len(factors) == 2:
-            total = total.view(-1, self.length, self.shared, self.length) * factors[1].mT.unsqueeze(1)
-            total = total.sum(3).mT
-        return (total if self.shared == 1 else torch.matmul(factors[0].mT, total)).reshape(-1, self.size)
+    def _padded(self, g: Tensor) -> Tensor:
+        """Filled up to whole blocks."""
+        missing = -g.shape[1] % self.size
+        return torch.constant_pad_nd(g, (0, missing)) if missing else g
 
     def _transform(self, v: Tensor, c: Tensor, factors: list[Tensor], out: Tensor | None = None) -> Tensor:
-        """-> [batch, blocks, size], in whatever shape."""
-        if len(factors) == 2:
-            return torch.matmul(c, v) if out is None else torch.mm(c, v[0], out=out.view(-1, self.size))
-        left, *others, last = factors[1:]
-        inner = len(last)
-        x = torch.mm((v * c.unsqueeze(1)).view(-1, inner), last.mT)
-        for h in reversed(others):
-            x, inner = _product(h, x, inner), inner * len(h)
-        return _product(left, x, inner, out)
+        """[batch, 1, k, size / k] -> [batch, blocks, size], in whatever shape."""
+        return kronecker(factors[1:], v * c.unsqueeze(1), out)
 
-    def _transposed(self, y: Tensor, c: Tensor, factors: list[Tensor]) -> Tensor:
-        """[batch, blocks * size] -> [batch, k, size / k], or with one factor [batch, size / k, size]."""
-        batch, inner = len(y), self.length
-        if len(factors) == 2:
-            return torch.matmul(c.mT, y.view(batch, -1, self.size))
-        for h in factors[1:-1]:
-            inner //= len(h)
-            y = _product(h.mT, y, inner)
-        x = torch.mm(y.view(-1, inner), factors[-1]).view(batch, -1, self.shared, self.length)
+    def _transposed(self, g: Tensor, c: Tensor, factors: list[Tensor]) -> Tensor:
+        """[batch, blocks * size] -> [batch, k, size / k]."""
+        x = kronecker([h.t() for h in factors[1:]], g).view(g.shape[0], -1, self.shared, self.length)
         return x.mul_(c.unsqueeze(1)).sum(1)
 
-    def _column_square_norms(self) -> Tensor:
-        """Whole blocks by formula; of the last one, of which the first rows count, the smaller side of the crop."""
-        c, factors, first = self.state(torch.device("cpu"))
-        whole = self.whole_square_norms(c, *first)
-        kept = self.block.n - (self.count - 1) * self.size
-        start, stop = (0, kept) if 2 * kept < self.size else (kept, self.size)
-        part = torch.zeros(self.block.d, dtype=torch.float64)
-        factors, c = [h.double() for h in factors], c.double()
+    def _before(self, z: Tensor, factors: list[Tensor], first: tuple) -> Tensor:
+        """H_k A z: [batch, d] -> [batch, 1, k, size / k]."""
+        v = self.first(z, *first)
+        v = v if self.shared == 1 else multiply(factors[0], v, self.length)
+        return v.view(-1, 1, self.shared, self.length)
+
+    def _after(self, v: Tensor, factors: list[Tensor], first: tuple) -> Tensor:
+        """Its transpose: [batch, k, size / k] -> [batch, d]."""
+        v = v if self.shared == 1 else multiply(factors[0].t(), v, self.length)
+        return self.first_adjoint(v.view(-1, self.size), *first)
+
+    def row_squares(self, start: int, stop: int, state: tuple) -> Tensor:
+        """Sum of the squares of rows start..stop of the last block, from the rows: float64 [d]."""
+        c, factors, first = state
+        factors, last = [h.double() for h in factors], c[-1:].double()
+        total = torch.zeros(self.block.d, dtype=torch.float64)
         for at in range(start, stop, ROWS):
             rows = one_hot(torch.arange(at, min(at + ROWS, stop)), self.size).double()
-            rows = self.first_adjoint(self._after(self._transposed(rows, c[-1:], factors), factors), *first)
-            part += rows.square().sum(0)
-        return whole[:-1].sum(0) + (part if start == 0 else whole[-1] - part)
-
-
-def _product(h: Tensor, x: Tensor, inner: int, out: Tensor | None = None) -> Tensor:
-    """h times each [r, inner] matrix of x."""
-    x = x.view(-1, len(h), inner)
-    h = h.expand(len(x), -1, -1)
-    return torch.bmm(h, x) if out is None else torch.bmm(h, x, out=out.view(x.shape))
-
-
-def radices(size: int) -> list[int]:
-    """Sizes of the factors H_1, ..., H_m, by measurement.
-
-    The signs D follow them: another choice is another P, and so another projection version.
-    """
-    k = size.bit_length() - 1
-    parts = 1 if k <= 6 else 2 if k <= 10 else -(-2 * k // 9)
-    return [2 ** ((k + i) // parts) for i in range(parts)]
+            total += self._after(self._transposed(rows, last, factors), factors, first).square().sum(0)
+        return total

@@ -2,9 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..hadamard import hadamard
 from .blocks import Blocks
+
+
+FEW_ROWS = 64  # a power of two: below it, column norms of so many rows are taken from the rows
 
 
 class Fastfood(Blocks):
@@ -40,5 +44,23 @@ class Fastfood(Blocks):
         signs, _, inverse = state
         return hadamard(v.index_select(-1, inverse))[..., : self.block.d] * signs
 
-    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
-        return self.size * state[0][0].double().square() * c.double().square().sum(1, keepdim=True)
+    def square_norms(self, state: tuple) -> Tensor:
+        """Rows a..a + r of a block, a a multiple of r = 2^s: by Parseval, with x_p = H[a, p] G_p,
+
+            sum_i P_ij^2 = r sum_(q < r) (sum_(p = q mod r) x_p H[Π_p, j])^2,
+
+        which is sum_p x_p^2 plus a Hadamard transform of the products x_p x_p', put where Π_p xor Π_p' is.
+        """
+        gaussian, _, (signs, order, _) = state
+        squares = gaussian[:-1].double().square().sum() * self.size + torch.zeros(self.block.d, dtype=torch.float64)
+        last, start = gaussian[-1].double(), 0
+        for r in (2**s for s in reversed(range(FEW_ROWS.bit_length() - 1, self.size.bit_length()))):
+            if self.last & r:
+                x = last * hadamard(one_hot(torch.tensor(start), self.size).double())
+                u, v = torch.triu_indices(self.size // r, self.size // r, 1)
+                x, positions = x.view(-1, r), order.view(-1, r)
+                at, products = positions[u] ^ positions[v], 2 * x[u] * x[v]
+                cross = x.new_zeros(self.size).index_add_(0, at.flatten(), products.flatten())
+                squares += r * (x.square().sum() + hadamard(cross)[: self.block.d])
+                start += r
+        return squares * signs[0].double() ** 2 + self.row_squares(start, self.last, state)

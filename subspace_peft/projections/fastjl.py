@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .base import Block
 from .blocks import Blocks
@@ -47,7 +46,7 @@ class FastJL(Blocks):
     def first(self, z: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
-            return pad(z * weights, (0, self.size - self.block.d))
+            return torch.constant_pad_nd(z * weights, (0, self.size - self.block.d))
         return (z[:, state[1]] * weights).sum(1)
 
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
@@ -57,11 +56,15 @@ class FastJL(Blocks):
         zero = v.new_zeros(len(v), self.block.d)
         return zero.index_add(1, state[1].flatten(), (v.unsqueeze(1) * weights).flatten(1))
 
-    def whole_square_norms(self, c: Tensor, *state: Tensor) -> Tensor:
+    def square_norms(self, state: tuple) -> Tensor:
         if self.nnz == 1:
-            return torch.full((self.count, 1), float(self.size), dtype=torch.float64)
+            return torch.full((self.block.d,), float(self.block.n), dtype=torch.float64)
+        weights, columns = state[2]
         # a position may hold one column twice: first the sum, then its square
         s = torch.zeros(self.size * self.block.d, dtype=torch.float64)
-        at = torch.arange(self.size) * self.block.d + state[1]
-        s.index_add_(0, at.flatten(), state[0].double().flatten())
-        return self.size * s.view(self.size, -1).square().sum(0).expand(self.count, -1)
+        at = torch.arange(self.size) * self.block.d + columns
+        s.index_add_(0, at.flatten(), weights.double().flatten())
+        whole = self.size * s.view(self.size, -1).square().sum(0)
+        if 2 * self.last < self.size:  # the smaller side of the crop
+            return (self.count - 1) * whole + self.row_squares(0, self.last, state)
+        return self.count * whole - self.row_squares(self.last, self.size, state)

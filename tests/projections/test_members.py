@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
+from subspace_peft.hadamard import radices
 from subspace_peft.projections import PROJECTIONS, Block
-from subspace_peft.projections.blocks import radices
 from tests.projections.cases import explicit, make, random
 
 

@@ -9,7 +9,7 @@ from subspace_peft.projections import PROJECTIONS, Block
 
 P = PROJECTIONS["fastfood"](Block(name="w", n=12, d=5))
 Z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-O = torch.randn(7, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+ORIGINS = torch.randn(7, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def move(z, origin):
@@ -21,30 +21,34 @@ def apart(z, origin):
 
 
 def test_it_is_the_sum():
-    assert torch.equal(move(Z[0], O[0]), apart(Z[0], O[0]))
-    torch.testing.assert_close(move(Z, O[0]), torch.stack([apart(z, O[0]) for z in Z]))
+    assert torch.equal(move(Z[0], ORIGINS[0]), apart(Z[0], ORIGINS[0]))
+    torch.testing.assert_close(move(Z, ORIGINS[0]), torch.stack([apart(z, ORIGINS[0]) for z in Z]))
 
 
 def test_derivatives_of_both_inputs_to_second_order():
-    inputs = Z[0].clone().requires_grad_(), O[0].clone().requires_grad_()
+    inputs = Z[0].clone().requires_grad_(), ORIGINS[0].clone().requires_grad_()
     assert torch.autograd.gradcheck(move, inputs)
     assert torch.autograd.gradgradcheck(move, inputs)
 
 
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap(dims):
-    z, origin = Z if dims[0] == 0 else Z[0], O if dims[1] == 0 else O[0]
-    expected = torch.stack([apart(Z[i] if dims[0] == 0 else z, O[i] if dims[1] == 0 else origin) for i in range(7)])
+    z, origin = Z if dims[0] == 0 else Z[0], ORIGINS if dims[1] == 0 else ORIGINS[0]
+    expected = torch.stack(
+        [apart(Z[i] if dims[0] == 0 else z, ORIGINS[i] if dims[1] == 0 else origin) for i in range(7)]
+    )
     torch.testing.assert_close(vmap(move, dims)(z, origin), expected)
 
 
 def test_func_grad_and_jvp():
-    torch.testing.assert_close(grad(lambda z: move(z, O[0]).sum())(Z[0]), grad(lambda z: apart(z, O[0]).sum())(Z[0]))
-    tangents = jvp(move, (Z[0], O[0]), (Z[1], O[1]))[1]
-    torch.testing.assert_close(tangents, apart(Z[1], O[1]))
+    torch.testing.assert_close(
+        grad(lambda z: move(z, ORIGINS[0]).sum())(Z[0]), grad(lambda z: apart(z, ORIGINS[0]).sum())(Z[0])
+    )
+    tangents = jvp(move, (Z[0], ORIGINS[0]), (Z[1], ORIGINS[1]))[1]
+    torch.testing.assert_close(tangents, apart(Z[1], ORIGINS[1]))
 
 
 def test_the_origin_is_left_alone():
-    before = O[0].clone()
-    move(Z[0], O[0])
-    assert torch.equal(O[0], before)
+    before = ORIGINS[0].clone()
+    move(Z[0], ORIGINS[0])
+    assert torch.equal(ORIGINS[0], before)
