@@ -37,7 +37,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
                 f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' "
                 "own load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, folder)."
             )
-        if theta_d.device.type == "meta":  # offloaded by accelerate, which loads what its own forward would read
+        if theta_d.device.type == "meta":  # offloaded by accelerate: loaded for a forward of its own only
             with align_module_device(self.subspace_peft_theta_d):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(factor, Tensor) and factor.device != theta_d.device:

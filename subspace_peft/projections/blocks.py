@@ -12,7 +12,7 @@ from .base import Block, Projection, working
 
 CHUNK = 2**18  # entries of theta at a time: two such pieces stay in a core's cache
 FEW = 2**15  # up to so many entries the rows of P are held: one small product is faster than a transform
-ROWS = 256  # rows of the last block at a time, for column norms
+ROWS = 2**22  # entries of P at a time, for column norms
 
 
 class Blocks(Projection):
@@ -153,7 +153,8 @@ class Blocks(Projection):
         c, factors, first = state
         factors, last = [h.double() for h in factors], c[-1:].double()
         total = torch.zeros(self.block.d, dtype=torch.float64)
-        for at in range(start, stop, ROWS):
-            rows = one_hot(torch.arange(at, min(at + ROWS, stop)), self.size).double()
+        step = max(1, ROWS // self.size)
+        for at in range(start, stop, step):
+            rows = one_hot(torch.arange(at, min(at + step, stop)), self.size).double()
             total += self._after(self._transposed(rows, last, factors), factors, first).square().sum(0)
         return total

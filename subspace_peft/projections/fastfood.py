@@ -8,7 +8,7 @@ from ..hadamard import hadamard
 from .blocks import Blocks
 
 
-FEW_ROWS = 64  # a power of two: below it, column norms of so many rows are taken from the rows
+PAIRS = 2**24  # products at a time for the column norms; what is left to the rows themselves follows from it
 
 
 class Fastfood(Blocks):
@@ -54,8 +54,8 @@ class Fastfood(Blocks):
         gaussian, _, (signs, order, _) = state
         squares = gaussian[:-1].double().square().sum() * self.size + torch.zeros(self.block.d, dtype=torch.float64)
         last, start = gaussian[-1].double(), 0
-        for r in (2**s for s in reversed(range(FEW_ROWS.bit_length() - 1, self.size.bit_length()))):
-            if self.last & r:
+        for r in (2**s for s in reversed(range(6, self.size.bit_length()))):
+            if self.last & r and self.size**2 // (2 * r) <= PAIRS:
                 x = last * hadamard(one_hot(torch.tensor(start), self.size).double())
                 u, v = torch.triu_indices(self.size // r, self.size // r, 1)
                 x, positions = x.view(-1, r), order.view(-1, r)

@@ -36,6 +36,17 @@ def test_matrix(case):
     assert projection.moved == n or case[0] == "coordinate"
 
 
+@pytest.mark.parametrize("n", [1, 63, 64, 512 + 127, 1023, 1024, 1025, 2048 + 64, 3000])
+@pytest.mark.parametrize(("name", "nnz"), [("fastfood", None), ("fastjl", None), ("fastjl", 2)])
+def test_column_norms_of_cropped_blocks(name, nnz, n, monkeypatch):
+    projection = make(name, n, 1000, nnz)
+    expected = explicit(projection).square().sum(0)
+    torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
+    monkeypatch.setattr("subspace_peft.projections.fastfood.PAIRS", 2**12)
+    monkeypatch.setattr("subspace_peft.projections.blocks.ROWS", 2**14)
+    torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("name", PROJECTIONS)
 @given(n=st.integers(1, 3000), d=st.integers(1, 300), seed=st.integers(0, 2**63))
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,39 @@
+"""Fastfood as published implementations compute it, the baseline of projections.py.
+
+One transform a tensor, of size 2^⌈log2 n⌉, twice: P = H G Π H B on theta_d padded with zeros, cropped to n. Each
+transform is log2 passes over the whole vector, and autograd keeps and differentiates every pass. Written anew after
+the description in Le, Sarlos and Smola (ICML 2013), not after anyone's code.
+"""
+
+import torch
+from torch import Tensor
+
+
+def butterfly(x: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of a vector, stage by stage: [2^k] -> [2^k]."""
+    half = 1
+    while half < len(x):
+        left, right = x.view(-1, 2, half).unbind(1)
+        x = torch.stack((left + right, left - right), 1).view(-1)
+        half *= 2
+    return x
+
+
+class ButterflyFastfood:
+    """P of one tensor: [d] -> [n], differentiated by autograd."""
+
+    def __init__(self, n: int, d: int):
+        self.n = n
+        self.size = 1 << (max(n, d) - 1).bit_length()
+        self.signs = torch.randint(0, 2, (self.size,)) * 2.0 - 1
+        self.order = torch.randperm(self.size)
+        self.gaussian = torch.randn(self.size)
+        self.scale = 1 / (self.size * self.gaussian.square().sum()).sqrt()
+
+    def __call__(self, theta_d: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(theta_d, (0, self.size - len(theta_d)))
+        x = butterfly(x * self.signs)[self.order]
+        return (butterfly(x * self.gaussian) * self.scale)[: self.n]
+
+    def state(self) -> list[Tensor]:
+        return [self.signs, self.order, self.gaussian]

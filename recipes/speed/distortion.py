@@ -1,0 +1,120 @@
+"""How far three operators are from an isometry: the published "FastJL", our FastJL, our Fastfood.
+
+    python recipes/speed/distortion.py [--output <file>]
+
+The published operator (Gargiulo 2023, the code, not the report) is, for each tensor,
+
+    theta_D[i] = theta_0[i] + p_i u[i mod k] / K,    u = H_k (signs * theta_d),    k = 2^ceil(log2 d)
+
+with p_i = 0 with probability 1 - q, else normal of standard deviation q^(-1/3), q = min(2 ln(60000)^2 / ln(d)^3, 1),
+and K = sqrt(d) for d <= 6000, else ln(d). Rebuilt after that formula, not after the code; the transform of
+length 2^ceil(log2 D) that the code does is this one repeated.
+
+Measured on one tensor of n entries: the share of rows of P that are zero (weights that never move), and the norms of
+rows and columns of P. "scale" is the mean column norm over sqrt(n / d), the value of independent entries of variance
+1 / d: a change of it from one d to the next is a change of the effective learning rate.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes import environment
+from subspace_peft.hadamard import hadamard, next_power_of_two
+from subspace_peft.projections import PROJECTIONS, Block
+
+
+N = 200_000
+DIMENSIONS = (100, 509, 510, 1000, 4000, 6000, 6001, 10_000, 50_000)
+PROBES = 64
+RESULTS = Path(__file__).parent / "results"
+
+
+class Published:
+    """The diagonal operator; `apply` and `adjoint` as ours have them."""
+
+    def __init__(self, n: int, d: int):
+        generator = torch.Generator().manual_seed(0)
+        self.n, self.d, self.k = n, d, next_power_of_two(d)
+        q = min(2 * math.log(60_000) ** 2 / math.log(d) ** 3, 1)
+        moves = torch.rand(n, generator=generator) < q
+        self.p = torch.randn(n, generator=generator) * q ** (-1 / 3) * moves
+        self.p /= math.sqrt(d) if d <= 6000 else math.log(d)
+        self.signs = 2.0 * torch.randint(0, 2, (d,), generator=generator) - 1
+        self.moved = int(moves.sum())
+
+    def apply(self, z: Tensor) -> Tensor:
+        u = hadamard(torch.nn.functional.pad(z * self.signs, (0, self.k - self.d)))
+        return self.p * u.repeat(*[1] * (z.dim() - 1), -(-self.n // self.k))[..., : self.n]
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(g * self.p, (0, -self.n % self.k))
+        return hadamard(padded.unflatten(-1, (-1, self.k)).sum(-2))[..., : self.d] * self.signs
+
+
+def rows_and_columns(operator, n: int, d: int) -> tuple[Tensor, Tensor]:
+    """Norms of PROBES rows and of PROBES columns, spread evenly."""
+    i = torch.linspace(0, n - 1, PROBES).long()
+    j = torch.linspace(0, d - 1, PROBES).long()
+    rows = torch.stack([operator.adjoint(torch.nn.functional.one_hot(at, n).float()).norm() for at in i])
+    columns = torch.stack([operator.apply(torch.nn.functional.one_hot(at, d).float()).norm() for at in j])
+    return rows, columns
+
+
+def measure(name: str, d: int) -> dict:
+    if name == "published":
+        operator, factor = Published(N, d), 1.0
+    else:
+        operator = PROJECTIONS[name](Block(name="weight", n=N, d=d))
+        factor = math.sqrt(operator.moved / operator.column_square_norms().sum().item())  # normalization="rows"
+    with torch.no_grad():
+        rows, columns = rows_and_columns(operator, N, d)
+        image = torch.stack([operator.apply(torch.randn(d)) for _ in range(8)])
+    rows, columns = rows * factor, columns * factor
+    moving = rows[rows > 0]
+    return {
+        "operator": name,
+        "d": d,
+        "never_moved": 1 - operator.moved / N,
+        "never_moved_seen": (image == 0).all(0).double().mean().item(),
+        "scale": (columns.mean() / math.sqrt(N / d)).item(),
+        "column_norms_max_over_min": (columns.max() / columns.min()).item(),
+        "row_norms_sd_over_mean": (moving.std() / moving.mean()).item(),
+    }
+
+
+def text(results: list[dict]) -> str:
+    lines = [
+        "| d | operator | never moved | scale | column norms, max / min | row norms, sd / mean |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r['d']:,} | {r['operator']} | {100 * r['never_moved']:.0f} % | {r['scale']:.2f} | "
+            f"{r['column_norms_max_over_min']:.3f} | {r['row_norms_sd_over_mean']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d", nargs="+", type=int, default=list(DIMENSIONS))
+    parser.add_argument("--output", type=Path, default=RESULTS / "distortion.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    results = [measure(name, d) for d in options.d for name in ("published", "fastjl", "fastfood")]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"n": N, "operators": results, **environment.record()}, indent=1) + "\n")
+    print(text(results))
+
+
+if __name__ == "__main__":
+    main()

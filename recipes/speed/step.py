@@ -1,0 +1,171 @@
+"""A whole training step of a ViT: full fine-tuning, PEFT's methods and ours, one step of each in turn.
+
+    python recipes/speed/step.py [--rounds 30] [--threads 2] [--methods full lora fastfood] [--output <file>]
+
+ViT of hidden 384, 6 layers, 6 heads, 64x64 pixels in patches of 8, batch 32; every linear module but the head; AdamW
+over what each method trains. Interleaved, so that whatever else the machine does falls on all methods alike; the load
+is written beside the medians. Keep the cores idle for numbers that count.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import FourierFTConfig, LoraConfig, UniLoraConfig, VeraConfig, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTForImageClassification
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes import environment
+from subspace_peft import SubspaceConfig
+
+
+SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+IMAGES = {"image_size": 64, "patch_size": 8, "num_labels": 100}
+BATCH = 32
+RANK = 8
+D_SMALL = 1024
+RESULTS = Path(__file__).parent / "results"
+
+METHODS: dict[str, Callable | None] = {
+    "full": None,
+    "lora": lambda targets: LoraConfig(r=RANK, target_modules=targets),
+    "unilora": lambda targets: UniLoraConfig(r=RANK, theta_d_length=D_SMALL, target_modules=targets),
+    "vera": lambda targets: VeraConfig(r=256, target_modules=targets),
+    "fourierft": lambda targets: FourierFTConfig(n_frequency=1000, target_modules=targets),
+    "fastfood": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastfood", target_modules=targets),
+    "fastjl": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastjl", target_modules=targets),
+    "sparse": lambda targets: SubspaceConfig(d=D_SMALL, projection="sparse", target_modules=targets),
+    "low_rank fastjl": lambda targets: SubspaceConfig(
+        d=D_SMALL, projection="fastjl", coordinates="low_rank", rank=RANK, target_modules=targets
+    ),
+    "low_rank identity": lambda targets: SubspaceConfig(
+        projection="identity", coordinates="low_rank", rank=RANK, target_modules=targets
+    ),
+}
+
+
+class Contender:
+    """One method on a model of its own, which takes training steps."""
+
+    def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(ViTConfig(**SHAPE, **IMAGES))
+        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
+        config = METHODS[name]
+        self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()
+        self.images, self.labels = images, labels
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def step(self) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.model(pixel_values=self.images, labels=self.labels).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+    def saved_bytes(self) -> int:
+        """What autograd holds between forward and backward, parameters apart."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        held = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.model(pixel_values=self.images, labels=self.labels).loss
+            total = sum(held.values())
+        del loss
+        return total
+
+    def result(self, full: "Contender | None") -> dict:
+        quartiles = statistics.quantiles(self.wall, n=4) if len(self.wall) > 1 else [self.wall[0]] * 3
+        result = {
+            "trained": sum(p.numel() for p in self.trained),
+            "wall_ms": round(1e3 * statistics.median(self.wall), 1),
+            "wall_quartiles_ms": [round(1e3 * quartiles[0], 1), round(1e3 * quartiles[2], 1)],
+            "cpu_ms": round(1e3 * statistics.median(self.cpu), 1),
+            "saved_for_backward_mb": round(self.saved_bytes() / 2**20, 1),
+        }
+        if full is not None:
+            ratios = [mine / theirs for mine, theirs in zip(self.wall, full.wall, strict=True)]
+            result["ratio"] = round(result["wall_ms"] / (1e3 * statistics.median(full.wall)), 3)
+            result["ratio_by_round"] = round(statistics.median(ratios), 3)
+            result["cpu_ratio"] = round(statistics.median(self.cpu) / statistics.median(full.cpu), 3)
+        return result
+
+
+def measure(methods: list[str], rounds: int, warm_up: int) -> dict[str, dict]:
+    torch.manual_seed(0)
+    images = torch.randn(BATCH, 3, IMAGES["image_size"], IMAGES["image_size"])
+    labels = torch.randint(0, IMAGES["num_labels"], (BATCH,))
+    contenders = {name: Contender(name, images, labels) for name in methods}
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever steps when it comes
+    for at in tqdm(range(rounds + warm_up), unit="round"):
+        for contender in contenders.values():
+            if at == warm_up:
+                contender.wall.clear()
+                contender.cpu.clear()
+            contender.step()
+    gc.enable()
+    return {name: contender.result(contenders.get("full")) for name, contender in contenders.items()}
+
+
+def text(results: dict[str, dict]) -> str:
+    lines = [
+        "| method | numbers trained | ms a step | of full fine-tuning | CPU time, of full | MB saved for backward |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in results.items():
+        ratios = f"{r.get('ratio', float('nan')):.2f} | {r.get('cpu_ratio', float('nan')):.2f}"
+        lines.append(
+            f"| {name} | {r['trained']:,} | {r['wall_ms']:.0f} | {ratios} | {r['saved_for_backward_mb']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--output", type=Path, default=RESULTS / "step.json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    before = os.getloadavg()
+    results = measure(options.methods, options.rounds, options.warm_up)
+    record = {
+        "model": {**SHAPE, **IMAGES, "batch": BATCH, "d": D_SMALL, "rank": RANK},
+        "rounds": options.rounds,
+        "load": {"before": before, "after": os.getloadavg()},
+        "methods": results,
+        **environment.record(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(text(results))
+    print(f"load before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {options.output}")
+
+
+if __name__ == "__main__":
+    main()
