@@ -35,7 +35,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         if factor is None:
             raise ValueError(
                 f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' "
-                "own load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, folder)."
+                "own load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, dir)."
             )
         if theta_d.device.type == "meta":  # offloaded by accelerate: loaded for a forward of its own only
             with align_module_device(self.subspace_peft_theta_d):
