@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -122,17 +123,22 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
     tensors = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
 
     targets, held, places = [], set(), set()
-    for _, parent, child, module in modules:
+    for name, parent, child, module in modules:
         if (isinstance(parent, nn.MultiheadAttention) and child == "out_proj") or (id(parent), child) in places:
             continue
         places.add((id(parent), child))
         mine = {path: p for path, p in own_parameters(module).items() if id(p) in tensors}
-        if mine or _keeps_statistics(module):
+        if mine or (_keeps_statistics(module) and not _saved_whole(name, config)):
             shared = frozenset(path for path, p in mine.items() if id(p) in held)
             held |= {id(p) for p in mine.values()}
             names = {path: canonical[id(p)] for path, p in mine.items()}
             targets.append(Target(parent, child, module, names, shared))
     return targets if tensors else []
+
+
+def _saved_whole(name: str, config: PeftConfig) -> bool:
+    """Whether the module is, or lies in, one of `modules_to_save`, whose copy has statistics of its own."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

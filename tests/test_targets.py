@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from subspace_peft.adapter_file import unique_coordinates
-from tests.cases import BY_NAME, MLP, Bare, assert_same_state, settings, tensors, tree, wrap
+from subspace_peft.layer import SubspaceLayer
+from tests.cases import BY_NAME, MLP, Bare, assert_same_state, outputs, settings, tensors, train, tree, wrap
 
 
 def moved(model, adapter="default") -> set[str]:
@@ -132,3 +134,12 @@ def test_a_failing_second_adapter_leaves_the_first():
     assert_same_state(model, before)
     assert moved(model) == {name for name, _ in Bare().named_parameters()}
     model.add_adapter("other", settings(d=5))
+
+
+def test_a_batch_norm_of_modules_to_save_is_left_to_peft():
+    case = BY_NAME["convnet"]
+    model = wrap(case, target_modules=["conv1", "conv2"], modules_to_save=["bn1", "head"])
+    assert isinstance(model.base_model.model.bn1, ModulesToSaveWrapper)
+    assert isinstance(model.base_model.model.bn2, SubspaceLayer)
+    train(model, case)
+    assert torch.isfinite(outputs(model, case)).all()
