@@ -61,7 +61,7 @@ def statistics(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
     for name, layer in named_layers(model):
         for statistic in STATISTICS:
             if adapter in getattr(layer, PREFIX + statistic):
-                yield f"{name}.{PREFIX}{statistic}.{adapter}", getattr(layer.base_layer, statistic)
+                yield f"{name}.{PREFIX}{statistic}.{adapter}", layer.base_statistic(statistic)
 
 
 def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -72,6 +73,9 @@ class SubspaceConfig(PeftConfig):
         D (`int`), fingerprint (`str`), subspace_peft_version (`str`): Filled in when a model is wrapped: the number of
             entries, eight hexadecimal digits for (name, shape) of each target tensor, and who wrote it.
 
+    Wrapping a model writes what it found into the config (names for "all", d, D): each model wants a config of its
+    own.
+
     Raises:
         ValueError: for every value that no model could make right.
     """
@@ -122,6 +126,8 @@ class SubspaceConfig(PeftConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        if type(self.projection_version) is not int:
+            raise ValueError(f"`projection_version` must be an integer, got {self.projection_version!r}.")
         if self.projection_version > PROJECTION_VERSION:
             raise ValueError(
                 f"`projection_version` must be at most {PROJECTION_VERSION} for subspace_peft {package_version()}, "
@@ -151,12 +157,14 @@ class SubspaceConfig(PeftConfig):
             raise ValueError(
                 f"`nnz_per_row` must be at most d = {self.d}, got {self.nnz_per_row}; lower it or raise `d`."
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if self.coordinates == "low_rank":
             if self.rank is None:
                 raise ValueError("`rank` is needed for coordinates='low_rank': set it to 1 or more.")
             self.alpha = float(self.rank) if self.alpha is None else float(self.alpha)
+            if not isfinite(self.alpha) or self.alpha == 0:
+                raise ValueError(f"`alpha` must be finite and not 0, got {self.alpha}; leave it out for the rank.")
         elif self.rank is not None or self.alpha is not None:
             raise ValueError(
                 f"`rank` and `alpha` belong to coordinates='low_rank', got coordinates={self.coordinates!r} with rank="

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .philox import Philox
 from .projections import Projection
+from .projections.base import full_precision
 
 
 class Coordinates(ABC):
@@ -101,7 +102,8 @@ class LowRank(Coordinates):
 
     def increment(self, z):
         B, A = self.factors(z)
-        return (B @ A).reshape(*z.shape[:-1], *self.shape)
+        with full_precision(z):
+            return (B @ A).reshape(*z.shape[:-1], *self.shape)
 
     def moved_from(self, origin, z):
         return origin + self.increment(z)

@@ -15,14 +15,18 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .coordinates import Coordinates, LowRank
 from .vectors import SubspaceVectors
 
 
-LINEAR_IN_PARAMETERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.EmbeddingBag)
+LINEAR_IN_PARAMETERS = {
+    *(kind.forward for kind in (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)),
+    *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+}
+"""The forward methods whose output is a linear function of weight and bias; a subclass with its own may be none."""
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -88,11 +92,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         for name in STATISTICS:
             held = getattr(self, f"subspace_peft_{name}")
             if isinstance(held, BufferDict):
-                held[adapter] = getattr(self.base_layer, name).detach().clone()
+                held[adapter] = self.base_statistic(name).detach().clone()
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.shared.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's; a tied tensor is unmerged by its owner, which may not be the first to run."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """The device only: PEFT's would also round theta_d to the dtype of the base."""
@@ -160,7 +170,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _adds_to_output(self) -> bool:
         """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""
-        if not isinstance(self.base_layer, LINEAR_IN_PARAMETERS):
+        if type(self.base_layer).forward not in LINEAR_IN_PARAMETERS:
             return False
         return self.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
 
@@ -193,6 +203,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             with _in_place_of(base, tensors):
                 output = output + base(*args, **kwargs)
         return output
+
+    def base_statistic(self, name: str) -> Tensor:
+        """The base's own, also while an adapter is merged."""
+        return self._unmerged_statistics.get(name, getattr(self.base_layer, name))
 
     def _statistics(self, adapter: str) -> dict[str, Tensor]:
         """The adapter's own batch-norm statistics: training changes these and leaves the base's alone."""
@@ -240,7 +254,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             for parameter, tensor in merged.items():
                 parameter.data = tensor.to(parameter.dtype)
-            self._swap_statistics(self._statistics(adapter))
+            if not self.merged:  # of several adapters the first one's statistics count, as in forward
+                self._swap_statistics(self._statistics(adapter))
             self.merged_adapters.append(adapter)
 
     @torch.no_grad()

@@ -111,6 +111,10 @@ class SubspaceModel(BaseTuner):
         """
         if kwargs.get("combination_type", "linear") not in ("linear", None):
             raise ValueError(f"`combination_type` must be 'linear', got {kwargs['combination_type']!r}; leave it out.")
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another."
+            )
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"`weights` must have one number an adapter, got {len(weights)} for {len(adapters)}.")
         configs = [self.peft_config[adapter] for adapter in adapters]

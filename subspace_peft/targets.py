@@ -129,10 +129,13 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
         places.add((id(parent), child))
         mine = {path: p for path, p in own_parameters(module).items() if id(p) in tensors}
         if mine or (_keeps_statistics(module) and not _saved_whole(name, config)):
-            shared = frozenset(path for path, p in mine.items() if id(p) in held)
-            held |= {id(p) for p in mine.values()}
+            shared = set()
+            for path, p in mine.items():
+                if id(p) in held:
+                    shared.add(path)
+                held.add(id(p))
             names = {path: canonical[id(p)] for path, p in mine.items()}
-            targets.append(Target(parent, child, module, names, shared))
+            targets.append(Target(parent, child, module, names, frozenset(shared)))
     return targets if tensors else []
 
 
@@ -159,6 +162,11 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
             name = name.removesuffix(".out_proj")
             wanted = [f"out_proj.{path}" for path in wanted]
             owned = own_parameters(parent)
+        if wanted and getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"A target must leave its weight alone: the embedding `{name}` rewrites its own by `max_norm`; set "
+                "that to None or exclude the module."
+            )
         for path in wanted:
             if not owned[path].is_floating_point():
                 raise ValueError(

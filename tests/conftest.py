@@ -1,5 +1,6 @@
 """Settings of all tests: one thread for tiny tensors, and no warnings but those that cannot be avoided."""
 
+import hypothesis
 import torch
 
 
@@ -15,3 +16,5 @@ def pytest_configure(config):
     for line in UPSTREAM:
         config.addinivalue_line("filterwarnings", line)
     torch.set_num_threads(1)
+    hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("tests")

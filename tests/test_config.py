@@ -87,3 +87,9 @@ def test_a_config_of_the_first_version_loads(tmp_path):
     assert {k: getattr(config, k) for k in first if k != "target_modules"} == {
         k: v for k, v in first.items() if k != "target_modules"
     }
+
+
+@pytest.mark.parametrize("alpha", [0, float("nan"), float("inf")])
+def test_alpha_must_be_finite_and_not_zero(alpha):
+    with pytest.raises(ValueError, match="`alpha` must be finite"):
+        SubspaceConfig(d=3, coordinates="low_rank", rank=2, alpha=alpha)

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from subspace_peft.layer import SubspaceLayer
 from tests.cases import BY_NAME, CASES, loss, move, outputs, run, settings, theta_d, train, wrap
 
 
@@ -109,3 +110,16 @@ def test_merging_into_a_half_precision_base(dtype):
         plain = model.merge_and_unload(safe_merge=True)
         assert {p.dtype for p in plain.parameters()} == {dtype}
         torch.testing.assert_close(run(plain, x), adapted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl"])
+def test_theta_d_stays_float32_under_autocast(projection):
+    model = wrap(BY_NAME["norms"], projection=projection)
+    move(model)
+    layer = next(m for m in model.modules() if isinstance(m, SubspaceLayer))
+    with torch.no_grad():
+        expected = layer.increments(["default"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = layer.increments(["default"])
+    for path, increment in expected.items():
+        assert torch.equal(under[path], increment)

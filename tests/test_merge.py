@@ -138,3 +138,36 @@ class TestBatchNorm:
         train(model, self.case)
         model.set_adapter("default")
         assert torch.equal(outputs(model, self.case), adapted)
+
+
+def test_statistics_are_saved_while_merged(tmp_path):
+    case = BY_NAME["convnet"]
+    model = wrap(case)
+    train(model, case)
+    expected = outputs(model, case)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
+    loaded = PeftModel.from_pretrained(case.model(), tmp_path).eval()
+    torch.testing.assert_close(outputs(loaded, case), expected)
+
+
+def test_of_several_merged_adapters_the_first_ones_statistics_count():
+    case = BY_NAME["convnet"]
+    model = wrap(case)
+    train(model, case)
+    model.add_adapter("other", settings(seed=1))
+    model.base_model.set_adapter(["other", "default"])
+    train(model, case)
+    live = outputs(model, case)
+    model.merge_adapter(["other", "default"])
+    torch.testing.assert_close(outputs(model, case), live, rtol=1e-4, atol=1e-4)
+
+
+def test_disabling_unmerges_every_layer_first():
+    case = BY_NAME["tied"]
+    model = wrap(case)
+    move(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(outputs(model, case), base_outputs(case), rtol=1e-5, atol=1e-5)

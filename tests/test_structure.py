@@ -26,7 +26,8 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "register": ({"config", "model"}, {"peft"}),
 }
 STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "hashlib"}
-STANDARD |= {"importlib", "inspect", "itertools", "json", "math", "numbers", "operator", "os", "typing", "warnings"}
+STANDARD |= {"importlib", "inspect", "itertools", "json", "math", "numbers", "operator", "os", "re", "typing"}
+STANDARD |= {"warnings"}
 
 
 def imports(path: Path) -> set[str]:

@@ -143,3 +143,10 @@ def test_a_batch_norm_of_modules_to_save_is_left_to_peft():
     assert isinstance(model.base_model.model.bn2, SubspaceLayer)
     train(model, case)
     assert torch.isfinite(outputs(model, case)).all()
+
+
+def test_an_embedding_that_rewrites_its_weight_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match="max_norm"):
+        get_peft_model(model, settings())
+    assert type(model[0]) is nn.Embedding

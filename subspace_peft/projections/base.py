@@ -31,12 +31,18 @@ class Block:
     given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; else: a saved state
 
 
+def full_precision(x: Tensor):
+    """Without autocast, which would round theta_d and every step of a transform to half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class _Map(torch.autograd.Function):
     """x -> P x, or x -> P^T x. Its derivative is itself and its adjoint is itself the other way round."""
 
     @staticmethod
     def forward(x, projection, transposed):
-        return projection.adjoint(x) if transposed else projection.apply(x)
+        with full_precision(x):
+            return projection.adjoint(x) if transposed else projection.apply(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -60,7 +66,8 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(theta_d, origin, projection):
-        moved = projection.apply(theta_d)
+        with full_precision(theta_d):
+            moved = projection.apply(theta_d)
         return moved.view((*theta_d.shape[:-1], *origin.shape)).add_(origin)
 
     @staticmethod
@@ -121,7 +128,8 @@ class Projection(ABC):
         if origin is None:
             return self._map(theta_d, False)
         if torch.compiler.is_compiling():
-            return origin + self.apply(theta_d).view(*theta_d.shape[:-1], *origin.shape)
+            with full_precision(theta_d):
+                return origin + self.apply(theta_d).view(*theta_d.shape[:-1], *origin.shape)
         return _Move.apply(theta_d, origin, self)
 
     def transpose(self, grad: Tensor) -> Tensor:
@@ -171,7 +179,8 @@ class Projection(ABC):
 
     def _map(self, x: Tensor, transposed: bool) -> Tensor:
         if torch.compiler.is_compiling():  # a Function with a jvp cannot be traced; these operations can
-            return self.adjoint(x) if transposed else self.apply(x)
+            with full_precision(x):
+                return self.adjoint(x) if transposed else self.apply(x)
         return _Map.apply(x, self, transposed)
 
     def __getstate__(self) -> dict:
