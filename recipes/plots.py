@@ -53,7 +53,7 @@ def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int]) -> None:
         axis.plot(d, threshold, marker, color="black", markersize=9, fillstyle="none", label=f"{source}: {d}")
     axis.set(xlabel="d", ylabel="test accuracy after the last epoch, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="lower right")
+    axis.legend(fontsize="small", loc="best")
 
 
 if __name__ == "__main__":
