@@ -170,9 +170,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _adds_to_output(self) -> bool:
         """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""
-        if type(self.base_layer).forward not in LINEAR_IN_PARAMETERS:
-            return False
-        return self.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
+        return _is_linear_in_parameters(self.base_layer) and self.base_layer.weight.dtype in (
+            torch.float16,
+            torch.bfloat16,
+        )
 
     def _runs_factored(self, adapter: str) -> bool:
         """Whether x can go through A and B in turn, without their product."""
@@ -283,6 +284,14 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
     """nn.TransformerEncoderLayer in eval mode reads its parts' weights and calls no part, unless one has a hook."""
+
+
+def _is_linear_in_parameters(module: nn.Module) -> bool:
+    if isinstance(module, nn.EmbeddingBag):
+        return type(module).forward is nn.EmbeddingBag.forward and module.mode != "max"
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        return True  # transformers has a class of this name in many models: the embedding times a constant
+    return type(module).forward in LINEAR_IN_PARAMETERS
 
 
 def _device(module: nn.Module) -> torch.device:

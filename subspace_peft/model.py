@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,22 +48,40 @@ class SubspaceModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
-        """Plan everything and check it, before a module is touched."""
+        """Plan everything and check it, before a module or the config is touched."""
+        named = copy.copy(config)
         if config.target_modules == ALL:
-            config.target_modules = expand_all(model)
+            named.target_modules = expand_all(model)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            config.target_modules = expand_all_linear(model, config)
-        targets = find_targets(model, config, partial(self._matches, config))
-        self._plan = Plan(config, targets) if targets else None
-        if self._plan is None and (near := near_names(model, config)):
+            named.target_modules = expand_all_linear(model, config)
+        self._plan = None
+        targets = find_targets(model, named, partial(self._matches, named))
+        if targets:
+            self._plan = Plan(config, targets)
+            config.target_modules = named.target_modules
+        elif near := near_names(model, named):
             raise ValueError(
-                f"Target modules {config.target_modules} not found in the base model; names near to it: "
+                f"Target modules {named.target_modules} not found in the base model; names near to it: "
                 f"{', '.join(near)}."
             )
 
     def _matches(self, config: SubspaceConfig, name: str) -> bool:
-        found = self._check_target_module_exists(config, name)
+        found = super()._check_target_module_exists(config, name)
         return bool(found) and not isinstance(found, _ExcludedModule)
+
+    def _check_target_module_exists(self, config: SubspaceConfig, key: str):
+        """PEFT's; a module that an earlier adapter wraps also answers for its parts, which PEFT passes over."""
+        found = super()._check_target_module_exists(config, key)
+        return found or self._wraps_a_target(key) or found
+
+    def _wraps_a_target(self, key: str) -> bool:
+        if self._plan is None:
+            return False
+        layer = self.model.get_submodule(key)
+        if not isinstance(layer, SubspaceLayer):
+            return False
+        parts = {id(module) for module in layer.base_layer.modules()}
+        return any(id(target.parent) in parts for target in self._plan.targets)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Carry out the whole plan at the first of PEFT's calls: a tied tensor moves modules that have no turn."""
@@ -166,7 +185,7 @@ class SubspaceModel(BaseTuner):
             (m, name, c) for m in model.modules() for name, c in m.named_children() if isinstance(c, SubspaceLayer)
         ]:
             for parent, name, layer in nested:
-                if merge:
+                if merge and not layer.merged:  # a module under several names meets it more than once
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 setattr(parent, name, layer.base_layer)
         if hasattr(model, VECTORS):

@@ -76,6 +76,7 @@ class Plan:
         """Wrap the targets."""
         config = self.config
         config.d, config.D, config.fingerprint = self.d, self.D, fingerprint(self.shapes)
+        config.basis_digest = self.given.digest if self.given else config.basis_digest
         coordinates = self._coordinates()
         device = next(parameter.device for target in self.targets for parameter in target.module.parameters())
         start = torch.zeros(self.d, device=device)
@@ -84,12 +85,16 @@ class Plan:
         # A given P comes with the file when an adapter is loaded, and its factor with it.
         known = config.projection not in GIVEN or self.given is not None
         vectors.add(adapter, start, factor(config, coordinates) if known else None)
+        layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
-            layer = target.parent._modules[target.child]
+            layer = layers.get(id(target.module), target.layer)
             if not isinstance(layer, SubspaceLayer):
-                layer = target.parent._modules[target.child] = SubspaceLayer(target.module, vectors)
-            mine = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
-            layer.add_adapter(adapter, mine, target.shared)
+                layer = SubspaceLayer(target.module, vectors)
+            target.parent._modules[target.child] = layer
+            if id(target.module) not in layers:  # else one module under several names, which stays one
+                layers[id(target.module)] = layer
+                mine = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
+                layer.add_adapter(adapter, mine, target.shared)
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
@@ -145,10 +150,12 @@ class Plan:
 def factor(config: PeftConfig, coordinates: dict[str, Coordinates]) -> Tensor | float:
     """What theta_d is multiplied by so that P is normalised over all of D.
 
-    `columns`: float32 [d], 1 / norm of each column. `rows`: one number, so that the rows that move have mean square
-    norm 1.
+    `columns`: float32 [d], 1 / norm of each column, or 1 where all norms are. `rows`: one number, so that the rows
+    that move have mean square norm 1.
     """
     squares = sum(p.column_square_norms() for c in coordinates.values() for p in c.projections.values())
     if config.normalization == "columns":
+        if bool((squares == 1).all()):
+            return 1.0  # where d = D, a product for each layer would cost more than the layers
         return squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().float()
     return sqrt(sum(c.moves for c in coordinates.values()) / squares.sum().item())

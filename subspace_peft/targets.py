@@ -150,11 +150,12 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -> dict[str, list[str]]:
     """For each module that the config names, the paths of the parameters that are theta."""
-    chosen, empty = {}, []
+    chosen, empty, known = {}, [], set()
     for name, parent, child, module in modules:
         if not matches(name):
             continue
         owned = own_parameters(module)
+        known |= set(owned)
         wanted = list(owned)
         if config.parameters is not None:
             wanted = [path for path in owned if path in config.parameters]
@@ -183,7 +184,20 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
             f"A target module must own {what}: `{empty[0]}` owns none; name modules that do, or use "
             'target_modules="all".'
         )
+    _check_parameters(config, known)
     return chosen
+
+
+def _check_parameters(config: PeftConfig, known: set[str]) -> None:
+    """Of a new adapter: a saved one is held to its fingerprint."""
+    unknown = sorted(set(config.parameters or ()) - known)
+    if not unknown or not known or config.expected_fingerprint is not None:
+        return
+    near = difflib.get_close_matches(unknown[0], sorted(known), 3, 0.5) or sorted(known)[:3]
+    raise ValueError(
+        f"`parameters` must name parameters that a target owns, none owns `{unknown[0]}`; names near to it: "
+        f"{', '.join(near)}."
+    )
 
 
 def _named_exactly(config: PeftConfig, names: list[str]) -> bool:

@@ -16,6 +16,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     """
 
     adapter_layer_names = ("subspace_peft_theta_d",)
+    other_param_names = adapter_layer_names  # by this PEFT tells them from the base's own parameters
 
     def __init__(self, adapter: str):
         super().__init__(nn.Identity(), adapter)
@@ -42,7 +43,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(factor, Tensor) and factor.device != theta_d.device:
             factor = self.factors[adapter] = factor.to(theta_d.device)
-        return theta_d * factor
+        return theta_d if isinstance(factor, float) and factor == 1 else theta_d * factor
 
     def forward(self, *args):
         """Identity, for base models that run all their children in turn (nn.Sequential)."""

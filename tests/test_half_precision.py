@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from subspace_peft.layer import SubspaceLayer
@@ -123,3 +124,43 @@ def test_theta_d_stays_float32_under_autocast(projection):
             under = layer.increments(["default"])
     for path, increment in expected.items():
         assert torch.equal(under[path], increment)
+
+
+def scaled_embedding():
+    return BartScaledWordEmbedding(5, 4, padding_idx=None, embed_scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        (lambda: nn.Embedding(5, 4), lambda w: w[1:4]),
+        (scaled_embedding, lambda w: 2 * w[1:4]),
+        (lambda: nn.EmbeddingBag(5, 4, mode="sum"), lambda w: w[1:4].sum(0)),
+    ],
+    ids=["embedding", "scaled", "bag"],
+)
+@torch.no_grad()
+def test_an_embeddings_increment_below_its_resolution_acts(build, rows, dtype):
+    base = nn.Sequential(build()).to(dtype)
+    base[0].weight.copy_(torch.tensor([[0.0], [1], [-1], [0], [0]]).expand(5, 4))  # of the bag only the sum is zero
+    model = get_peft_model(base, settings()).eval()
+    x = torch.tensor([[1, 2, 3]])
+    move(model, size=0.02 * torch.finfo(dtype).eps)
+    layer = model.base_model.model[0]
+    increment = layer.get_delta_weight("default")
+    assert torch.equal((layer.base_layer.weight + increment).to(dtype)[1:3], layer.base_layer.weight[1:3])
+    expected = rows(layer.base_layer.weight.double() + increment.double())
+    zero = rows(layer.base_layer.weight.double()) == 0
+    got = model(x)[0].double()
+    assert got[zero].count_nonzero() == zero.sum() > 0
+    torch.testing.assert_close(got[zero], expected[zero], rtol=0.05, atol=0.02 * expected[zero].abs().max().item())
+
+
+@torch.no_grad()
+def test_a_bag_of_maxima_is_not_linear():
+    model = get_peft_model(nn.Sequential(nn.EmbeddingBag(5, 4, mode="max")).bfloat16(), settings()).eval()
+    move(model, size=1)
+    layer, x = model.base_model.model[0], torch.tensor([[1, 2, 3]])
+    moved = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(model(x)[0].float(), moved[1:4].amax(0), rtol=0.01, atol=0.01)

@@ -12,7 +12,7 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -172,6 +172,22 @@ def test_unload_gives_the_base_back(case):
     plain = model.unload()
     assert tree(plain) == shape
     assert_same_state(plain, before)
+
+
+def test_the_bases_state_dict_is_the_plain_models(case):
+    before = tensors(case.model())
+    model = wrap(case)
+    assert get_base_model_state_dict(model).keys() == before.keys()
+    for name, tensor in get_base_model_state_dict(model).items():
+        assert torch.equal(tensor, before[name]), name
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.add_(1)
+    moved = theta_d(model).clone()
+    assert set_base_model_state_dict(model, before) == ([], [])
+    for name, tensor in get_base_model_state_dict(model).items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(theta_d(model), moved)
 
 
 def test_several_active_adapters_add_up(case):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from subspace_peft.adapter_file import find_vectors
 from subspace_peft.projections import PROJECTIONS
 from tests.cases import BY_NAME, dense_P, wrap
 
@@ -64,3 +65,17 @@ def test_a_plan_changes_no_block_when_targets_are_added():
     for name, P in few.items():
         ratio = many[name] / P  # one factor a column: the norm over more rows
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("normalization", ["columns", "rows"])
+@pytest.mark.parametrize("projection", ["identity", "coordinate"])
+def test_unit_columns_cost_no_product(projection, normalization):
+    model = wrap(CASE, projection=projection, normalization=normalization, **given(projection))
+    vectors = find_vectors(model)
+    assert vectors.normalised("default") is vectors.subspace_peft_theta_d["default"]
+
+
+def test_unit_columns_of_a_basis_are_scaled_to_unit_rows():
+    basis = torch.eye(D)[:, :7]
+    P = torch.cat(list(dense_P(wrap(CASE, projection="basis", basis=basis, normalization="rows")).values()))
+    assert P.square().sum().item() == pytest.approx(D, rel=1e-6)

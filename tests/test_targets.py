@@ -2,13 +2,27 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import nn
 
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.layer import SubspaceLayer
-from tests.cases import BY_NAME, MLP, Bare, assert_same_state, outputs, settings, tensors, train, tree, wrap
+from tests.cases import (
+    BY_NAME,
+    MLP,
+    Bare,
+    assert_same_state,
+    base_outputs,
+    move,
+    outputs,
+    settings,
+    tensors,
+    train,
+    tree,
+    wrap,
+)
 
 
 def moved(model, adapter="default") -> set[str]:
@@ -18,16 +32,16 @@ def moved(model, adapter="default") -> set[str]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"target_modules": ["fc1"]}, {"fc1.weight", "fc1.bias"}),
-        ({"target_modules": ["fc1"], "parameters": ["weight"]}, {"fc1.weight"}),
-        ({"target_modules": ".*2", "parameters": ["bias"], "d": 2}, {"fc2.bias"}),
-        ({"target_modules": "all", "exclude_modules": ["fc1"]}, {"fc2.weight", "fc2.bias"}),
-        ({"target_modules": "all-linear", "parameters": ["weight"]}, {"fc1.weight", "fc2.weight"}),
+        ({"target_modules": ["fc1"]}, ["fc1.bias", "fc1.weight"]),
+        ({"target_modules": ["fc1"], "parameters": ["weight"]}, ["fc1.weight"]),
+        ({"target_modules": ".*2", "parameters": ["bias"], "d": 2}, ["fc2.bias"]),
+        ({"target_modules": "all", "exclude_modules": ["fc1"]}, ["fc2.bias", "fc2.weight"]),
+        ({"target_modules": "all-linear", "parameters": ["weight"]}, ["fc1.weight", "fc2.weight"]),
     ],
     ids=str,
 )
 def test_names_expressions_and_shorthands(changes, expected):
-    assert moved(wrap(BY_NAME["mlp"], **changes)) == expected
+    assert sorted(moved(wrap(BY_NAME["mlp"], **changes))) == expected
 
 
 def test_all_finds_the_parameters_of_modules_with_children():
@@ -71,6 +85,8 @@ def test_a_tied_weight_is_one_tensor_with_its_first_name():
         ({"target_modules": ["nothing_like_it"]}, "not found in the base model|No modules were targeted"),
         ({"target_modules": ["act"]}, "`act` owns none"),
         ({"parameters": ["wieght"]}, "parameters named \\['wieght'\\]"),
+        ({"parameters": ["weight", "bais"]}, "none owns `bais`; names near to it: bias\\."),
+        ({"target_modules": "all-linear", "d": 115}, "`d` must be at most the D = 114 adapted entries"),
         ({"d": 115}, "`d` must be at most the D = 114 adapted entries, got 115; lower `d` or widen"),
         ({"projection": "identity", "d": 7}, "has d = D = 114, got d = 7; leave `d` out"),
         ({"coordinates": "low_rank", "rank": 5}, "`rank` must be at most the smaller dimension, 4 for `fc2.weight`"),
@@ -87,8 +103,11 @@ def test_errors_come_before_anything_is_touched(changes, message):
     model = MLP()
     model.act = nn.Tanh()
     before, shape = tensors(model), tree(model)
+    config = settings(**changes)
+    asked = {name: getattr(config, name) for name in ("target_modules", "d", "D", "fingerprint")}
     with pytest.raises(ValueError, match=message):
-        get_peft_model(model, settings(**changes))
+        get_peft_model(model, config)
+    assert {name: getattr(config, name) for name in asked} == asked
     assert tree(model) == shape
     assert_same_state(model, before)
     assert all(p.requires_grad for p in model.parameters())
@@ -150,3 +169,51 @@ def test_an_embedding_that_rewrites_its_weight_is_refused():
     with pytest.raises(ValueError, match="max_norm"):
         get_peft_model(model, settings())
     assert type(model[0]) is nn.Embedding
+
+
+@torch.no_grad()
+def test_a_second_adapter_inside_what_the_first_wraps():
+    """PEFT passes over the parts of a wrapped module; here a module is found by its name in the base model."""
+    case = BY_NAME["bare"]
+    model, alone = wrap(case, target_modules=["scale"], d=3), wrap(case, target_modules=["inner"])
+    model.add_adapter("other", settings(target_modules=["inner"]))
+    model.set_adapter("other")
+    assert moved(model) == {"scale.gain", "scale.shift"}
+    assert moved(model, "other") == moved(alone) == {"scale.inner.weight", "scale.inner.bias"}
+    move(model, "other")
+    move(alone)
+    assert torch.equal(outputs(model, case), outputs(alone, case))
+    before = tree(model)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        model.add_adapter("third", settings(target_modules=["outer_space"]))
+    assert tree(model) == before
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), base_outputs(case))
+
+
+def test_a_batch_norm_under_two_names_has_one_set_of_statistics(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4)
+        return nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm)
+
+    x, base = torch.randn(16, 4), build()
+    model = get_peft_model(build(), settings(target_modules=["0"]))
+    inner = model.base_model.model
+    assert inner[1] is inner[3]
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+        assert torch.equal(model.eval()(x), base.eval()(x))
+    model.save_pretrained(tmp_path)
+    assert sum("running" in name for name in load_file(tmp_path / "adapter_model.safetensors")) == 2
+    loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+    model.add_adapter("other", settings(target_modules=["1"]))
+    assert inner[1] is inner[3]
+    adapted = model(x)
+    plain = model.merge_and_unload()
+    assert type(plain[1]) is nn.BatchNorm1d
+    assert plain[1] is plain[3]
+    torch.testing.assert_close(plain(x), adapted)

@@ -11,7 +11,7 @@ from .base import Block, Projection, working
 
 
 CHUNK = 2**18  # entries of theta at a time: two such pieces stay in a core's cache
-FEW = 2**15  # up to so many entries the rows of P are held: one small product is faster than a transform
+FEW = 2**14  # up to so many entries the rows of P are held: one small product beats a transform; 64 KiB a tensor
 ROWS = 2**22  # entries of P at a time, for column norms
 
 

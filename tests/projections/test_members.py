@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy import stats
+from torch.utils._pytree import tree_leaves
 
 from subspace_peft.hadamard import radices
 from subspace_peft.projections import PROJECTIONS, Block
@@ -55,6 +56,18 @@ def test_sparse_draws_piece_by_piece(monkeypatch):
     P = explicit(make("sparse", 1000, 37, 3))
     monkeypatch.setattr("subspace_peft.projections.sparse.PIECE", 100)
     assert torch.equal(explicit(make("sparse", 1000, 37, 3)), P)
+
+
+@pytest.mark.parametrize("d", [10, 170, 290, 400])
+@pytest.mark.parametrize("name", ["fastfood", "fastjl"])
+def test_blocks_hold_at_most_8_bytes_an_entry(name, d):
+    """Over a whole network: of a bias that is small beside d more is held than 8 bytes an entry."""
+    lenet = [150, 6, 2400, 16, 30720, 120, 10080, 84, 840, 10]
+    held = 0
+    for n in lenet:
+        leaves = tree_leaves(make(name, n, d).state(torch.device("cpu")))
+        held += sum(tensor.untyped_storage().nbytes() for tensor in leaves)
+    assert 0 < held <= 8 * sum(lenet)
 
 
 def test_sparse_needs_a_column_for_each_entry():
