@@ -4,12 +4,33 @@ Importing this package makes the adapter type SUBSPACE_PEFT known to PEFT.
 """
 
 from .config import SubspaceConfig
+from .fold import fold
 from .groups import parameter_groups
 from .model import SubspaceModel
 from .projections import PROJECTIONS
 from .register import register
+from .trajectory import Trajectory, TrajectoryCallback, coefficients, reconstruct
 
 
 register()
 
-__all__ = ["PROJECTIONS", "SubspaceConfig", "SubspaceModel", "parameter_groups"]
+__all__ = [
+    "PROJECTIONS",
+    "SubspaceConfig",
+    "SubspaceModel",
+    "SubspaceTrainer",
+    "Trajectory",
+    "TrajectoryCallback",
+    "coefficients",
+    "fold",
+    "parameter_groups",
+    "reconstruct",
+]
+
+
+def __getattr__(name: str):
+    if name == "SubspaceTrainer":  # transformers' Trainer is slow to import, and not everybody trains with it
+        from .trainer import SubspaceTrainer
+
+        return SubspaceTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

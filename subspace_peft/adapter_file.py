@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from .coordinates import Coordinates
-from .given import GIVEN
+from .given import GIVEN, stored_apart
 from .layer import STATISTICS, SubspaceLayer
 from .plan import factor
 from .vectors import SubspaceVectors
@@ -31,7 +31,8 @@ def find_vectors(model: nn.Module) -> SubspaceVectors:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, SubspaceLayer]]:
-    for name, module in model.named_modules():
+    """Each layer by its name; by all of them where it has several."""
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SubspaceLayer):
             yield name.removeprefix("_fsdp_wrapped_module."), module
 
@@ -56,12 +57,20 @@ def mark(config: PeftConfig) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True)])
 
 
-def statistics(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """The state-dict key of each batch-norm statistic of an adapter, and the base's own value."""
+def plain(key: str) -> str:
+    """A key as if no other adapter had wrapped a module around this one."""
+    return key.replace(".base_layer.", ".")
+
+
+def statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Tensor]]:
+    """The state-dict keys of each batch-norm statistic of an adapter, one a name of its module, and the base's own."""
+    names: dict[SubspaceLayer, list[str]] = {}
     for name, layer in named_layers(model):
+        names.setdefault(layer, []).append(name)
+    for layer, its in names.items():
         for statistic in STATISTICS:
             if adapter in getattr(layer, PREFIX + statistic):
-                yield f"{name}.{PREFIX}{statistic}.{adapter}", layer.base_statistic(statistic)
+                yield [f"{name}.{PREFIX}{statistic}.{adapter}" for name in its], layer.base_statistic(statistic)
 
 
 def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,10 +79,10 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
     root = next(key.removesuffix(vector) for key in state_dict if key.endswith(vector)) + f"{VECTORS}.{PREFIX}"
     theta_d = f"{root}theta_d.{adapter}"
     kept = {theta_d: state_dict[theta_d], f"{root}identity.{adapter}": mark(config)}
-    for key, base in statistics(model, adapter):
+    for (key, *_), base in statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
-            kept[key] = state_dict[key]
-    if config.projection in GIVEN or config.save_projection:
+            kept[plain(key)] = state_dict[key]
+    if (config.projection in GIVEN and not stored_apart(config)) or config.save_projection:
         for coordinates in unique_coordinates(model, adapter).values():
             for suffix, projection in coordinates.projections.items():
                 given = projection.block.given
@@ -91,16 +100,27 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
     """The reverse of `select`; puts a saved P in its place.
 
     Raises:
-        ValueError: if the file belongs to another P, or lacks what it should hold, or holds it in another shape.
+        ValueError: if the file belongs to another P, or lacks what it should hold, or holds it in another shape, or
+            holds what this model has no place for.
     """
-    remapped = {key: value.detach().clone() for key, value in statistics(model, adapter)}
+    remapped: dict[str, Tensor] = {}
+    places: dict[str, list[str]] = {}
+    for keys, base in statistics(model, adapter):
+        remapped |= dict.fromkeys(keys, base.detach().clone())
+        places |= {plain(key): keys for key in keys}
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
         if not vectors:
             bare = key.removeprefix("base_model.model.")
-            key = next((f"{k}.{adapter}" for k in (key, bare) if f"{k}.{adapter}" in remapped), key)
-            remapped[key] = value
+            names = [f"{plain(k)}.{adapter}" for k in (key, bare)]
+            keys = next((places[name] for name in names if name in places), [key])
+            if keys == [key] and f".{PREFIX}" in f".{key}":
+                raise ValueError(
+                    f"The adapter file must fit the model, which has no batch norm for `{key}`; load the base model "
+                    "that the adapter was trained on."
+                )
+            remapped |= dict.fromkeys(keys, value)
         elif rest == "theta_d":
             _check_theta_d(value, config)
             remapped[f"{key}.{adapter}"] = value
@@ -159,9 +179,14 @@ def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str
     """Put a P that came with the file in place of the one that is missing or would be redrawn."""
     coordinates = unique_coordinates(model, adapter)
     projections = {c.name + suffix: (c, suffix) for c in coordinates.values() for suffix in c.projections}
-    if config.projection in GIVEN and set(saved) != set(projections):
+    if config.projection in GIVEN and set(saved) != set(projections) and (saved or not stored_apart(config)):
         raise ValueError(
             f"The adapter file must hold the {GIVEN[config.projection]} it was trained in; it is damaged."
+        )
+    if unknown := sorted(set(saved) - set(projections)):
+        raise ValueError(
+            f"The adapter file must fit the model, which has no target tensor `{unknown[0]}` for the rows of P in it; "
+            "load the base model that the adapter was trained on."
         )
     column = 0
     for name, tensors in ((name, saved[name]) for name in projections if name in saved):

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .coordinates import COORDINATES
-from .given import GIVEN
+from .given import GIVEN, stored_apart
 from .projections import PROJECTIONS
 
 
@@ -62,16 +62,19 @@ class SubspaceConfig(PeftConfig):
         target_modules: Names, a regular expression, "all-linear", or "all": every module that owns parameters.
         parameters (`list[str]`): Which parameters of a target, for example `["weight"]`; all it owns if left out.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: As in every PEFT method.
-        basis: For `basis`: a tensor [D, k], a dictionary of one [n, k] for each tensor, or a safetensors file or
-            folder that holds either. The first d columns are used and saved with the adapter.
+        basis: For `basis`: a tensor [D, k], a dictionary of one [n, k] for each tensor, a safetensors file or folder
+            that holds either, or the folder of a Trajectory, whose first d principal components are taken (`d` is
+            needed then). The first d columns are used in their dtype, and saved with the adapter.
         mask: For `coordinate`: the same with booleans, [D] or one of each tensor's shape.
-        save_projection (`bool`): Also save what a seed could redraw.
+        save_projection (`bool`): True: also save what a seed could redraw. False: with `basis` a path, do not save the
+            columns either but that path and a digest of them, checked at load: several adapters share the file.
         projection_version (`int`): The recipe by which P is drawn from the seed.
         cache_projection (`bool`): Hold drawn signs and normals in memory (at most 8 bytes an entry for `fastfood` and
             `fastjl`). Without it P is redrawn at every use: slower, and no memory.
         init_weights (`bool`): True: theta_d = 0, the model equals its base. False: random, for tests.
-        D (`int`), fingerprint (`str`), subspace_peft_version (`str`): Filled in when a model is wrapped: the number of
-            entries, eight hexadecimal digits for (name, shape) of each target tensor, and who wrote it.
+        D (`int`), fingerprint, basis_digest, subspace_peft_version (`str`): Filled in when a model is wrapped: the
+            number of entries, eight hexadecimal digits for (name, shape) of each target tensor, a digest of a basis
+            that is not saved with the adapter, and who wrote it.
 
     Wrapping a model writes what it found into the config (names for "all", d, D): each model wants a config of its
     own.
@@ -96,12 +99,13 @@ class SubspaceConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     basis: object = field(default=None, repr=False, compare=False)
     mask: object = field(default=None, repr=False, compare=False)
-    save_projection: bool = False
+    save_projection: bool | None = None
     projection_version: int = PROJECTION_VERSION
     cache_projection: bool = True
     init_weights: bool = True
     D: int | None = None
     fingerprint: str | None = None
+    basis_digest: str | None = None
     subspace_peft_version: str | None = None
 
     def __post_init__(self):
@@ -115,7 +119,7 @@ class SubspaceConfig(PeftConfig):
         self._check_numbers()
         self._check_targets()
         # What a file says of its base is a demand on the model; what wrapping fills in later is not.
-        self.expected_fingerprint = self.fingerprint
+        self.expected_fingerprint, self.expected_basis_digest = self.fingerprint, self.basis_digest
 
     def _check_choices(self):
         for name, allowed in (
@@ -182,9 +186,9 @@ class SubspaceConfig(PeftConfig):
             raise ValueError(f"`parameters` must be a list of names, got {self.parameters!r}; write it as a list.")
 
     def to_dict(self) -> dict:
-        """What goes into adapter_config.json: a given basis or mask is saved with the weights instead."""
+        """What goes into adapter_config.json: a given basis or mask is saved with the weights, or is a path."""
         plain = copy.copy(self)
-        plain.basis = plain.mask = None
+        plain.basis, plain.mask = os.fspath(self.basis) if stored_apart(self) else None, None
         return super(SubspaceConfig, plain).to_dict()
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

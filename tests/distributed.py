@@ -1,6 +1,7 @@
 """What test_distributed.py launches in two processes: training on parts of the same global batches."""
 
 import json
+import tempfile
 
 import torch
 from accelerate import Accelerator
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 
+from subspace_peft import Trajectory
 from tests.cases import BY_NAME, wrap
 
 
@@ -46,9 +48,30 @@ def sharded(accelerator: Accelerator) -> dict:
     return {"theta_d": train(model, accelerator.process_index, accelerator.num_processes)}
 
 
+def recorded(accelerator: Accelerator) -> dict:
+    """Which process writes a sample of a model sharded in each way, and whether it is the whole plain model."""
+    plain, parts = BY_NAME["mlp"].model(), BY_NAME["mlp"].model()
+    for module in (parts.fc1, parts):
+        fully_shard(module)
+    models = {"replicated": accelerator.prepare(BY_NAME["mlp"].model()), "sharded": parts}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            trajectory = Trajectory(f"{folder}/{name}")
+            if trajectory.add(model) is None:
+                found[name] = len(trajectory)
+                continue
+            sample, weights = trajectory.sample(0), dict(plain.named_parameters())
+            found[name] = sample.keys() == weights.keys() and all(
+                torch.equal(sample[n], p) for n, p in weights.items()
+            )
+    written = torch.tensor([sum(count for count in found.values() if not isinstance(count, bool))])
+    return {**found, "elsewhere": accelerator.reduce(written).item()}
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded)}
+    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded)}
     if accelerator.is_main_process:
         print("FOUND " + json.dumps({"processes": accelerator.num_processes, **found}))
     accelerator.end_training()

@@ -1,6 +1,7 @@
 """The adapter's file: what is in it, and what happens when it is damaged or meant for another model."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft.adapter_file import find_vectors
-from tests.cases import BY_NAME, assert_same_state, dense_P, move, outputs, settings, tensors, train, tree, wrap
+from tests.cases import BY_NAME, Case, assert_same_state, dense_P, move, outputs, settings, tensors, train, tree, wrap
 
 
 CASE = BY_NAME["mlp"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-THETA_D = "base_model.model.subspace_vectors.subspace_peft_theta_d"
+OWN = "base_model.model"
+THETA_D = f"{OWN}.subspace_vectors.subspace_peft_theta_d"
 
 
 @pytest.fixture
@@ -120,8 +122,11 @@ def test_a_truncated_file_is_refused(folder, keep):
         (lambda s: s.update({THETA_D: torch.zeros(7, dtype=torch.int64)}), "must be 7 floating numbers.*torch.int64"),
         (lambda s: s.update({THETA_D.replace("theta_d", "theta_e"): torch.zeros(7)}), "no version of .* writes"),
         (lambda s: s.pop(THETA_D), "theta_d"),
+        (lambda s: s.update({f"{OWN}.fc1.subspace_peft_running_mean": torch.zeros(10)}), "no batch norm for `.*fc1"),
+        (lambda s: s.update({f"{OWN}.fc1.subspace_peft_P": torch.zeros(10)}), "no batch norm for `.*subspace_peft_P"),
+        (lambda s: s.update({THETA_D.replace("theta_d", "P.fc3.weight/0"): torch.zeros(1)}), "tensor `fc3.weight`"),
     ],
-    ids=["shape", "dtype", "key", "missing"],
+    ids=["shape", "dtype", "key", "missing", "statistic", "ours", "rows"],
 )
 def test_a_tampered_file_is_refused(folder, change, message):
     rewrite(folder, change)
@@ -175,3 +180,34 @@ def test_a_second_adapter_on_another_base_is_refused_and_forgotten(folder):
         model.load_adapter(folder, "other")
     assert tree(model) == before
     assert set(model.peft_config) == {"default"}
+
+
+class NormInside(nn.Module):
+    """A batch norm in a module that owns a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.norm = nn.Parameter(torch.ones(6)), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(x * self.gain)
+
+
+@pytest.mark.parametrize("saved_with", [["outer", "norm"], ["norm"]], ids=["nested", "alone"])
+def test_statistics_have_one_name_whatever_is_wrapped_around(saved_with, tmp_path):
+    case = Case("norm_inside", lambda: nn.Sequential(OrderedDict(outer=NormInside())), lambda: torch.randn(8, 6))
+    model = wrap(case, target_modules=["norm"])
+    if "outer" in saved_with:
+        model.add_adapter("around", settings(target_modules=["outer"], d=3))
+    train(model, case)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    name = f"{OWN}.outer.norm.subspace_peft_running_mean"
+    assert name in load_file(tmp_path / WEIGHTS)
+    other = wrap(case, "around", target_modules=["outer"], d=3)
+    other.load_adapter(tmp_path, "default")
+    other.set_adapter("default")
+    for loaded in (load(tmp_path, case.model()), other):
+        assert torch.equal(outputs(loaded.eval(), case), outputs(model, case))
+    # a file that was written with the wrapper's name in it
+    rewrite(tmp_path, lambda s: s.update({name.replace("outer.", "outer.base_layer."): s.pop(name)}))
+    assert torch.equal(outputs(load(tmp_path, case.model()).eval(), case), outputs(model, case))

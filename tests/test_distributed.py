@@ -44,5 +44,9 @@ def test_d_numbers_are_moved_a_step(together):
     assert together["replicated"]["moved"] == [7] * distributed.STEPS
 
 
+def test_one_process_records_the_whole_model(together):
+    assert together["recorded"] == {"replicated": True, "sharded": True, "elsewhere": 0}
+
+
 def test_sharded_training_is_that_of_one_process(alone, together):
     assert together["sharded"]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)

@@ -1,10 +1,15 @@
 """A given basis or mask: every form of it, and every way in which it can be wrong."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+from subspace_peft import SubspaceConfig, Trajectory
 from subspace_peft.adapter_file import unique_coordinates
 from tests.cases import BY_NAME, MLP, assert_same_state, dense_P, move, outputs, settings, tensors, train, tree, wrap
 
@@ -136,3 +141,129 @@ def test_nothing_is_unpickled(tmp_path):
     torch.save({"basis": orthonormal()}, tmp_path / "basis.safetensors")
     with pytest.raises(Exception, match="(?i)header|safetensors"):
         get_peft_model(CASE.model(), settings(projection="basis", d=None, basis=tmp_path / "basis.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------ from a trajectory's folder
+
+
+def walk(folder, t=6):
+    """A trajectory of CASE's model, of which not all parameters are targets everywhere."""
+    trajectory, model = Trajectory(folder), CASE.model()
+    for i in range(t):
+        trajectory.add(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    return trajectory
+
+
+@pytest.mark.parametrize("targets", ["all", ["fc2"]], ids=str)
+def test_a_trajectory_gives_the_components_of_the_targets(targets, tmp_path):
+    trajectory = walk(tmp_path / "samples")
+    model = wrap(
+        CASE, projection="basis", basis=tmp_path / "samples", d=4, target_modules=targets, normalization="columns"
+    )
+    names = list(unique_coordinates(model, "default"))
+    expected = trajectory.basis(4, names=names)
+    torch.testing.assert_close(stacked_P(model), torch.cat([expected[name].reshape(-1, 4) for name in names]))
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "samples")
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter").eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
+
+
+def test_a_bad_trajectory(tmp_path):
+    walk(tmp_path)
+    basis = {"projection": "basis", "basis": str(tmp_path)}
+    refuse("`d` is needed for the trajectory in .*: set it to 1 or more", **basis, d=None)
+    refuse("`d` must be at most 5, the dimensions that the 6 samples", **basis, d=6)
+    refuse("`save_projection=False` needs a basis in a file.*save_basis", **basis, d=2, save_projection=False)
+    refuse("a safetensors file that exists", projection="coordinate", mask=tmp_path, d=None)
+    refuse("`fc1.weight.B` must be in the samples", **basis, d=2, coordinates="low_rank", rank=2)
+    other = CASE.model()
+    other.fc2 = nn.Linear(10, 5)
+    with pytest.raises(
+        ValueError, match=r"`fc2.weight` must have the shape that the trajectory .*\[4, 10\], got \[5, 10\]"
+    ):
+        get_peft_model(other, settings(**basis, d=2))
+    other.fc2 = CASE.model().fc2
+    other.fc3 = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="`fc3.weight` must be in the samples .* holds 4 other tensors"):
+        get_peft_model(other, settings(**basis, d=2))
+
+
+# ---------------------------------------------------------------------------------- a file that several adapters share
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """An adapter that leaves its columns in a file, of more columns than it uses."""
+    walk(tmp_path / "samples").save_basis(tmp_path / "shared.safetensors", 5)
+    config = {"projection": "basis", "basis": tmp_path / "shared.safetensors", "d": 3, "save_projection": False}
+    model = wrap(CASE, **config)
+    train(model, CASE)
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def test_a_shared_basis_is_stored_once(shared, tmp_path):
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in state.values()) == 3 + 1  # theta_d and the mark
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["basis"] == str(tmp_path / "shared.safetensors")
+    assert len(config["basis_digest"]) == 32
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            CASE.model(), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(CASE.model(), tmp_path / "again").eval()
+    assert torch.equal(outputs(again, CASE), outputs(shared, CASE))
+    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 2
+
+
+def test_a_shared_basis_that_has_moved(shared, tmp_path):
+    (tmp_path / "shared.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match="shared.safetensors'.* If the file has moved: config = SubspaceConfig.from_"):
+        PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter")
+    config = SubspaceConfig.from_pretrained(tmp_path / "adapter")
+    config.basis = str(tmp_path / "moved.safetensors")
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter", config=config).eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
+
+
+def test_a_shared_basis_that_has_changed(shared, tmp_path):
+    Trajectory(tmp_path / "samples", increments=True).save_basis(tmp_path / "shared.safetensors", 4)
+    base = CASE.model()
+    before, shape = tensors(base), tree(base)
+    with pytest.raises(
+        ValueError, match="the one that the adapter was trained in: the first 3 columns of .*shared.safe"
+    ):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert tree(base) == shape
+    assert_same_state(base, before)
+
+
+@pytest.mark.parametrize("save_projection", [None, True, False])
+def test_a_tensor_is_saved_with_the_adapter_in_any_case(save_projection, tmp_path):
+    """As files say that were written when `save_projection` was False by default."""
+    model = wrap(CASE, projection="basis", d=None, basis=orthonormal(), save_projection=save_projection)
+    train(model, CASE)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["save_projection"] is save_projection
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path).eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_dtype_of_a_basis_is_kept(dtype, tmp_path):
+    walk(tmp_path / "samples").save_basis(tmp_path / "basis.safetensors", 3, dtype=dtype)
+    model = wrap(CASE, projection="basis", basis=tmp_path, d=3)
+    train(model, CASE)
+    model.save_pretrained(tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for key, tensor in state.items() if "subspace_peft_P." in key} == {dtype}
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter").eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))

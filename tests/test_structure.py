@@ -14,7 +14,11 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "hadamard": (set(), TORCH),
     "projections": ({"philox", "hadamard", "projections"}, TORCH),
     "coordinates": ({"philox", "projections"}, TORCH),
-    "given": (set(), {"torch", "peft", "safetensors"}),
+    "samples": (set(), TORCH),
+    "components": ({"samples"}, TORCH),
+    "plain_model": (set(), TORCH),
+    "trajectory": ({"components", "plain_model", "samples"}, {"torch", "safetensors", "tqdm", "transformers"}),
+    "given": ({"trajectory"}, {"torch", "peft", "safetensors"}),
     "config": ({"coordinates", "given", "projections"}, {"peft"}),
     "vectors": (set(), {"torch", "peft", "accelerate"}),
     "layer": ({"coordinates", "vectors"}, PEFT),
@@ -22,12 +26,17 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "plan": ({"coordinates", "given", "layer", "projections", "targets", "vectors"}, {"torch", "peft"}),
     "adapter_file": ({"coordinates", "given", "layer", "plan", "vectors"}, {"torch", "peft"}),
     "model": ({"adapter_file", "config", "given", "layer", "plan", "targets", "vectors"}, {"torch", "peft"}),
+    "fold": ({"adapter_file", "plan", "projections"}, TORCH),
+    "optim": ({"optim"}, TORCH),
+    "trainer": ({"optim"}, {"torch", "accelerate", "transformers"}),
+    "full_space": ({"adapter_file"}, TORCH),
+    "landscape": (set(), TORCH),
     "groups": (set(), TORCH),
     "register": ({"config", "model"}, {"peft"}),
 }
 STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "hashlib"}
 STANDARD |= {"importlib", "inspect", "itertools", "json", "math", "numbers", "operator", "os", "re", "typing"}
-STANDARD |= {"warnings"}
+STANDARD |= {"bisect", "pathlib", "warnings"}
 
 
 def imports(path: Path) -> set[str]:
