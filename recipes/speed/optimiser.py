@@ -1,0 +1,155 @@
+"""A step of P-BFGS and of P+-BFGS beside a step of SGD on the whole network, one step of each in turn.
+
+    python recipes/speed/optimiser.py [--rounds 30] [--threads 2] [--network lenet] [--batch 1024] [--output <file>]
+
+A network of recipes.models on random images; d = 40 random orthonormal columns over all its weights. What a step costs
+beyond its trials is its time less as many forwards of the wrapped network as it made trials, each measured in the same
+round. Interleaved, so that whatever else the machine does falls on all alike; the load is written beside the medians.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes import environment
+from recipes.models import CLASSES, SHAPES, build
+from subspace_peft import SubspaceConfig
+from subspace_peft.full_space import full_space
+from subspace_peft.optim import PBFGS, PPlusBFGS
+
+
+D_SMALL = 40
+TARGET = 1.3  # SGD steps, beyond the trials
+METHODS = ("sgd", "forward", "pbfgs same_batch", "pbfgs next_batch", "pplus same_batch", "pplus next_batch")
+RESULTS = Path(__file__).parent / "results"
+
+
+def wrapped(network: nn.Module) -> tuple[nn.Module, nn.Parameter]:
+    """The network in a random subspace, and theta_d."""
+    D = sum(p.numel() for p in network.parameters())
+    basis = torch.linalg.qr(torch.randn(D, D_SMALL, generator=torch.Generator().manual_seed(0))).Q
+    config = SubspaceConfig(projection="basis", basis=basis, target_modules="all", normalization="columns")
+    model = get_peft_model(network, config)
+    (theta_d,) = (p for p in model.parameters() if p.requires_grad)
+    return model, theta_d
+
+
+class Contender:
+    """One method on a network of its own."""
+
+    def __init__(self, method: str, network: str, dataset: str, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+        self.model, self.optimizer, self.theta_d = build(network, dataset).train(), None, None
+        name, _, curvature = method.partition(" ")
+        if name == "sgd":
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        else:
+            self.model, self.theta_d = wrapped(self.model)
+        if name == "pbfgs":
+            self.optimizer = PBFGS([self.theta_d], curvature=curvature)
+        elif name == "pplus":
+            self.optimizer = PPlusBFGS([self.theta_d], *full_space(self.model), curvature=curvature)
+        self.wall: list[float] = []
+        self.trials: list[int] = []
+
+    def closure(self) -> Tensor:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        loss = cross_entropy(self.model(self.images), self.labels)
+        if torch.is_grad_enabled():
+            loss.backward()
+        return loss
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        if self.optimizer is None:
+            with torch.no_grad():
+                self.closure()
+        else:
+            self.optimizer.step(self.closure)
+        self.wall.append(time.perf_counter() - start)
+        searched = self.optimizer is not None and self.theta_d is not None
+        self.trials.append(self.optimizer.state[self.theta_d]["trials"] if searched else 0)
+
+    def result(self, sgd: "Contender", forward: "Contender") -> dict:
+        """`of_sgd` is the whole step, `beyond_trials` what is left of it without a forward for each trial."""
+        rounds = list(zip(self.wall, self.trials, sgd.wall, forward.wall, strict=True))
+        quartiles = statistics.quantiles(self.wall, n=4)
+        return {
+            "wall_ms": round(1e3 * statistics.median(self.wall), 1),
+            "wall_quartiles_ms": [round(1e3 * quartiles[0], 1), round(1e3 * quartiles[2], 1)],
+            "trials": round(statistics.mean(self.trials), 2),
+            "of_sgd": round(statistics.median(mine / theirs for mine, _, theirs, _ in rounds), 3),
+            "beyond_trials": round(statistics.median((mine - n * f) / theirs for mine, n, theirs, f in rounds), 3),
+        }
+
+
+def measure(network: str, dataset: str, batch: int, rounds: int, warm_up: int) -> dict[str, dict]:
+    torch.manual_seed(0)
+    images, labels = torch.rand(batch, *SHAPES[dataset]), torch.randint(CLASSES[dataset], (batch,))
+    contenders = {method: Contender(method, network, dataset, images, labels) for method in METHODS}
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever steps when it comes
+    for at in tqdm(range(rounds + warm_up), unit="round"):
+        for contender in contenders.values():
+            if at == warm_up:
+                contender.wall.clear()
+                contender.trials.clear()
+            contender.step()
+    gc.enable()
+    return {method: c.result(contenders["sgd"], contenders["forward"]) for method, c in contenders.items()}
+
+
+def text(results: dict[str, dict]) -> str:
+    lines = ["| method | ms a step | of SGD's step | trials a step | beyond the trials, of SGD's step |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for method, r in results.items():
+        beyond = f"{r['beyond_trials']:.2f}" if r["trials"] else "-"
+        lines.append(f"| {method} | {r['wall_ms']:.0f} | {r['of_sgd']:.2f} | {r['trials']:.1f} | {beyond} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--network", default="lenet")
+    parser.add_argument("--dataset", choices=SHAPES, default="mnist")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--output", type=Path, default=RESULTS / "optimiser.json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    before = os.getloadavg()
+    results = measure(options.network, options.dataset, options.batch, options.rounds, options.warm_up)
+    record = {
+        "model": {"network": options.network, "dataset": options.dataset, "batch": options.batch, "d": D_SMALL},
+        "rounds": options.rounds,
+        "target_beyond_trials": TARGET,
+        "load": {"before": before, "after": os.getloadavg()},
+        "methods": results,
+        **environment.record(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(text(results))
+    print(f"load before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {options.output}")
+
+
+if __name__ == "__main__":
+    main()

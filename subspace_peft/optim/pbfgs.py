@@ -1,0 +1,199 @@
+"""P-BFGS and P+-BFGS (Li et al. 2021, section 4): BFGS on theta_d, a vector short enough for a matrix.
+
+The rules where the paper leaves a choice are in bfgs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .bfgs import Search, quasi_newton_step
+from .closure import Objective
+from .search import Armijo
+
+
+CURVATURES = ("same_batch", "next_batch")
+ARMIJO = Armijo(c=0.4, beta=0.55)
+
+
+class PBFGS(Optimizer):
+    """BFGS of one vector with a line search: theta_d <- theta_d - alpha B g (Li et al. 2021, algorithm 2).
+
+    B, [d, d], starts as I and is updated by equation (13); alpha is found by `search`, equation (14). The closure
+    clears the gradients, computes the loss, calls backward and returns the loss, as for torch's LBFGS. Trials (with
+    "same_batch" those after the first) run under no_grad, where a closure may leave backward out, `if
+    torch.is_grad_enabled(): loss.backward()`: they cost a forward then. Wrap it by `repeatable` where the model has
+    dropout or batch norm.
+
+    State: B; `alpha` and `trials` of the last step; `updates` of B since it was I; how many `resets` there were; how
+    many steps in a row were `stuck`, finding nothing along the negative gradient.
+
+    Args:
+        params: theta_d alone: float32 or float64, of shape [d].
+        search: (alpha -> loss, loss, slope) -> Step or None.
+        curvature: Where y = g' - g takes g'. "same_batch": from the batch of g; the first trial is evaluated with
+            gradients, another evaluation follows where it fails. "next_batch": from the next step, as in the paper:
+            no evaluation of its own, and exact where every batch is the whole data.
+        lr: The unit of alpha; 1 in the paper. It is what a scheduler shortens.
+
+    Raises:
+        ValueError: if `params` is not one such vector, or `curvature` is none of the two.
+    """
+
+    needs_closure = True
+
+    def __init__(self, params, search: Search = ARMIJO, curvature: str = "same_batch", lr: float = 1.0):
+        _check(curvature, lr)
+        super().__init__(params, {"lr": lr, "curvature": curvature})
+        self.search = search
+        self._objective = Objective("PBFGS", self.param_groups[0]["params"])
+
+    def add_param_group(self, param_group: dict) -> None:
+        _check_group(param_group, self.param_groups, "PBFGS")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor:
+        """The loss before the step.
+
+        Raises:
+            TypeError, ValueError: without a closure, or with one that returns no loss or leaves no gradient.
+            FloatingPointError: if the loss or the gradient at theta_d is not finite. theta_d stays.
+        """
+        (group,) = self.param_groups
+        loss = _start(self._objective, closure)
+        theta_d = group["params"][0]
+        quasi_newton_step(theta_d, self.state[theta_d], loss, self._objective, closure, self.search, group)
+        return loss
+
+
+class PPlusBFGS(Optimizer):
+    """P-BFGS, and the gradient outside of the subspace with momentum (Li et al. 2021, section 4.4):
+
+        w <- w + P s - lr m,    m <- momentum m + g - P P^T g,    g at w before the step.
+
+    P s is added to theta_d and the rest to the weights of the base: what is trained is the base too, see
+    `subspace_peft.full_space.full_space`, which gives `weights` and `lift`. Where no s is found it is zero.
+
+    State: PBFGS's of theta_d, and m of each weight as `momentum_buffer`.
+
+    Args:
+        params: theta_d alone.
+        weights: The tensors of the base that P moves; they require gradients.
+        lift: x [d] -> P x, tensors shaped as `weights`. P has orthonormal columns.
+        search, curvature: As of PBFGS; with "next_batch", y holds what the step outside did too, as in the paper.
+        lr, momentum: Of the part outside; alpha and gamma of the paper.
+
+    Raises:
+        ValueError: if theta_d is no such vector, or `lift` does not fit `weights` or has no orthonormal columns.
+    """
+
+    needs_closure = True
+
+    def __init__(
+        self,
+        params,
+        weights: Iterable[Tensor],
+        lift: Callable[[Tensor], list[Tensor]],
+        search: Search = ARMIJO,
+        curvature: str = "same_batch",
+        lr: float = 0.01,
+        momentum: float = 0.9,
+    ):
+        _check(curvature, lr)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum}.")
+        weights = list(weights)
+        params = list(params) if not isinstance(params, Tensor) else [params]
+        super().__init__(params, {"lr": 1.0, "curvature": curvature})
+        (theta_d,) = self.param_groups[0]["params"]
+        _check_lift(theta_d, weights, lift)
+        Optimizer.add_param_group(self, {"params": weights, "lr": lr, "momentum": momentum})
+        self.search, self.lift = search, lift
+        self._objective = Objective("PPlusBFGS", [theta_d, *weights])
+
+    def add_param_group(self, param_group: dict) -> None:
+        _check_group(param_group, self.param_groups, "PPlusBFGS")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor:
+        """The loss before the step; raises what PBFGS.step raises."""
+        inside, outside = self.param_groups
+        loss = _start(self._objective, closure)
+        theta_d, weights = inside["params"][0], outside["params"]
+        buffers = self._momentum(theta_d, weights, outside["momentum"])
+        quasi_newton_step(theta_d, self.state[theta_d], loss, self._objective, closure, self.search, inside)
+        torch._foreach_add_(weights, buffers, alpha=-outside["lr"])
+        return loss
+
+    def _momentum(self, theta_d: Tensor, weights: list[Tensor], momentum: float) -> list[Tensor]:
+        """m of each weight, with the gradients that the closure left; trials will overwrite these."""
+        buffers = []
+        for weight, inside in zip(weights, self.lift(theta_d.grad), strict=True):
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            state["momentum_buffer"].mul_(momentum).add_(weight.grad).sub_(inside)
+            buffers.append(state["momentum_buffer"])
+        return buffers
+
+
+def _start(objective: Objective, closure: Callable | None) -> Tensor:
+    """The loss, with its gradients, where a step starts."""
+    loss, _ = objective(closure, gradient=True)
+    if not loss.isfinite() or not all(parameter.grad.isfinite().all() for parameter in objective.parameters):
+        raise FloatingPointError(
+            f"The loss and its gradient must be finite where a step starts, the loss is {loss.item()}; nothing is "
+            "changed. Go back to a checkpoint, or look at the batch."
+        )
+    return loss
+
+
+def _check(curvature: str, lr: float) -> None:
+    if curvature not in CURVATURES:
+        raise ValueError(f"`curvature` must be one of {', '.join(CURVATURES)}, got {curvature!r}.")
+    if not lr >= 0:
+        raise ValueError(f"`lr` must not be negative, got {lr}.")
+
+
+def _check_group(group: dict, groups: list[dict], name: str) -> None:
+    params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if groups or len(params) != 1:
+        raise ValueError(
+            f"{name} must be given theta_d alone, one vector in one group, got {len(params)} parameters in group "
+            f"{len(groups) + 1}; train what is in `modules_to_save` by another optimiser."
+        )
+    theta_d = params[0][1] if isinstance(params[0], tuple) else params[0]
+    if theta_d.ndim != 1:
+        raise ValueError(f"{name} must be given a vector, got shape {list(theta_d.shape)}; flatten it.")
+    if theta_d.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be given a vector of float32 or float64, got {theta_d.dtype}: differences of gradients do "
+            "not survive half precision; keep theta_d in float32 and take autocast."
+        )
+
+
+def _check_lift(theta_d: Tensor, weights: list[Tensor], lift: Callable) -> None:
+    for weight in weights:
+        if not weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"`weights` must be float32 or float64 and require gradients, one of shape {list(weight.shape)} and "
+                f"{weight.dtype} {'does' if weight.requires_grad else 'does not'}."
+            )
+    with torch.no_grad():
+        x = torch.randn(theta_d.shape, generator=torch.Generator().manual_seed(0)).to(theta_d)
+        lifted = lift(x)
+    expected, shapes = ([list(tensor.shape) for tensor in tensors] for tensors in (weights, lifted))
+    if shapes != expected:
+        raise ValueError(f"`lift` must return tensors shaped as `weights`, {expected}, got {shapes}.")
+    ratio = (sum(tensor.double().square().sum().item() for tensor in lifted) / x.double().square().sum().item()) ** 0.5
+    if abs(ratio - 1) > 2e-2:
+        raise ValueError(
+            f"`lift` must have orthonormal columns, it stretches a vector by {ratio:.3g}; give "
+            "projection='basis' with normalization='columns'."
+        )

@@ -1,0 +1,383 @@
+"""P-BFGS and P+-BFGS: equations (13) and (14), and the rules where the paper leaves a choice."""
+
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspace_peft.optim import PBFGS, Armijo, PPlusBFGS, Step
+from subspace_peft.optim.bfgs import updated
+from tests.optim.problems import PROBLEMS, quadratic, quadratic_matrix, rosenbrock
+
+
+def vector(*numbers: float, dtype=torch.float64) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(numbers, dtype=dtype))
+
+
+class Closure:
+    """A closure that notes whether each of its evaluations had gradients."""
+
+    def __init__(self, x, loss, always_backward: bool = False):
+        self.x, self.loss, self.always_backward = x, loss, always_backward
+        self.calls: list[str] = []
+
+    def __call__(self):
+        self.calls.append("gradient" if torch.is_grad_enabled() else "forward")
+        self.x.grad = None
+        loss = self.loss(self.x)
+        if torch.is_grad_enabled() or self.always_backward:
+            loss.backward()
+        return loss
+
+
+def exact(evaluate, loss, slope) -> Step:
+    """The minimum along the line, where the loss is quadratic: phi(a) = loss + slope a + b a^2."""
+    b = evaluate(1.0) - loss - slope
+    alpha = -slope / (2 * b)
+    return Step(alpha, evaluate(alpha), 2)
+
+
+# ------------------------------------------------------------------------------------------------------- the search
+
+
+def test_armijo_takes_the_first_that_meets_the_condition():
+    tried = []
+
+    def loss(alpha):
+        tried.append(alpha)
+        return (alpha - 0.25) ** 2
+
+    # slope -0.5, c = 0.4: (a - 0.25)^2 <= 0.0625 - 0.2 a, that is a <= 0.3
+    assert Armijo(c=0.4, beta=0.5)(loss, 0.0625, -0.5) == Step(0.25, 0.0, 3)
+    assert tried == [1.0, 0.5, 0.25]
+    assert Armijo(c=0.4, beta=0.5, max_trials=2)(loss, 0.0625, -0.5) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_trial_that_is_not_finite_has_failed(bad):
+    assert Armijo(beta=0.5)(lambda alpha: bad if alpha > 0.3 else -1.0, 0.0, -1.0) == Step(0.25, -1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"c": 0.0}, "`c` must be between 0 and 1, got 0.0"),
+        ({"beta": 1.0}, "`beta` must be between 0 and 1, got 1.0"),
+        ({"beta": float("nan")}, "`beta` must be"),
+        ({"max_trials": 0}, "`max_trials` must be a whole number of at least 1, got 0"),
+        ({"max_trials": 2.5}, "`max_trials` must be"),
+    ],
+)
+def test_numbers_of_the_search(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Armijo(**numbers)
+
+
+# ------------------------------------------------------------------------------------------------------- the update
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.floats(1e-6, 1e6))
+def test_the_update_is_equation_13(seed, d, size):
+    generator = torch.Generator().manual_seed(seed)
+    root, s, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((d, d), d, d))
+    B, s, y = root @ root.T + torch.eye(d), s * size, y * size
+    found = updated(B, s, y)
+    if not y @ s > torch.finfo(s.dtype).eps * y.norm() * s.norm():
+        assert found is None
+        return
+    rho = 1 / (y @ s)
+    V = torch.eye(d, dtype=torch.float64) - rho * torch.outer(y, s)
+    expected = V.T @ B @ V + rho * torch.outer(s, s)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found @ y, s, rtol=1e-6, atol=1e-8 * found.norm().item() * y.norm().item())
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_the_curvature_check_knows_no_scale(size):
+    B, s = torch.eye(2, dtype=torch.float64), torch.tensor([size, 0.0], dtype=torch.float64)
+    assert updated(B, s, s) is not None
+    assert updated(B, s, -s) is None
+    assert updated(B, s, s.flip(0)) is None
+    assert updated(B, s, s * float("nan")) is None
+    assert updated(B, torch.zeros_like(s), s) is None
+
+
+# ----------------------------------------------------------------------------------------------------- P-BFGS, a step
+
+
+@pytest.mark.parametrize("curvature", ["same_batch", "next_batch"])
+def test_d_exact_steps_solve_a_quadratic(curvature):
+    """With an exact search BFGS from I makes conjugate directions: d steps, after which B is the inverse Hessian."""
+    x = vector(*[0.0] * 6)
+    optimizer = PBFGS([x], search=exact, curvature=curvature)
+    closure = Closure(x, quadratic)
+    for _ in range(6):
+        optimizer.step(closure)
+    assert (x - 1).abs().max().item() < 1e-7
+    if curvature == "same_batch":
+        A = quadratic_matrix()
+        assert (optimizer.state[x]["B"] @ A - torch.eye(6)).abs().max().item() < 1e-5
+
+
+def test_its_minimum_is_scipys():
+    start = [1.3, 0.7, 0.8, 1.9]
+    x = vector(*start)
+    optimizer = PBFGS([x])
+    for _ in range(80):
+        optimizer.step(Closure(x, rosenbrock))
+    found = scipy.optimize.minimize(
+        lambda w: rosenbrock(torch.tensor(w)).item(), start, jac=scipy.optimize.rosen_der, method="BFGS"
+    )
+    assert found.fun < 1e-9
+    assert x.tolist() == pytest.approx(found.x, abs=1e-6)
+
+
+def test_two_curvatures_are_one_where_there_is_one_batch():
+    ends = []
+    for curvature in ("same_batch", "next_batch"):
+        x = vector(-1.2, 1.0)
+        optimizer = PBFGS([x], curvature=curvature)
+        for _ in range(12):
+            optimizer.step(Closure(x, rosenbrock))
+        ends.append(x.detach())
+    assert torch.equal(*ends)
+
+
+def flat(x):
+    return 0.5 * (0.9 * x.square()).sum()
+
+
+def steep(x):
+    return 0.5 * (6 * x.square()).sum()
+
+
+@pytest.mark.parametrize(
+    ("curvature", "loss", "calls"),
+    [
+        ("same_batch", flat, "gradient gradient"),
+        ("same_batch", steep, "gradient gradient forward forward forward gradient"),
+        ("next_batch", flat, "gradient forward"),
+        ("next_batch", steep, "gradient forward forward forward forward"),
+    ],
+)
+def test_what_a_step_evaluates(curvature, loss, calls):
+    """6 times the identity takes alpha <= 0.2, the fourth trial."""
+    x = vector(1.0, 2.0)
+    closure = Closure(x, loss)
+    PBFGS([x], curvature=curvature).step(closure)
+    assert closure.calls == calls.split()
+
+
+def test_a_closure_that_always_calls_backward_costs_more():
+    ends = []
+    for always, calls in ((True, "gradient gradient forward gradient gradient gradient"), (False, None)):
+        x = vector(1.0, 2.0)
+        optimizer, closure = PBFGS([x]), Closure(x, steep, always)
+        optimizer.step(closure)
+        assert calls is None or closure.calls == calls.split()
+        closure.calls.clear()
+        optimizer.step(closure)
+        assert "forward" not in closure.calls
+        ends.append(x.detach())
+    assert torch.equal(*ends)
+
+
+def test_another_error_of_a_trial_is_passed_on_and_theta_d_stays():
+    x = vector(1.0, 2.0)
+    whole = Closure(x, steep)
+
+    def closure():
+        if len(whole.calls) == 2:
+            raise RuntimeError("out of something")
+        return whole()
+
+    with pytest.raises(RuntimeError, match="out of something"):
+        PBFGS([x]).step(closure)
+    assert x.tolist() == [1.0, 2.0]
+
+
+def test_step_returns_the_loss_before_it():
+    x = vector(1.0, 2.0)
+    assert PBFGS([x]).step(Closure(x, flat)).item() == pytest.approx(2.25)
+    assert PBFGS([x]).step(lambda: (flat(x).backward() if torch.is_grad_enabled() else None, flat(x).item())[1]) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- rules
+
+
+def only_at(x, point, loss):
+    """NaN but at one point."""
+    return loss(x) if torch.equal(x.detach(), torch.tensor(point, dtype=x.dtype)) else loss(x) * float("nan")
+
+
+def test_no_step_along_the_negative_gradient():
+    x = vector(1.0, 2.0)
+    optimizer = PBFGS([x], search=Armijo(max_trials=3))
+    closure = Closure(x, lambda x: only_at(x, [1.0, 2.0], flat))
+    with pytest.warns(UserWarning, match="No step along the negative gradient lowered the loss enough in 3 trials"):
+        optimizer.step(closure)
+    assert x.tolist() == [1.0, 2.0]
+    optimizer.step(closure)  # warns of the first in a row only
+    state = optimizer.state[x]
+    assert (state["stuck"], state["alpha"], state["trials"], state["resets"]) == (2, 0.0, 3, 0)
+    optimizer.step(Closure(x, flat))
+    assert (state["stuck"], state["alpha"]) == (0, 1.0)
+
+
+@pytest.mark.parametrize("curvature", ["same_batch", "next_batch"])
+def test_no_step_along_another_direction_makes_B_the_identity_again(curvature):
+    x = vector(1.0, 2.0)
+    optimizer = PBFGS([x], search=Armijo(max_trials=3), curvature=curvature)
+    for _ in range(2):
+        optimizer.step(Closure(x, flat))
+    point = x.tolist()
+    optimizer.step(Closure(x, lambda x: only_at(x, point, flat)))
+    state = optimizer.state[x]
+    assert x.tolist() == point
+    assert torch.equal(state["B"], torch.eye(2, dtype=x.dtype))
+    assert (state["resets"], state["updates"], state["stuck"]) == (1, 0, 0)
+    assert "s" not in state
+
+
+@pytest.mark.parametrize("spoiled", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_lost_B_is_the_identity_again(spoiled):
+    x = vector(1.0, 2.0)
+    optimizer, fresh = PBFGS([x]), vector(1.0, 2.0)
+    optimizer.step(Closure(x, flat))
+    optimizer.state[x]["B"] *= spoiled
+    fresh.data.copy_(x)
+    optimizer.step(Closure(x, flat))
+    PBFGS([fresh]).step(Closure(fresh, flat))
+    assert torch.equal(x, fresh)
+    assert optimizer.state[x]["resets"] == 1
+
+
+def test_a_zero_gradient_is_the_end():
+    x = vector(0.0, 0.0)
+    optimizer, closure = PBFGS([x]), Closure(x, flat)
+    optimizer.step(closure)
+    assert closure.calls == ["gradient"]
+    assert x.tolist() == [0.0, 0.0]
+
+
+def test_rounding_of_the_loss_stops_nothing():
+    """In float32 around a loss of 100 no decrease can be seen where the gradient is still 1e-3."""
+    x = vector(*[0.0] * 6, dtype=torch.float32)
+    optimizer = PBFGS([x])
+    for _ in range(30):
+        optimizer.step(Closure(x, lambda x: quadratic(x) + 100))
+    assert (x - 1).abs().max().item() < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([vector(1.0), vector(2.0)], "theta_d alone, one vector in one group, got 2 parameters.*modules_to_save"),
+        ([{"params": [vector(1.0)]}, {"params": [vector(1.0)]}], "got 1 parameters in group 2"),
+        ([torch.nn.Parameter(torch.zeros(2, 2))], "must be given a vector, got shape \\[2, 2\\]; flatten it"),
+        ([vector(1.0, dtype=torch.bfloat16)], "float32 or float64, got torch.bfloat16"),
+        ([("theta_d", vector(1.0, dtype=torch.float16))], "got torch.float16"),
+    ],
+)
+def test_parameters_that_are_not_one_vector(params, message):
+    with pytest.raises(ValueError, match=message):
+        PBFGS(params)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="`curvature` must be one of same_batch, next_batch, got 'both'"):
+        PBFGS([vector(1.0)], curvature="both")
+    with pytest.raises(ValueError, match="`lr` must not be negative"):
+        PBFGS([vector(1.0)], lr=-1.0)
+    optimizer = PBFGS([("theta_d", vector(1.0))])
+    with pytest.raises(ValueError, match="in group 2"):
+        optimizer.add_param_group({"params": vector(2.0)})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda x: None, TypeError, "must return the loss, got NoneType; end it with `return loss`"),
+        (lambda x: (x.sum(), x), TypeError, "must return the loss, got tuple"),
+        (lambda x: x * 1, ValueError, "must return one number as the loss, got shape \\[2\\]; return loss.mean()"),
+        (lambda x: x.sum(), ValueError, "must leave a gradient on every parameter.*call loss.backward()"),
+        (lambda x: x.detach().sum(), ValueError, "must leave a gradient"),
+    ],
+)
+def test_closures_that_do_not_do_their_part(returned, error, message):
+    x = vector(1.0, 2.0)
+    x.grad = torch.ones_like(x)  # left from elsewhere, and not taken for this one's
+    with pytest.raises(error, match=message):
+        PBFGS([x]).step(lambda: returned(x))
+    assert x.tolist() == [1.0, 2.0]
+
+
+# ----------------------------------------------------------------------------------------------------------- P+-BFGS
+
+
+def columns() -> torch.Tensor:
+    P, _ = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    return P
+
+
+def test_a_step_of_pplus_is_the_papers():
+    """w + P s - lr m, s that of P-BFGS in the subspace, m the momentum of the gradient outside of it."""
+    P, lr, momentum = columns(), 0.02, 0.7
+    weights, theta_d = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)), vector(0.0, 0.0)
+    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x], lr=lr, momentum=momentum)
+    alone = vector(0.0, 0.0)
+    inside = PBFGS([alone])
+    m = torch.zeros(6, dtype=torch.float64)
+    for _ in range(4):
+        w = (weights + P @ theta_d).detach()
+        g = torch.func.grad(quadratic)(w)
+        m = momentum * m + g - P @ (P.T @ g)
+        base = weights.detach().clone()
+        inside.step(Closure(alone, lambda x, base=base: quadratic(base + P @ x)))
+        optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + P @ theta_d))
+        torch.testing.assert_close(theta_d, alone)
+        torch.testing.assert_close(weights, base - lr * m)
+        assert (P.T @ weights).abs().max().item() < 1e-12  # the subspace is theta_d's alone
+
+
+def test_pplus_steps_outside_where_there_is_no_step_inside():
+    P, theta_d = columns(), vector(0.0, 0.0)
+    weights = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x], search=lambda evaluate, loss, slope: None)
+    with pytest.warns(UserWarning, match="No step"):
+        optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + P @ theta_d))
+    assert not theta_d.any()
+    assert weights.abs().max().item() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lift": lambda x: [2 * columns() @ x]}, "orthonormal columns, it stretches a vector by 2"),
+        ({"lift": lambda x: [x]}, "`lift` must return tensors shaped as `weights`, \\[\\[6\\]\\], got \\[\\[2\\]\\]"),
+        ({"weights": [torch.zeros(6)]}, "`weights` must be float32 or float64 and require gradients"),
+        ({"momentum": 1.0}, "`momentum` must be at least 0 and below 1, got 1.0"),
+        ({"params": [vector(0.0), vector(0.0)]}, "PPlusBFGS must be given theta_d alone"),
+    ],
+)
+def test_arguments_of_pplus(changes, message):
+    good = {"params": [vector(0.0, 0.0)], "lift": lambda x: [columns() @ x]}
+    good["weights"] = [torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))]
+    PPlusBFGS(**good)
+    with pytest.raises(ValueError, match=message):
+        PPlusBFGS(**good | changes)
+
+
+def test_pplus_needs_a_gradient_on_every_weight():
+    P, theta_d = columns(), vector(0.0, 0.0)
+    weights = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x])
+    with pytest.raises(ValueError, match="none is on one|there is none on one of shape \\[6\\]"):
+        optimizer.step(Closure(theta_d, lambda x: quadratic(P @ x)))
