@@ -11,21 +11,56 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
-HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
+HUB = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
 
 
 class Split(NamedTuple):
     images: Tensor  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
+    mean: Tensor | float = 0.0  # of each channel, [C, 1, 1], where inputs are standardised
+    deviation: Tensor | float = 1.0
 
     def to(self, device: torch.device | str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs in [0, 1], without further normalisation, and labels."""
-        return self.images[index].float() / 255, self.labels[index]
+    def first(self, n: int) -> "Split":
+        return self._replace(images=self.images[:n], labels=self.labels[:n])
+
+    def batch(self, index: Tensor, augmentation: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs, in [0, 1] before they are standardised, and labels."""
+        images = self.images[index]
+        if augmentation is not None:
+            images = augment(images, augmentation)
+        return (images.float() / 255 - self.mean) / self.deviation, self.labels[index]
+
+    def standardized(self, like: "Split") -> "Split":
+        """With inputs of zero mean and unit variance in each channel, over all pixels of `like`."""
+        counts = torch.stack([torch.bincount(c.flatten().long(), minlength=256) for c in like.images.unbind(1)])
+        share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256, device=counts.device) / 255
+        mean = share @ value.double()
+        deviation = (share @ value.double().square() - mean.square()).sqrt()
+        return self._replace(mean=mean.float()[:, None, None], deviation=deviation.float()[:, None, None])
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image at random flipped or not, padded by 4 zeros and cropped to its size (He et al. 2016)."""
+    N, _, height, width = images.shape
+    flip = torch.randint(2, (N,), generator=generator).bool()
+    top, left = torch.randint(9, (2, N), generator=generator)
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    sample, rows, columns = (i.to(images.device) for i in (torch.arange(N)[:, None, None], rows, columns))
+    padded = pad(images, (4, 4, 4, 4)).movedim(1, -1)
+    return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 
 def load(dataset: str, source: str, split: str) -> Split:

@@ -62,5 +62,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     output = options.output or options.file.parent
-    runs, published = read(options.file)
+    runs, published, _ = read(options.file)
     print(plot(Results(output / "results").table(runs), published, output / "plots" / f"{options.file.stem}.png"))

@@ -24,13 +24,11 @@ class Results:
         return self.folder / f"{settings.name}.json"
 
     def take(self, settings: Settings) -> bool:
-        """Whether this process now holds the run: it has no result, and no living process holds it.
+        """Whether this process now holds the run: no living process does.
 
         The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
         but one, because a folder that is not empty is never replaced.
         """
-        if self.path(settings).exists():
-            return False
         lock, owner = self._lock(settings), f"{socket.gethostname()} {os.getpid()}"
         if _abandoned(lock):
             shutil.rmtree(lock, ignore_errors=True)

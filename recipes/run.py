@@ -11,13 +11,12 @@ on the same global batches.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -26,12 +25,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import environment, summary
+from recipes import environment, methods, summary
 from recipes.data import load
 from recipes.plots import plot
 from recipes.results import Results
-from recipes.settings import Settings, check_keys, read
+from recipes.settings import TRAJECTORY, Recipe, Settings, check_keys, known_keys, read
 from recipes.train import train
+from subspace_peft import Trajectory
+
+
+WAIT = 2.0
+"""Seconds between looks at a trajectory that another process is recording."""
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, list[str]]]:
@@ -41,8 +45,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, lis
     )
     parser.add_argument("file", type=Path, help="the recipe")
     parser.add_argument("--output", type=Path, help="where results, adapters and plots go; the recipe's folder")
-    for setting in fields(Settings):
-        parser.add_argument(f"--{setting.name}", nargs="+", default=argparse.SUPPRESS, help=f"{setting.default!r}")
+    for key in known_keys():
+        default = getattr(Settings, key.removeprefix(TRAJECTORY))
+        parser.add_argument(f"--{key}", nargs="+", default=argparse.SUPPRESS, help=f"{default!r}")
     known, unknown = parser.parse_known_args(arguments)
     check_keys(word.removeprefix("--") for word in unknown)
     overrides = vars(known)
@@ -50,65 +55,124 @@ def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, lis
     return file, output or file.parent, overrides
 
 
-def sweep(runs: list[Settings], results: Results, adapters: Path, accelerator: Accelerator) -> None:
-    """Does every run that has no result and that no other process holds."""
-    missing = decided(accelerator, lambda: [run for run in runs if not results.path(run).exists()])
-    total, left = (sum(run.epochs for run in part) for part in (runs, missing))
-    data = cache(lambda *source: [load(*source, split).to(accelerator.device) for split in ("train", "test")])
-    quiet = not accelerator.is_main_process
-    with tqdm(total=total, initial=total - left, unit="epoch", smoothing=0, mininterval=1, disable=quiet) as bar:
+class Sweep:
+    """The runs of a recipe, and the trajectories that their bases are made of."""
+
+    def __init__(self, runs: list[Settings], output: Path, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.results = Results(output / "results")
+        self.adapters, self.trajectories = output / "adapters", output / "trajectories"
+        sampled = [run.trajectory for run in runs if run.trajectory]
+        self.sampled = {run.name for run in sampled} | {run.name for run in runs if run.save_trajectory}
+        self.runs = list({run.name: run for run in [*sampled, *runs]}.values())
+        self.data = cache(lambda *source: [load(*source, s).to(accelerator.device) for s in ("train", "test")])
+
+    def wanted(self, run: Settings) -> bool:
+        """Whether it has no result, or its trajectory is not there and is to be, or another run waits for it."""
+        if not self.results.path(run).exists():
+            return True
+        if run.save_trajectory and run.epochs not in Trajectory(self.trajectories / run.name).steps:
+            return True
+        followers = (other for other in self.runs if other.trajectory and other.trajectory.name == run.name)
+        return any(not self.results.path(other).exists() and not self.ready(other) for other in followers)
+
+    def ready(self, run: Settings) -> bool:
+        """Whether the trajectory that a run's basis is made of is there as far as it is needed."""
+        if not run.trajectory:
+            return True
+        return run.samples in Trajectory(self.trajectories / run.trajectory.name).steps
+
+    def carry_out(self) -> None:
+        """Does every run that is wanted and that no other process holds, and waits for trajectories from those."""
+        wanted = self.decided(self.all_wanted)
+        quiet = not self.accelerator.is_main_process
+        done, total = (sum(run.epochs for run in self.runs if run.name not in some) for some in (wanted, ()))
+        with tqdm(total=total, initial=done, unit="epoch", smoothing=0, mininterval=1, disable=quiet) as bar:
+            while wanted:
+                bar.n = total - sum(run.epochs for run in self.runs if run.name in wanted)
+                runs = [run for run in self.runs if run.name in wanted]
+                taken = [self.carry_out_one(run, bar) for run in runs]
+                if not any(taken):
+                    if self.decided(lambda runs=runs: all(map(self.ready, runs))):
+                        return  # the rest is with other processes
+                    time.sleep(WAIT)
+                wanted = self.decided(self.all_wanted)
+
+    def all_wanted(self) -> list[str]:
+        return [run.name for run in self.runs if self.wanted(run)]
+
+    def take(self, run: Settings) -> bool:
+        """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
+        if not self.ready(run) or not self.results.take(run):
+            return False
+        if not self.wanted(run):
+            self.results.release(run)
+        return self.wanted(run)
+
+    def carry_out_one(self, run: Settings, bar: tqdm) -> bool:
+        """False if the run is done, or held by another process, or waits for its trajectory."""
+        if not self.decided(lambda: self.take(run)):
+            return False
 
         def report(accuracy: float) -> None:
             bar.set_postfix(accuracy=f"{100 * accuracy:.2f}", refresh=False)
             bar.update()
 
-        for run in missing:
-            bar.set_description(str(run), refresh=False)
-            bar.set_postfix()
-            if run.threads:
-                torch.set_num_threads(run.threads)
-            if not decided(accelerator, lambda run=run: results.take(run)):
-                bar.update(run.epochs)
-                continue
-            try:
-                folder = adapters / run.name if run.save_adapter else None
-                result = train(run, accelerator, *data(run.dataset, run.data), folder, report)
-                if accelerator.is_main_process:
-                    results.write(run, result | environment.record())
-            finally:
-                if accelerator.is_main_process:
-                    results.release(run)
+        bar.set_description(str(run), refresh=False)
+        bar.set_postfix()
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        try:
+            adapter = self.adapters / run.name if run.save_adapter else None
+            data = self.data(run.dataset, run.data)
+            result = train(run, self.accelerator, *data, adapter, self.trajectory(run), report)
+            if self.accelerator.is_main_process and not self.results.path(run).exists():
+                self.results.write(run, result | environment.record())
+        finally:
+            if self.accelerator.is_main_process:
+                self.results.release(run)
+        return True
+
+    def trajectory(self, run: Settings) -> Path | None:
+        """The folder of samples that a run writes or reads."""
+        name = run.trajectory.name if run.trajectory else run.name
+        return self.trajectories / name if name in self.sampled else None
+
+    def decided(self, decide: Callable[[], Any]) -> Any:
+        """What the main process decides, on every process."""
+        return broadcast_object_list([decide() if self.accelerator.is_main_process else None])[0]
 
 
-def decided(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
-    """What the main process decides, on every process."""
-    return broadcast_object_list([decide() if accelerator.is_main_process else None])[0]
-
-
-def conclude(runs: list[Settings], results: Results, adapters: Path) -> pd.DataFrame:
-    """Prints what all results so far say, and the proofs of the saved adapters."""
-    table = results.table(runs)
-    if len(table) < len(runs):
-        print(f"\n{len(runs) - len(table)} of {len(runs)} runs are still held by other processes.")
-    print(f"\n{summary.text(table)}\n")
+def conclude(recipe: Recipe, results: Results, adapters: Path, figure: Path) -> None:
+    """Prints what all results so far say, and the proofs of the saved adapters, and draws the figure."""
+    runs = recipe.runs
+    missing = [run for run in runs if not results.path(run).exists()]
+    if missing:
+        print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")
+    if recipe.report == "methods":
+        print(f"\n{methods.text(runs, results)}\n")
+        methods.plot(runs, results, figure)
+    else:
+        table = results.table(runs)
+        print(f"\n{summary.text(table)}\n")
+        plot(table, recipe.published, figure)
+    print(f"figure: {figure}")
     for run in runs:
         proof = results.load(run).get("adapter") if run.save_adapter else None
         if proof:
             print(f"saved adapter: {adapters / run.name}, {proof['bytes']} bytes of weights")
             equal = "outputs equal" if proof["max_difference"] == 0 else "OUTPUTS DIFFER"
             print(f"reloaded adapter: {equal} (max difference {proof['max_difference']})")
-    return table
 
 
 def main(arguments: list[str] | None = None) -> None:
     file, output, overrides = parse(arguments)
-    runs, published = read(file, overrides)
-    results = Results(output / "results")
+    recipe = read(file, overrides)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    sweep(runs, results, output / "adapters", accelerator)
+    sweep = Sweep(recipe.runs, output, accelerator)
+    sweep.carry_out()
     if accelerator.is_main_process:
-        table = conclude(runs, results, output / "adapters")
-        print(f"figure: {plot(table, published, output / 'plots' / f'{file.stem}.png')}")
+        conclude(recipe, sweep.results, sweep.adapters, output / "plots" / f"{file.stem}.png")
     accelerator.end_training()
 
 

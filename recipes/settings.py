@@ -6,32 +6,34 @@
       - {projection: full, lr: 1.0e-3}
       - {projection: [dense, fastfood], d: [100, 200], lr: 1.0}
 
-A list is an axis of the grid; `runs`, where there is one, holds sub-grids, each over the values above it.
+A list is an axis of the grid; `runs`, where there is one, holds sub-grids, each over the values above it. A basis
+comes from the trajectory of another run, whose settings are written `trajectory: {epochs: 50, lr: 0.1}` or
+`trajectory.lr: 0.1`.
 """
 
 import difflib
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
-from recipes.models import MODELS, SHAPES
+from recipes.models import SHAPES, check
+from recipes.optimizers import OPTIMIZERS, SCHEDULES
 from subspace_peft.projections import PROJECTIONS
 
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 + 0.5 * math.cos(math.pi * t)}
-"""The factor on the learning rate after a share t of all steps."""
+TRAJECTORY = "trajectory."
+"""Before the name of a setting: that of the run whose trajectory gives the basis."""
+COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "data", "threads")
+"""What a run and the run of its trajectory share."""
+REPORTS = ("dimension", "methods")
 CHOICES = {
     "dataset": SHAPES,
-    "model": MODELS,
     "projection": ["full", *PROJECTIONS],
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -59,65 +61,128 @@ class Settings:
     optimizer: str = "adam"
     lr: float = 1e-3
     momentum: float = 0.0
+    weight_decay: float = 0.0
     schedule: str = "constant"
+    decay_epoch: int = 0  # of schedule step: after this epoch the learning rate is a tenth
+    images: int = 0  # of the training set: the first so many; 0: all
+    augment: bool = False  # flips and crops, in every batch
+    standardize: bool = False  # inputs of zero mean and unit variance in each channel
+    samples: int = (
+        0  # of basis: it spans the weights after each of this many epochs of the trajectory, and at its start
+    )
+    trajectory: "Settings | None" = None  # of basis: the full training that is sampled
     data: str = _unnamed("")  # a folder of parquet files, or another Hub id
     threads: int = _unnamed(0)  # 0: torch's choice
     save_adapter: bool = _unnamed(False)
+    save_trajectory: bool = _unnamed(False)  # of full training: a sample at the start and after each epoch
 
     def __post_init__(self):
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
+        check(self.model)
         if self.projection == "full":
-            for key in ("d", "normalization", "nnz_per_row", "save_adapter"):
-                object.__setattr__(self, key, getattr(Settings, key))
+            self._reset("d", "normalization", "nnz_per_row", "save_adapter")
         elif self.d < 1 and self.projection != "identity":
             raise ValueError(f"`d` must be at least 1 for projection {self.projection!r}, got {self.d}; give `d`.")
+        if self.projection != "full":
+            self._reset("save_trajectory")
+        if self.projection == "basis":
+            self._check_trajectory()
+        else:
+            self._reset("samples", "trajectory")
+        if "bfgs" in self.optimizer:
+            if self.projection == "full":
+                raise ValueError(f"`optimizer` {self.optimizer!r} trains theta_d; give a `projection`, got 'full'.")
+            self._reset("lr", "schedule", "decay_epoch", "weight_decay")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"`momentum` belongs to optimizer 'sgd', got {self.optimizer!r}; leave it out.")
 
+    def _reset(self, *keys: str) -> None:
+        for key in keys:
+            object.__setattr__(self, key, getattr(Settings, key))
+
+    def _check_trajectory(self) -> None:
+        if isinstance(self.trajectory, dict):  # as in the record
+            object.__setattr__(self, "trajectory", Settings(**self.trajectory))
+        if self.trajectory is None:
+            raise ValueError(
+                "`trajectory` must be given for projection 'basis': the settings of the sampled training."
+            )
+        if not self.d <= self.samples <= self.trajectory.epochs:
+            raise ValueError(
+                f"`samples` must be at least d = {self.d} and at most the {self.trajectory.epochs} epochs of the "
+                f"trajectory, got {self.samples}."
+            )
+
     def record(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
+        record = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
+        return record | {"trajectory": self.trajectory.record() if self.trajectory else None}
 
     @property
     def name(self) -> str:
-        changed = {key: value for key, value in self.record().items() if value != getattr(Settings, key)}
+        record = self.record() | {"trajectory": self.trajectory and self.trajectory.name}
+        changed = {key: value for key, value in record.items() if value != getattr(Settings, key)}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        return f"{self.model} {self.projection}" + (f" d={self.d}" if self.d else "") + f" seed={self.seed}"
+        optimizer = f" {self.optimizer}" if self.optimizer != Settings.optimizer else ""
+        return f"{self.model} {self.projection}" + (f" d={self.d}" if self.d else "") + f"{optimizer} seed={self.seed}"
 
 
 class Recipe(NamedTuple):
     runs: list[Settings]
     published: dict[str, dict[str, int]]  # model -> source -> d_int90, marked in the figure
+    report: str  # what is made of the results: "dimension" (accuracy by d) or "methods"
 
 
 def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     recipe = yaml.safe_load(file.read_text()) or {}
-    published = recipe.pop("published", {})
-    return Recipe(grid(recipe, overrides), published)
+    published, report = recipe.pop("published", {}), recipe.pop("report", "dimension")
+    if report not in REPORTS:
+        raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
+    return Recipe(grid(recipe, overrides), published, report)
 
 
 def grid(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[Settings]:
     """Every run of a recipe once, in the order of seeds: the first results already cover the whole grid."""
-    shared = {key: value for key, value in recipe.items() if key != "runs"}
+    shared = _flat({key: value for key, value in recipe.items() if key != "runs"})
     runs = {}
     for part in recipe.get("runs", [{}]):
+        part = _flat(part)
+        if any(key.startswith(TRAJECTORY) for key in part):  # it stands in the same recipe
+            part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in known_keys()} | part
         for settings in _product(shared | part | (overrides or {})):
             runs.setdefault(settings.name, settings)
     return sorted(runs.values(), key=lambda settings: settings.seed)
+
+
+def known_keys() -> list[str]:
+    own = [f.name for f in fields(Settings) if f.name != "trajectory"]
+    return own + [TRAJECTORY + name for name in own if name not in COMMON]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"trajectory": {"lr": 0.1}} -> {"trajectory.lr": 0.1}"""
+    nested = values.get("trajectory") or {}
+    own = {key: value for key, value in values.items() if key != "trajectory"}
+    return own | {TRAJECTORY + key: value for key, value in nested.items()}
 
 
 def _product(values: dict[str, Any]) -> Iterable[Settings]:
     check_keys(values)
     axes = [value if isinstance(value, list) else [value] for value in values.values()]
     for point in itertools.product(*axes):
-        yield Settings(**{key: _typed(key, value) for key, value in zip(values, point, strict=True)})
+        typed = {key: _typed(key, value) for key, value in zip(values, point, strict=True)}
+        own = {key: value for key, value in typed.items() if not key.startswith(TRAJECTORY)}
+        trajectory = {k.removeprefix(TRAJECTORY): v for k, v in typed.items() if k not in own}
+        if trajectory:
+            own["trajectory"] = Settings(**{key: own[key] for key in COMMON if key in own} | trajectory)
+        yield Settings(**own)
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    known = [f.name for f in fields(Settings)]
+    known = known_keys()
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3) or known
@@ -126,7 +191,7 @@ def check_keys(keys: Iterable[str]) -> None:
 
 def _typed(key: str, value: Any) -> Any:
     """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
-    kind = Settings.__annotations__[key]
+    kind = Settings.__annotations__[key.removeprefix(TRAJECTORY)]
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
     except (ValueError, KeyError):

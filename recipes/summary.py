@@ -49,7 +49,7 @@ def text(runs: pd.DataFrame) -> str:
     """Both tables as Markdown."""
     table = by_d(runs)
     accuracies = [
-        [*task, projection, d or "all", seeds, _spread(final, final_sd), _spread(best, best_sd), f"{seconds:.0f}"]
+        [*task, projection, d or "all", seeds, spread(final, final_sd), spread(best, best_sd), f"{seconds:.0f}"]
         for *task, projection, d, seeds, final, final_sd, best, best_sd, seconds in table.itertuples(index=False)
     ]
     dimensions = [
@@ -58,22 +58,22 @@ def text(runs: pd.DataFrame) -> str:
     ]
     return "\n".join(
         [
-            *_markdown([*TASK, "projection", "d", "seeds", "final %", "best %", "s a run"], accuracies),
+            *markdown([*TASK, "projection", "d", "seeds", "final %", "best %", "s a run"], accuracies),
             "",
             "d_int90: the first d of the grid whose mean final accuracy reaches the threshold, 90 % of full",
             f"training's (relative) or {ABSOLUTE:.0f} % itself (absolute).",
             "",
-            *_markdown([*TASK, "projection", "threshold %", "relative", "absolute"], dimensions),
+            *markdown([*TASK, "projection", "threshold %", "relative", "absolute"], dimensions),
         ]
     )
 
 
-def _markdown(header: list[str], rows: list[list]) -> list[str]:
+def markdown(header: list[str], rows: list[list]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
-def _spread(mean: float, sd: float) -> str:
+def spread(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 

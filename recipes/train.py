@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from recipes.data import Split, batches
 from recipes.models import build
-from recipes.settings import OPTIMIZERS, SCHEDULES, Settings
-from subspace_peft import SubspaceConfig
+from recipes.optimizers import OPTIMIZERS, scheduled, update
+from recipes.settings import Settings
+from subspace_peft import SubspaceConfig, Trajectory
 
 
 ACCURACY = Path(__file__).parent / "metrics" / "accuracy"
@@ -30,29 +30,52 @@ def train(
     training: Split,
     test: Split,
     adapter: Path | None = None,
+    trajectory: Path | None = None,
     report: Callable[[float], None] = lambda accuracy: None,
 ) -> dict[str, Any]:
-    """The result of a run. `adapter` is the folder to save it in, `report` gets each epoch's test accuracy."""
+    """The result of a run.
+
+    Args:
+        adapter: The folder to save it in.
+        trajectory: The folder of samples: full training writes one after each epoch, a basis is made of them.
+        report: Gets each epoch's test accuracy.
+    """
     start = time.perf_counter()
-    model, D = wrap(settings)
-    optimizer, schedule = _optimizer(model, settings, settings.epochs * (len(training.labels) // settings.batch_size))
+    if settings.images:
+        training = training.first(settings.images)
+    if settings.standardize:
+        training, test = training.standardized(training), test.standardized(training)
+    model, D = wrap(settings, trajectory)
+    optimizer = OPTIMIZERS[settings.optimizer](model, settings)
+    steps = settings.epochs * (len(training.labels) // settings.batch_size)
+    schedule = scheduled(optimizer, settings, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     seconds = {"setup": time.perf_counter() - start, "train": 0.0}
 
-    order, epochs = torch.Generator().manual_seed(settings.seed), []
-    for _ in range(settings.epochs):
+    recorder = Trajectory(trajectory) if trajectory and settings.projection == "full" else None
+    if recorder is not None:
+        recorder.add(model, step=0)
+    random, epochs = torch.Generator().manual_seed(settings.seed), []
+    for epoch in range(1, settings.epochs + 1):
         start = time.perf_counter()
-        indices = batches(len(training.labels), settings.batch_size, order)
-        loss = _epoch(model, optimizer, schedule, accelerator, training, indices)
+        loss = _epoch(model, optimizer, schedule, accelerator, training, settings, random)
         seconds["train"] += time.perf_counter() - start
+        if recorder is not None:
+            recorder.add(model, step=epoch)
         accuracy = (predict(model, test).argmax(1) == test.labels).double().mean().item()
-        epochs.append({"train_loss": loss if math.isfinite(loss) else None, "test_accuracy": accuracy})
+        epochs.append(
+            {
+                "train_loss": loss if math.isfinite(loss) else None,
+                "test_accuracy": accuracy,
+                "seconds": round(seconds["train"], 3),
+            }
+        )
         report(accuracy)
 
     model = accelerator.unwrap_model(model)
     result = {
         "D": D,
-        "d": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "d": settings.d if settings.d else sum(p.numel() for p in model.parameters() if p.requires_grad),
         "final_accuracy": evaluated_accuracy(model, test),
         "best_accuracy": max(epoch["test_accuracy"] for epoch in epochs),
         "epochs": epochs,
@@ -64,7 +87,7 @@ def train(
     return result
 
 
-def wrap(settings: Settings) -> tuple[nn.Module, int]:
+def wrap(settings: Settings, trajectory: Path | None = None) -> tuple[nn.Module, int]:
     """The network in its subspace, theta = theta_0 + P theta_d over all D parameters, and D; "full" wraps nothing."""
     network = build(settings.model, settings.dataset, settings.seed)
     D = sum(p.numel() for p in network.parameters())
@@ -75,6 +98,7 @@ def wrap(settings: Settings) -> tuple[nn.Module, int]:
         projection=settings.projection,
         normalization=settings.normalization,
         nnz_per_row=settings.nnz_per_row or None,
+        basis=Trajectory(trajectory, last=settings.samples).basis(settings.d) if settings.samples else None,
         seed=settings.seed,
         target_modules="all",
     )
@@ -101,31 +125,21 @@ def save_and_reload(model: nn.Module, settings: Settings, split: Split, folder: 
     return {"bytes": (folder / "adapter_model.safetensors").stat().st_size, "max_difference": difference}
 
 
-def _optimizer(model: nn.Module, settings: Settings, steps: int) -> tuple[Optimizer, LambdaLR]:
-    momentum = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[settings.optimizer](trainable, lr=settings.lr, **momentum)
-    factor = SCHEDULES[settings.schedule]
-    return optimizer, LambdaLR(optimizer, lambda step: factor(step / steps))
-
-
 def _epoch(
     model: nn.Module,
     optimizer: Optimizer,
     schedule: LambdaLR,
     accelerator: Accelerator,
     training: Split,
-    indices: Iterable[Tensor],
+    settings: Settings,
+    random: torch.Generator,
 ) -> float:
     """The mean loss of one epoch. Each process takes its share of the same global batch; gradients are averaged."""
     model.train()
     losses = []
-    for index in indices:
-        images, labels = training.batch(index[accelerator.process_index :: accelerator.num_processes])
-        loss = cross_entropy(model(images), labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
+    for index in batches(len(training.labels), settings.batch_size, random):
+        images, labels = training.batch(index, random if settings.augment else None)
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        losses.append(update(model, optimizer, accelerator, images[share], labels[share]))
         schedule.step()
-        losses.append(loss.detach())
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item()

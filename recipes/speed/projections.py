@@ -2,11 +2,11 @@
 
     python recipes/speed/projections.py [--rounds 1] [--threads 2] [--methods copy fastjl ...] [--sizes lenet ...]
 
-All tensors of a network one after the other, a batch of one, float32 on the CPU. The methods take turns, so that
-whatever else the machine does falls on all of them alike; the load is written beside the medians. Keep the cores idle
-for numbers that count. PEFT's layers are sized so that they make D entries too: Uni-LoRA those of A and B, VeRA (r =
-256) and FourierFT (d frequencies) one square increment; they and the baseline run through autograd, and for ours the
-time through autograd is given as well.
+All tensors of a network one after the other, or one tensor of as many entries, float32 on the CPU. The methods take
+turns, so that whatever else the machine does falls on all of them alike; the load is written beside the medians. Keep
+the cores idle for numbers that count. PEFT's layers are sized to make D entries too: Uni-LoRA those of A and B,
+VeRA (r = 256) and FourierFT (d frequencies) one square increment; they and the baseline run through autograd, and for
+ours the time through autograd is given as well.
 """
 
 import argparse
@@ -49,6 +49,7 @@ SIZES = {
     "fc_lenet": (5000, [3072 * 4704, 4704, 1176 * 1600, 1600, *linears(400, 120, 84, 10)], 9),
     "vit": (1024, [*[384 * 384] * 24, *[384 * 1536] * 12], 9),
 }
+SIZES |= {f"{name} as one tensor": (d, [sum(n)], rounds) for name, (d, n, rounds) in list(SIZES.items())[:3]}
 DENSE = 2**28  # entries of P from which it takes minutes; then only by name
 
 Pass = Callable[[], object]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.data import Split, batches, load
+from recipes.data import Split, augment, batches, load
 
 
 @pytest.mark.parametrize(("shape", "names"), [((5, 5), ("image", "label")), ((4, 6, 3), ("img", "fine_label"))])
@@ -17,7 +17,7 @@ def test_a_folder_of_parquet_files(tmp_path, shape, names):
     rows = {names[0]: [{"bytes": _png(p), "path": None} for p in pixels], names[1]: [0, 1, 2, 0, 1, 2, 0]}
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "test.parquet")
 
-    images, labels = load("mnist", str(tmp_path), "test")
+    images, labels, *_ = load("mnist", str(tmp_path), "test")
 
     assert images.dtype == torch.uint8
     expected = pixels[:, None] if len(shape) == 2 else pixels.transpose(0, 3, 1, 2)
@@ -59,3 +59,22 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
+
+
+def test_standardised_inputs_have_zero_mean_and_unit_variance():
+    split = load("digits", "", "train")
+    inputs, _ = split.standardized(split).batch(torch.arange(len(split.labels)))
+    assert inputs.mean().item() == pytest.approx(0, abs=1e-4)
+    assert inputs.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_augmentation_flips_and_crops():
+    images = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).view(2, 3, 6, 6).repeat(100, 1, 1, 1)
+    moved = augment(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    padded = torch.nn.functional.pad(images[0], (4, 4, 4, 4))
+    windows = [padded[:, i : i + 6, j : j + 6] for i in range(9) for j in range(9)]
+    allowed = {bytes(w.flatten().tolist()) for window in windows for w in (window, window.flip(-1))}
+    found = {bytes(image.flatten().tolist()) for image in moved[::2]}
+    assert found <= allowed
+    assert len(found) > 50

@@ -1,7 +1,9 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-from recipes.models import SHAPES, build
+from recipes.models import CLASSES, SHAPES, build
 
 
 COUNTS = {
@@ -13,6 +15,12 @@ COUNTS = {
     ("lenet", "mnist"): 44_426,
     ("lenet", "fashion_mnist"): 44_426,
     ("lenet", "cifar10"): 62_006,
+    ("lenet5", "mnist"): 61_706,
+    ("cnn", "mnist"): 408,
+    ("resnet8", "cifar10"): 75_290,
+    ("resnet20", "cifar10"): 269_722,
+    ("resnet32", "cifar100"): 470_004,
+    ("resnet9", "cifar10"): 6_573_120,
 }
 
 
@@ -20,7 +28,7 @@ COUNTS = {
 def test_parameter_counts_of_the_papers(name, dataset):
     network = build(name, dataset)
     assert sum(p.numel() for p in network.parameters()) == COUNTS[name, dataset]
-    assert network(torch.rand(2, *SHAPES[dataset])).shape == (2, 10)
+    assert network(torch.rand(2, *SHAPES[dataset])).shape == (2, CLASSES[dataset])
 
 
 def test_a_seed_draws_one_network_and_leaves_the_generator_alone():
@@ -34,7 +42,14 @@ def test_a_seed_draws_one_network_and_leaves_the_generator_alone():
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="`model` must be one of fc, lenet, got 'lenett'"):
+    with pytest.raises(ValueError, match="`model` must be one of fc, lenet, .* or timm/<name>, got 'lenett'"):
         build("lenett", "mnist")
     with pytest.raises(ValueError, match="`dataset` must be one of .*digits.*, got 'mnists'"):
         build("lenet", "mnists")
+
+
+def test_networks_of_timm_say_what_to_install():
+    if find_spec("timm"):
+        pytest.skip("timm is installed")
+    with pytest.raises(ImportError, match="pip install timm"):
+        build("timm/vgg11_bn", "cifar100")

@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import evaluate
@@ -13,10 +15,21 @@ from safetensors.torch import load_file
 from recipes import run, train
 from recipes.results import Results
 from recipes.settings import Settings, read
+from subspace_peft import Trajectory
 
 
 RECIPES = Path(run.__file__).parent
-TINY = {"dataset": "digits", "epochs": 1, "batch_size": 256, "seed": 0, "threads": 1, "d": 3}
+TINY = {
+    "dataset": "digits",
+    "model": "fc",
+    "images": 256,
+    "epochs": 1,
+    "batch_size": 128,
+    "seed": 0,
+    "threads": 1,
+    "d": 3,
+}
+TINY |= {"samples": 3, "trajectory.epochs": 3, "trajectory.batch_size": 128}
 
 
 @pytest.fixture
@@ -32,12 +45,17 @@ def results(folder: Path) -> dict[str, dict]:
     return {file.stem: json.loads(file.read_text()) for file in (folder / "results").glob("*.json")}
 
 
-@pytest.mark.parametrize("file", [f for f in RECIPES.glob("*/*.yaml") if f.parent.name != "accelerate"], ids=str)
+@pytest.mark.parametrize("file", sorted(set(RECIPES.glob("*/*.yaml")) - set(RECIPES.glob("accelerate/*"))), ids=str)
 def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     options = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    if "timm/" in file.read_text() and not find_spec("timm"):
+        pytest.skip("timm is not installed")
+    assert read(file).runs
     run.main([str(file), *options, "--output", str(tmp_path)])
-    assert results(tmp_path).keys() == {settings.name for settings in read(file, TINY).runs}
-    assert "d_int90" in capsys.readouterr().out
+    runs, _, report = read(file, TINY)
+    trajectories = {settings.trajectory.name for settings in runs if settings.trajectory}
+    assert results(tmp_path).keys() == {settings.name for settings in runs} | trajectories
+    assert {"dimension": "d_int90", "methods": "s with sampling"}[report] in capsys.readouterr().out
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 
 
@@ -121,6 +139,60 @@ def test_the_adapter_of_a_run_is_proved(recipe, capsys):
     proofs = [r["adapter"] for r in results(recipe.parent).values() if "adapter" in r]
     assert [proof["max_difference"] for proof in proofs] == [0.0]
     assert "reloaded adapter: outputs equal (max difference 0.0)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def dldr(tmp_path) -> Path:
+    file = tmp_path / "dldr.yaml"
+    file.write_text(
+        "report: methods\nmodel: fc\nbatch_size: 256\nthreads: 1\nruns:\n"
+        "  - &sgd {optimizer: sgd, lr: 0.1, epochs: 4}\n"
+        "  - {projection: basis, d: 2, samples: 3, trajectory: *sgd, optimizer: [pbfgs, pplusbfgs], epochs: 1}\n"
+    )
+    return file
+
+
+def test_a_basis_comes_from_the_trajectory_of_another_run(dldr, capsys):
+    run.main([str(dldr)])
+    sgd, *others = read(dldr).runs
+    assert {other.trajectory.name for other in others} == {sgd.name}
+    assert Trajectory(dldr.parent / "trajectories" / sgd.name).steps == [0, 1, 2, 3, 4]
+    found = results(dldr.parent)
+    assert found.keys() == {settings.name for settings in (sgd, *others)}
+    assert [found[other.name]["d"] for other in others] == [2, 2]
+    assert "P⁺-BFGS" in capsys.readouterr().out
+
+
+def test_a_basis_is_of_the_first_samples_of_the_trajectory(dldr):
+    run.main([str(dldr)])
+    _, settings, _ = read(dldr).runs
+    folder = dldr.parent / "trajectories" / settings.trajectory.name
+    model, _ = train.wrap(settings, folder)
+    basis = Trajectory(folder, last=3).basis(2)
+    move = model.base_model.model[1].get_delta_weight
+    model.base_model.model.subspace_vectors.subspace_peft_theta_d["default"].data = torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(move("default"), basis["1.weight"][..., 0])
+
+
+def test_a_trajectory_that_is_gone_is_recorded_again_where_a_run_needs_it(dldr):
+    run.main([str(dldr)])
+    sgd, other, _ = read(dldr).runs
+    before = results(dldr.parent)[sgd.name]
+    shutil.rmtree(dldr.parent / "trajectories")
+    run.main([str(dldr)])
+    assert not (dldr.parent / "trajectories").exists()
+    (dldr.parent / "results" / f"{other.name}.json").unlink()
+    run.main([str(dldr)])
+    assert results(dldr.parent)[sgd.name] == before
+    assert len(Trajectory(dldr.parent / "trajectories" / sgd.name)) == 5
+
+
+def test_two_processes_share_a_sweep_with_trajectories(dldr):
+    command = [sys.executable, RECIPES / "run.py", dldr, "--seed", "0", "1"]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [worker.communicate()[0].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert len(results(dldr.parent)) == 6
 
 
 def test_losses_that_are_no_numbers_are_recorded_as_none(recipe):

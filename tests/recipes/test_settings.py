@@ -11,6 +11,24 @@ def test_names_are_fixed_and_come_from_what_differs_from_the_defaults():
     assert Settings(**run.record(), data="elsewhere", threads=3, save_adapter=True).name == run.name
 
 
+def test_a_trajectory_shares_data_and_network_with_the_run_and_is_named_by_its_own_settings():
+    recipe = {"model": "fc", "seed": 3, "projection": "basis", "d": 2, "samples": 4, "trajectory": {"epochs": [4, 5]}}
+    runs = grid(recipe)
+    assert [run.trajectory for run in runs] == [Settings(model="fc", seed=3, epochs=epochs) for epochs in (4, 5)]
+    assert runs[0].name == "bef6744f9bec"
+    assert Settings(**runs[0].record()).name == runs[0].name
+    (changed,) = grid(recipe, {"trajectory.epochs": "6"})
+    assert changed.trajectory.epochs == 6
+
+
+def test_a_run_of_the_recipe_and_the_same_as_a_trajectory_are_one():
+    sgd = {"optimizer": "sgd", "lr": 0.1, "epochs": 4}
+    basis = {"projection": "basis", "d": 2, "samples": 3, "optimizer": "pbfgs", "trajectory": sgd, "batch_size": 64}
+    full, follower = grid({"batch_size": 256, "seed": 1, "runs": [sgd, basis]})
+    assert follower.trajectory == full
+    assert (full.batch_size, follower.batch_size) == (256, 64)
+
+
 def test_full_training_has_no_subspace():
     assert Settings(projection="full", d=7, normalization="rows") == Settings()
 
@@ -47,10 +65,17 @@ def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
         ({"runs": [{"epoch": 1}]}, "got `epoch`; near: epochs"),
         ({"epochs": 1.5}, "`epochs` must be of type int, got 1.5"),
         ({"save_adapter": "perhaps"}, "`save_adapter` must be of type bool, got 'perhaps'"),
-        ({"model": "lenett"}, "`model` must be one of fc, lenet, got 'lenett'"),
+        ({"model": "lenett"}, "`model` must be one of fc, lenet, .* or timm/<name>, got 'lenett'"),
         ({"projection": "fastfoot"}, "`projection` must be one of full, .*fastfood.*, got 'fastfoot'"),
         ({"projection": "dense"}, "`d` must be at least 1 for projection 'dense', got 0"),
         ({"momentum": 0.9}, "`momentum` belongs to optimizer 'sgd', got 'adam'"),
+        ({"optimizer": "pbfgs"}, "`optimizer` 'pbfgs' trains theta_d; give a `projection`, got 'full'"),
+        ({"projection": "basis", "d": 2}, "`trajectory` must be given for projection 'basis'"),
+        (
+            {"projection": "basis", "d": 4, "samples": 3, "trajectory": {"epochs": 5}},
+            "`samples` must be at least d = 4 and at most the 5 epochs of the trajectory, got 3",
+        ),
+        ({"trajectory": {"seed": 1}}, "got `trajectory.seed`"),
     ],
 )
 def test_what_no_run_could_do_is_an_error_before_any_run(recipe, message):

@@ -1,0 +1,160 @@
+"""How much of the Hessian's top eigenspace the class gradients cover, and how well they tell its curvature.
+
+    python recipes/class_gradient/coverage.py [--dataset mnist] [--data <folder>] [--seeds 5] [--output <folder>]
+
+The question that the poster of Tuddenham et al. 2020 leaves open. The network of 408 parameters is trained by SGD;
+after each power of two of epochs, on all training images: the class gradients c_k (equation 1), the low-rank Hessian
+of equation (3) with its eigenpairs (mu_k, u_k), and the top C eigenpairs of the true Hessian by Lanczos.
+
+- coverage: the share of the top-C eigenspace that lies in span(c), |Q^T V|_F^2 / C; C / n if c were random
+- curvature: mu_k / (u_k^T H u_k), what Newton's method believes against what is there; below 1 its step is too long
+- gradient: the share of |g|^2 in span(c), and in the top-C eigenspace
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes import environment
+from recipes.data import Split, batches, load
+from recipes.models import CLASSES, build
+from subspace_peft.landscape import coverage, hessian_product, lanczos
+from subspace_peft.optim import class_gradients
+
+
+CURVES = {
+    "coverage": "top-C eigenspace in span(c)",
+    "gradient_in_classes": "|g|² in span(c)",
+    "gradient_in_top": "|g|² in the top-C eigenspace",
+}
+
+
+def measure(network: nn.Module, split: Split, C: int) -> dict[str, Any]:
+    """One point of training; see above."""
+    params = list(network.parameters())
+    n = sum(p.numel() for p in params)
+    images, labels = split.batch(torch.arange(len(split.labels)))
+    logits = network(images)
+    loss = cross_entropy(logits, labels)
+    found = class_gradients(logits, labels, params)
+    g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, params)]).double()
+    product = hessian_product(lambda: cross_entropy(network(images), labels), params)
+    eigenvalues, V = lanczos(product, n, C, tol=1e-4)
+    believed, U = low_rank(found.c.double(), found.weight.double())
+    there = torch.stack([u @ product(u) for u in U.T])
+    Q = torch.linalg.qr(found.c.double().T)[0]
+    return {
+        "loss": loss.item(),
+        "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+        "coverage": coverage(found.c, V),
+        "gradient_in_classes": ((Q.T @ g).square().sum() / g.square().sum()).item(),
+        "gradient_in_top": ((V.T @ g).square().sum() / g.square().sum()).item(),
+        "eigenvalues": eigenvalues.tolist(),
+        "believed": believed.tolist(),
+        "there": there.tolist(),
+    }
+
+
+def low_rank(c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of sum_k weight_k c_k c_k^T, without those of no curvature: mu [r] descending, u [n, r]."""
+    U, s, _ = torch.linalg.svd((weight.sqrt()[:, None] * c).T, full_matrices=False)
+    there = s > 1e-6 * s[0]
+    return s[there].square(), U[:, there]
+
+
+def train(split: Split, dataset: str, seed: int, epochs: int, lr: float, batch_size: int) -> list[dict[str, Any]]:
+    """SGD, measured at the start and after 1, 2, 4, ... epochs."""
+    network, points = build("cnn", dataset, seed), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    order = torch.Generator().manual_seed(seed)
+    for epoch in tqdm(range(epochs + 1), desc=f"seed {seed}", unit="epoch"):
+        if epoch & (epoch - 1) == 0:
+            points.append({"epoch": epoch} | measure(network, split, CLASSES[dataset]))
+        for index in batches(len(split.labels), batch_size, order):
+            images, labels = split.batch(index)
+            optimizer.zero_grad()
+            cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    return points
+
+
+def ratios(point: dict[str, Any]) -> np.ndarray:
+    """mu_k / (u_k^T H u_k)."""
+    return np.array(point["believed"]) / np.array(point["there"])
+
+
+def text(runs: list[list[dict[str, Any]]]) -> str:
+    lines = ["| epoch | loss | coverage | g² in span(c) | g² in top C | λ_1 | median μ / uᵀHu | uᵀHu ≤ 0 |"]
+    lines += ["|" + " --- |" * 8]
+    for points in zip(*runs, strict=True):
+        mean = {key: np.mean([p[key] for p in points]) for key in ("loss", *CURVES)}
+        spread = np.std([p["coverage"] for p in points], ddof=1) if len(points) > 1 else 0
+        all_ratios = np.concatenate([ratios(p) for p in points])
+        cells = [points[0]["epoch"], f"{mean['loss']:.3f}", f"{mean['coverage']:.2f} ± {spread:.2f}"]
+        cells += [f"{mean['gradient_in_classes']:.2f}", f"{mean['gradient_in_top']:.2f}"]
+        cells += [f"{np.mean([p['eigenvalues'][0] for p in points]):.2f}"]
+        cells += [f"{np.median(all_ratios[all_ratios > 0]):.3f}", f"{100 * np.mean(all_ratios <= 0):.0f} %"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[list[dict[str, Any]]], n: int, C: int, file: Path) -> Path:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.8, 4.8), layout="constrained")
+    epochs = [point["epoch"] for point in runs[0]]
+    places = range(len(epochs))
+    for key, label in CURVES.items():
+        values = np.array([[point[key] for point in points] for points in runs])
+        left.plot(places, values.mean(0), "o-", label=label)
+        left.fill_between(places, values.min(0), values.max(0), alpha=0.15)
+    left.axhline(C / n, color="grey", linestyle="--", label=f"C / n = {C / n:.3f}, a random subspace")
+    left.set(xlabel="epochs of SGD", ylabel="share", ylim=(0, 1), xticks=places, xticklabels=epochs)
+    pooled = [np.concatenate([ratios(points[place]) for points in runs]) for place in places]
+    right.boxplot([r[r > 0] for r in pooled], positions=list(places), tick_labels=epochs)
+    right.axhline(1, color="grey", linestyle="--")
+    right.set(xlabel="epochs of SGD", ylabel="believed curvature / true curvature", yscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist", choices=CLASSES)
+    parser.add_argument("--data", default="", help="a folder of parquet files, or another Hub id")
+    parser.add_argument("--images", type=int, default=6000, help="of the training set, the first so many")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args(arguments)
+    split = load(options.dataset, options.data, "train").first(options.images)
+    schedule = (options.epochs, options.lr, options.batch_size)
+    runs = [train(split, options.dataset, seed, *schedule) for seed in range(options.seeds)]
+    settings = {key: value for key, value in vars(options).items() if key not in ("output", "data")}
+    file = options.output / "results" / "coverage.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"settings": settings, "runs": runs, **environment.record()}, indent=1) + "\n")
+    print(text(runs))
+    n = sum(p.numel() for p in build("cnn", options.dataset).parameters())
+    print(plot(runs, n, CLASSES[options.dataset], options.output / "plots" / "coverage.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Optimisers by name, their learning rates over time, and one update by any of them."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from subspace_peft.full_space import full_space
+from subspace_peft.optim import PBFGS, ClassGradientNewton, PPlusBFGS, repeatable
+
+
+if TYPE_CHECKING:
+    from recipes.settings import Settings
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _descent(kind: type[Optimizer], model: nn.Module, settings: "Settings") -> Optimizer:
+    momentum = {"momentum": settings.momentum} if settings.momentum else {}
+    return kind(_trainable(model), lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
+
+
+def _pbfgs(model: nn.Module, settings: "Settings", curvature: str = "same_batch") -> Optimizer:
+    return PBFGS(_trainable(model), curvature=curvature)
+
+
+def _pplusbfgs(model: nn.Module, settings: "Settings", curvature: str = "same_batch") -> Optimizer:
+    theta_d = _trainable(model)
+    return PPlusBFGS(theta_d, *full_space(model), curvature=curvature)
+
+
+def _class_gradient(model: nn.Module, settings: "Settings", gram: bool = True) -> Optimizer:
+    return ClassGradientNewton(_trainable(model), lr=settings.lr, gram=gram)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, "Settings"], Optimizer]] = {
+    "sgd": partial(_descent, torch.optim.SGD),
+    "adam": partial(_descent, torch.optim.Adam),
+    "adamw": partial(_descent, torch.optim.AdamW),
+    "pbfgs": _pbfgs,
+    "pbfgs_paper": partial(_pbfgs, curvature="next_batch"),
+    "pplusbfgs": _pplusbfgs,
+    "pplusbfgs_paper": partial(_pplusbfgs, curvature="next_batch"),
+    "class_gradient": _class_gradient,
+    "class_gradient_poster": partial(_class_gradient, gram=False),
+}
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda t, decay: 1.0,
+    "cosine": lambda t, decay: 0.5 + 0.5 * math.cos(math.pi * t),
+    "step": lambda t, decay: 1.0 if t < decay else 0.1,
+}
+"""The factor on the learning rate after a share t of all steps; `decay` is the share after which "step" falls."""
+
+
+def scheduled(optimizer: Optimizer, settings: "Settings", steps: int) -> LambdaLR:
+    factor, decay = SCHEDULES[settings.schedule], settings.decay_epoch / settings.epochs
+    return LambdaLR(optimizer, lambda step: factor(step / steps, decay))
+
+
+def update(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, images: Tensor, labels: Tensor) -> Tensor:
+    """One step on a batch; the loss before it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    losses = []
+
+    def closure() -> Tensor | tuple[Tensor, ...]:
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = cross_entropy(logits, labels)
+        losses.append(loss.detach())
+        if getattr(inner, "needs_logits", False):
+            return loss, logits, labels
+        if torch.is_grad_enabled():
+            accelerator.backward(loss)
+        return loss
+
+    if getattr(inner, "needs_closure", False):
+        optimizer.step(repeatable(closure, model))
+    else:
+        closure()
+        optimizer.step()
+    return losses[0]
