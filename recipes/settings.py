@@ -95,6 +95,13 @@ class Settings:
             if self.projection == "full":
                 raise ValueError(f"`optimizer` {self.optimizer!r} trains theta_d; give a `projection`, got 'full'.")
             self._reset("lr", "schedule", "decay_epoch", "weight_decay")
+        if "class_gradient" in self.optimizer:
+            self._reset("weight_decay")
+        if "pplusbfgs" in self.optimizer and self.save_adapter:
+            raise ValueError(
+                f"`save_adapter` must be false with {self.optimizer!r}: it trains the base too, which an adapter's "
+                "file does not hold."
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"`momentum` belongs to optimizer 'sgd', got {self.optimizer!r}; leave it out.")
 

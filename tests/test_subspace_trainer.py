@@ -338,6 +338,19 @@ def test_bf16_autocast(tmp_path):
     assert logged(run) == pytest.approx(logged(full), rel=2e-2)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_bf16_lowers_the_loss(optimizer, tmp_path):
+    found = []
+    for bf16 in (False, True):
+        run = trainer(net(), arguments(tmp_path, steps=10, bf16=bf16), optimizer_cls_and_kwargs=optimizer)
+        run.train()
+        found.append(logged(run))
+    full, half = found
+    assert half != full
+    assert half[0] == pytest.approx(full[0], rel=2e-2)
+    assert max(half[-1], full[-1]) < 0.75 * full[0]
+
+
 def refuse(tmp_path, message, optimizer=LBFGS, settings=None, **changes):
     run = trainer(net(), arguments(tmp_path, **changes), optimizer_cls_and_kwargs=(optimizer, settings or {}))
     before = run.args.max_grad_norm

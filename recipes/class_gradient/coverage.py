@@ -54,13 +54,12 @@ def measure(network: nn.Module, split: Split, C: int) -> dict[str, Any]:
     eigenvalues, V = lanczos(product, n, C, tol=1e-4)
     believed, U = low_rank(found.c.double(), found.weight.double())
     there = torch.stack([u @ product(u) for u in U.T])
-    Q = torch.linalg.qr(found.c.double().T)[0]
     return {
         "loss": loss.item(),
         "accuracy": (logits.argmax(1) == labels).double().mean().item(),
         "coverage": coverage(found.c, V),
-        "gradient_in_classes": ((Q.T @ g).square().sum() / g.square().sum()).item(),
-        "gradient_in_top": ((V.T @ g).square().sum() / g.square().sum()).item(),
+        "gradient_in_classes": coverage(found.c, g[:, None]),
+        "gradient_in_top": coverage(V.T, g[:, None]),
         "eigenvalues": eigenvalues.tolist(),
         "believed": believed.tolist(),
         "there": there.tolist(),

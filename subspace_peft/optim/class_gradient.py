@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
-from .closure import check_closure, scalar
+from .closure import check_closure, refuse_scaled_gradients, scalar
 from .processes import mean_over_processes, sum_over_processes
 
 
@@ -40,10 +40,12 @@ def class_gradients(logits: Tensor, labels: Tensor, params: Iterable[Tensor]) ->
         params: Any tensors that the logits depend on, n numbers in all: the weights of a network, or theta_d.
 
     Raises:
-        ValueError: if logits and labels do not fit each other, or the logits have no graph.
+        ValueError: if logits and labels do not fit each other, or the logits have no graph, or one with a hole: a
+            reentrant checkpoint hides what it holds, whose gradients would be zero.
     """
     params = list(params)
     _check(logits, labels)
+    _check_graph(logits)
     C = logits.shape[-1]
     labels = labels.reshape(-1)
     used = labels != IGNORED
@@ -76,7 +78,8 @@ class ClassGradientNewton(Optimizer):
     What the poster lacks:
 
     - **damping**: as p_k goes to 0 or 1, lambda_k goes to 0 and 1 / lambda_k grows without bound. Left out, it is
-      1 / (10 lr): no direction moves more than ten times as far as gradient descent would, also under a scheduler.
+      1 / (10 lr): along no v_k (with `gram`, along nothing) more than ten times gradient descent's step, also under a
+      scheduler.
     - **gram**: (6) is Newton's step only if the v_k are orthogonal. With `gram` the eigenvectors and eigenvalues of
       H = sum_k lambda_k v_k v_k^T take the place of v_k and lambda_k, exact for any c_k, from the C x C Gram matrix of
       sqrt(lambda_k) v_k. Without it the formula stands as it is.
@@ -89,7 +92,7 @@ class ClassGradientNewton(Optimizer):
     The closure returns (loss, logits, labels), without backward: logits and labels as for `class_gradients`. Gradients
     are computed here, and averaged over the processes here too, since the hooks of DDP do not run.
 
-    State, on the first parameter: `v` [C, n], `curvature`, `mass` and `share`, [C] each.
+    State, on the first parameter: `v` [C, n]; `curvature`, `mass` and `share`, [C] each; `examples`, how many so far.
 
     Args:
         params: One group of tensors in float32 or float64, on one device.
@@ -103,6 +106,7 @@ class ClassGradientNewton(Optimizer):
 
     needs_closure = True
     needs_logits = True
+    _step_supports_amp_scaling = True  # so that it can be refused
 
     def __init__(self, params, lr: float, average: float = 0.9, damping: float | None = None, gram: bool = True):
         if not lr >= 0:
@@ -130,9 +134,11 @@ class ClassGradientNewton(Optimizer):
         """The loss before the step.
 
         Raises:
-            TypeError, ValueError: without a closure, or with one that returns no (loss, logits, labels) that fit.
+            TypeError, ValueError: without a closure, or with one that returns no (loss, logits, labels) that fit; and
+                under a gradient scaler.
             FloatingPointError: if the loss or a gradient is not finite. Nothing is changed.
         """
+        refuse_scaled_gradients(self)
         check_closure(closure, "ClassGradientNewton")
         (group,) = self.param_groups
         params = group["params"]
@@ -161,14 +167,17 @@ def _average(state: dict, found: ClassGradients, average: float) -> None:
     if not state:
         zeros = torch.zeros_like(found.weight)
         state.update(step=0, v=torch.zeros_like(found.c), curvature=zeros, mass=zeros.clone(), share=zeros.clone())
+        state["examples"] = zeros.sum()
     if state["v"].shape != found.c.shape:
         raise ValueError(
             f"Logits and parameters must be those of the steps before, [C, n] = {list(state['v'].shape)}, got "
             f"{list(found.c.shape)}; make a new optimiser."
         )
     state["step"] += 1
-    share = found.count / found.count.sum().clamp_min(1)
-    state["share"] += (share - state["share"]) / state["step"]
+    examples = found.count.sum()
+    state["examples"] += examples
+    share = found.count / examples.clamp_min(1)
+    state["share"] += (share - state["share"]) * (examples / state["examples"].clamp_min(1))
     norm = found.c.norm(dim=1)
     within = found.weight / share.clamp_min(torch.finfo(share.dtype).tiny) * norm.square()  # lambda_k / share_k
     gain = torch.where(found.count > 0, 1 - average, 0.0).to(norm.dtype)
@@ -247,3 +256,19 @@ def _check(logits: Tensor, labels: Tensor) -> None:
             f"`labels` must be at least 0 and below the {logits.shape[-1]} logits (or {IGNORED}, which is left out), "
             f"got {used.min().item()} to {used.max().item()}: more classes than logits; widen the last layer."
         )
+
+
+def _check_graph(logits: Tensor) -> None:
+    """torch itself refuses a reentrant checkpoint in `grad` only where one of the tensors lies before it."""
+    open_nodes, seen = [logits.grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Class gradients must be computed without reentrant checkpoints, which hide the parameters within; "
+                "checkpoint with use_reentrant=False."
+            )
+        seen.add(node)
+        open_nodes.extend(before for before, _ in node.next_functions)

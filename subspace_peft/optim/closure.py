@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .processes import mean_over_processes
 
@@ -126,6 +127,16 @@ def check_closure(closure: Callable | None, optimizer: str) -> None:
         raise TypeError(
             f"{optimizer} must be given a closure, got {closure}: it evaluates the loss itself. Call step(closure); "
             "in place of transformers' Trainer, which does not, take subspace_peft.trainer.SubspaceTrainer."
+        )
+
+
+def refuse_scaled_gradients(optimizer: Optimizer) -> None:
+    """fp16's GradScaler sets `grad_scale` while it steps an optimiser that has `_step_supports_amp_scaling`."""
+    if "grad_scale" in vars(optimizer):
+        del optimizer.grad_scale, optimizer.found_inf
+        raise ValueError(
+            f"{type(optimizer).__name__} must be stepped without a gradient scaler, as fp16 has: the gradients in the "
+            "closure are scaled, and the loss beside them is not; take bf16, or full precision."
         )
 
 

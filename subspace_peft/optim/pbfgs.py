@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bfgs import Search, quasi_newton_step
-from .closure import Objective
+from .closure import Objective, refuse_scaled_gradients
 from .search import Armijo
 
 
@@ -45,6 +45,7 @@ class PBFGS(Optimizer):
     """
 
     needs_closure = True
+    _step_supports_amp_scaling = True  # so that it can be refused
 
     def __init__(self, params, search: Search = ARMIJO, curvature: str = "same_batch", lr: float = 1.0):
         _check(curvature, lr)
@@ -61,9 +62,11 @@ class PBFGS(Optimizer):
         """The loss before the step.
 
         Raises:
-            TypeError, ValueError: without a closure, or with one that returns no loss or leaves no gradient.
+            TypeError, ValueError: without a closure, or with one that returns no loss or leaves no gradient; and under
+                a gradient scaler.
             FloatingPointError: if the loss or the gradient at theta_d is not finite. theta_d stays.
         """
+        refuse_scaled_gradients(self)
         (group,) = self.param_groups
         loss = _start(self._objective, closure)
         theta_d = group["params"][0]
@@ -93,6 +96,7 @@ class PPlusBFGS(Optimizer):
     """
 
     needs_closure = True
+    _step_supports_amp_scaling = True  # so that it can be refused
 
     def __init__(
         self,
@@ -123,30 +127,32 @@ class PPlusBFGS(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor:
         """The loss before the step; raises what PBFGS.step raises."""
+        refuse_scaled_gradients(self)
         inside, outside = self.param_groups
         loss = _start(self._objective, closure)
         theta_d, weights = inside["params"][0], outside["params"]
         buffers = self._momentum(theta_d, weights, outside["momentum"])
         quasi_newton_step(theta_d, self.state[theta_d], loss, self._objective, closure, self.search, inside)
+        for weight, buffer in zip(weights, buffers, strict=True):
+            self.state[weight]["momentum_buffer"] = buffer
         torch._foreach_add_(weights, buffers, alpha=-outside["lr"])
         return loss
 
     def _momentum(self, theta_d: Tensor, weights: list[Tensor], momentum: float) -> list[Tensor]:
-        """m of each weight, with the gradients that the closure left; trials will overwrite these."""
+        """The next m of each weight, from the gradients that the closure left; trials will overwrite these."""
         buffers = []
         for weight, inside in zip(weights, self.lift(theta_d.grad), strict=True):
-            state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            state["momentum_buffer"].mul_(momentum).add_(weight.grad).sub_(inside)
-            buffers.append(state["momentum_buffer"])
+            buffer = weight.grad - inside
+            before = self.state[weight].get("momentum_buffer")
+            buffers.append(buffer if before is None else buffer.add_(before, alpha=momentum))
         return buffers
 
 
 def _start(objective: Objective, closure: Callable | None) -> Tensor:
     """The loss, with its gradients, where a step starts."""
     loss, _ = objective(closure, gradient=True)
-    if not loss.isfinite() or not all(parameter.grad.isfinite().all() for parameter in objective.parameters):
+    finite = [parameter.grad.isfinite().all().to(loss.device) for parameter in objective.parameters]
+    if not torch.stack([loss.isfinite(), *finite]).all():  # the host waits for the device once
         raise FloatingPointError(
             f"The loss and its gradient must be finite where a step starts, the loss is {loss.item()}; nothing is "
             "changed. Go back to a checkpoint, or look at the batch."

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from subspace_peft.optim import ClassGradientNewton, class_gradients
 from tests.cases import BY_NAME, theta_d, wrap
@@ -111,6 +112,17 @@ def test_parameters_that_the_logits_do_not_depend_on():
     found = class_gradients(model(x), y, [unused, model[0].bias])
     assert not found.c[:, :3].any()
     torch.testing.assert_close(found.c[:, 3:], by_loop(model, x, y)[0][:, 30:36])
+
+
+def test_through_checkpoints():
+    """A reentrant one hides the parameters within: their class gradients would be zero, and they would not train."""
+    model, (x, y) = network(), data()
+    whole = class_gradients(model(x), y, model.parameters()).c
+    x.requires_grad_()
+    parts = [model[2](checkpoint(model[:2], x, use_reentrant=reentrant)) for reentrant in (False, True)]
+    torch.testing.assert_close(class_gradients(parts[0], y, model.parameters()).c, whole)
+    with pytest.raises(ValueError, match="without reentrant checkpoints.*use_reentrant=False"):
+        class_gradients(parts[1], y, model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +250,17 @@ def test_a_rare_class_keeps_its_average_and_its_share():
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_one_class_alone_and_none_seen():
+def test_shares_are_those_of_all_examples_in_batches_of_any_size():
+    model, (x, y) = network(), data()
+    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9)
+    for part in (y, y[:5], torch.full_like(y, -100)):
+        optimizer.step(lambda part=part: (model(x[: len(part)]).sum(), model(x[: len(part)]), part))
+    expected = torch.bincount(torch.cat([y, y[:5]]), minlength=C) / (len(y) + 5)
+    share = optimizer.state[optimizer.param_groups[0]["params"][0]]["share"]
+    torch.testing.assert_close(share, expected.double())
+
+
+def test_one_class_alone():
     model, (x, y) = network(), data()
     optimizer = ClassGradientNewton(model.parameters(), lr=0.1)
     step = taken(optimizer, closure(model, x, torch.zeros_like(y)))

@@ -119,6 +119,20 @@ def test_a_start_that_is_not_finite_changes_nothing(member):
 
 
 @pytest.mark.parametrize("member", OPTIMIZERS, ids=str)
+def test_a_gradient_scaler_is_refused(member):
+    """Given the closure by position, as accelerate does, it would have them step on scaled gradients."""
+    run = Run(member, "network")
+    run.steps(1)
+    point, scaler = run.point().detach().clone(), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))  # which makes the scale
+    with pytest.raises(ValueError, match=f"{type(run.optimizer).__name__} must be stepped without a gradient scaler"):
+        scaler.step(run.optimizer, run.closure)
+    assert torch.equal(run.point(), point)
+    run.steps(1)
+    assert not torch.equal(run.point(), point)
+
+
+@pytest.mark.parametrize("member", OPTIMIZERS, ids=str)
 def test_a_scheduler_scales_every_step(member):
     run = Run(member, "network")
     scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 0.0 if step else 1.0)

@@ -70,6 +70,10 @@ def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
         ({"projection": "dense"}, "`d` must be at least 1 for projection 'dense', got 0"),
         ({"momentum": 0.9}, "`momentum` belongs to optimizer 'sgd', got 'adam'"),
         ({"optimizer": "pbfgs"}, "`optimizer` 'pbfgs' trains theta_d; give a `projection`, got 'full'"),
+        (
+            {"optimizer": "pplusbfgs", "projection": "dense", "d": 2, "save_adapter": True},
+            "`save_adapter` must be false with 'pplusbfgs'",
+        ),
         ({"projection": "basis", "d": 2}, "`trajectory` must be given for projection 'basis'"),
         (
             {"projection": "basis", "d": 4, "samples": 3, "trajectory": {"epochs": 5}},

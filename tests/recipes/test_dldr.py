@@ -1,0 +1,38 @@
+import json
+
+import pytest
+import torch
+
+from recipes import run
+from recipes.dldr import reconstruction
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        "report: methods\nmodel: fc\nepochs: 12\noptimizer: sgd\nlr: 0.3\nseed: [0, 1]\n"
+        "threads: 1\nsave_trajectory: true\n"
+    )
+    return file
+
+
+def test_enough_components_give_the_weights_back(recipe, capsys):
+    run.main([str(recipe)])
+    with torch.no_grad():
+        reconstruction.main([str(recipe), "--d", "11"])
+    result = json.loads((recipe.parent / "results" / "tiny.reconstruction.json").read_text())
+    assert [one["seed"] for one in result["runs"]] == [0, 1]
+    for one in result["runs"]:
+        ratios = one["explained_variance_ratio"]
+        assert sum(ratios) == pytest.approx(1, abs=1e-2)
+        assert ratios == sorted(ratios, reverse=True)
+        assert one["accuracy"]["sampled"] == pytest.approx(one["accuracy"]["reconstructed"], abs=0.03)
+        assert len(one["accuracy"]["sampled"]) == 13
+    assert "from 11 components" in capsys.readouterr().out
+    assert (recipe.parent / "plots" / "tiny.reconstruction.png").stat().st_size > 10_000
+
+
+def test_without_a_trajectory_it_says_how_to_record_one(recipe):
+    with pytest.raises(ValueError, match="--save_trajectory true"):
+        reconstruction.main([str(recipe)])
