@@ -37,9 +37,12 @@ WORDS = {
 
 def labels(runs: Iterable[Settings]) -> dict[str, str]:
     """By the run's name: its optimiser, and the settings in which the methods with that optimiser differ."""
+    runs = list(runs)
     records = {run.name: run.record() for run in runs}
-    for record in records.values():
-        record["trajectory"] = WORDS[record["trajectory"]["optimizer"]] if record["trajectory"] else None
+    if sampled := [run.trajectory for run in runs if run.trajectory]:
+        names = labels(sampled)
+        for run in runs:
+            records[run.name]["trajectory"] = run.trajectory and names[run.trajectory.name]
     found = {}
     for name, record in records.items():
         alike = [other for other in records.values() if other["optimizer"] == record["optimizer"]]

@@ -105,9 +105,10 @@ class Sweep:
         """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
         if not self.ready(run) or not self.results.take(run):
             return False
-        if not self.wanted(run):
+        wanted = self.wanted(run)
+        if not wanted:
             self.results.release(run)
-        return self.wanted(run)
+        return wanted
 
     def carry_out_one(self, run: Settings, bar: tqdm) -> bool:
         """False if the run is done, or held by another process, or waits for its trajectory."""
@@ -149,6 +150,8 @@ def conclude(recipe: Recipe, results: Results, adapters: Path, figure: Path) -> 
     missing = [run for run in runs if not results.path(run).exists()]
     if missing:
         print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")
+    if len(missing) == len(runs):
+        return
     if recipe.report == "methods":
         print(f"\n{methods.text(runs, results)}\n")
         methods.plot(runs, results, figure)

@@ -15,11 +15,16 @@ def is_main_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
+def wait_for_all() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains, by the names of the model inside DDP, FSDP, torch.compile; wide dtypes first, which aligns a file.
 
     Raises:
-        ValueError: if nothing does.
+        ValueError: if nothing does, or DeepSpeed's ZeRO-3 has left empty tensors in the place of its parameters.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -34,6 +39,12 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
             "A trajectory is of parameters that train, this model has none; set requires_grad, or record the base "
             "model before it is wrapped as a PeftModel."
         )
+    for name, parameter in found.items():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"Parameters must be there to be recorded, DeepSpeed's ZeRO-3 has left `{name}` empty; take ZeRO-2 or "
+                "FSDP."
+            )
     return dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .components import Components
-from .plain_model import gathered, is_main_process, trained, whole
+from .plain_model import gathered, is_main_process, trained, wait_for_all, whole
 from .samples import DTYPES, Samples, read_header, write_tensors
 
 
@@ -52,8 +52,8 @@ class Trajectory:
     def add(self, model: nn.Module, step: int | None = None) -> Path | None:
         """Write one sample: every parameter of `model` that trains, under its name in the plain model.
 
-        Call it on every process: sharded parameters are gathered one at a time, and the main process writes. A sample
-        of this step that is already there is replaced.
+        Call it on every process: sharded parameters are gathered one at a time (by FSDP of version 1 all at once), the
+        main process writes, and all wait until it has. A sample of this step that is already there is replaced.
 
         Args:
             step: One more than that of the last sample if left out, from 0.
@@ -62,23 +62,29 @@ class Trajectory:
             The file, on the main process.
 
         Raises:
-            ValueError: if nothing trains, or the samples there are of another model.
+            ValueError: if nothing trains, DeepSpeed's ZeRO-3 holds it, or the samples there are of another model.
         """
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
         with gathered(model):
             parameters = trained(model)
             tensors = (whole(parameter) for parameter in parameters.values())
-            if not is_main_process():
+            if is_main_process():
+                path = self._write(parameters, tensors, step)
+            else:
+                path = None
                 for _ in tensors:
                     pass
-                return None
-            last = max(self._files(), default=-1)
-            path = self.folder / f"{last + 1 if step is None else step:08d}.safetensors"
-            self._check_model(parameters, path)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}, tensors)
-            return path
+        wait_for_all()  # a process that goes on to make a basis would miss this sample
+        return path
+
+    def _write(self, parameters: dict[str, nn.Parameter], tensors: Iterable[Tensor], step: int | None) -> Path:
+        last = max(self._files(), default=-1)
+        path = self.folder / f"{last + 1 if step is None else step:08d}.safetensors"
+        self._check_model(parameters, path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}, tensors)
+        return path
 
     def _check_model(self, parameters: dict[str, nn.Parameter], path: Path) -> None:
         others = [other for other in self._files().values() if other != path]
@@ -180,7 +186,10 @@ class Trajectory:
                 f"A trajectory must hold samples, {str(self.folder)!r} holds none; record some with "
                 "Trajectory(folder).add(model) or TrajectoryCallback(folder)."
             )
-        samples = Samples(paths, None if names is None else list(names))
+        names = None if names is None else list(names)
+        if names == []:
+            raise ValueError("`names` must name one tensor or more, got none; leave it out for all of them.")
+        samples = Samples(paths, names)
         state = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         key = (state, list(samples.shapes), self.memory, self.increments)
         if self._known is None or self._known[0] != key:
@@ -205,7 +214,7 @@ def coefficients(basis: dict[str, Tensor], tensors: dict[str, Tensor], origin: d
     total = 0
     for name, columns in basis.items():
         w, w_0 = (each[name].to(columns.device, torch.float64) for each in (tensors, origin))
-        for part, rows in zip((w - w_0).view(-1).split(2**16), _flat(columns).split(2**16), strict=True):
+        for part, rows in zip((w - w_0).reshape(-1).split(2**16), _flat(columns).split(2**16), strict=True):
             total = total + part @ rows.to(torch.float64)
     return total.to(torch.promote_types(next(iter(basis.values())).dtype, torch.float32))
 
