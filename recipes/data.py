@@ -29,7 +29,7 @@ class Split(NamedTuple):
     deviation: Tensor | float = 1.0
 
     def to(self, device: torch.device | str) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+        return Split(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
 
     def first(self, n: int) -> "Split":
         return self._replace(images=self.images[:n], labels=self.labels[:n])

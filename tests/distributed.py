@@ -5,6 +5,7 @@ import tempfile
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
@@ -49,24 +50,23 @@ def sharded(accelerator: Accelerator) -> dict:
 
 
 def recorded(accelerator: Accelerator) -> dict:
-    """Which process writes a sample of a model sharded in each way, and whether it is the whole plain model."""
+    """How many processes write a sample of a model sharded in each way, and find it, and find it the plain model."""
     plain, parts = BY_NAME["mlp"].model(), BY_NAME["mlp"].model()
     for module in (parts.fc1, parts):
         fully_shard(module)
     models = {"replicated": accelerator.prepare(BY_NAME["mlp"].model()), "sharded": parts}
-    found = {}
+    weights, found = dict(plain.named_parameters()), {}
     with tempfile.TemporaryDirectory() as folder:
+        (folder,) = broadcast_object_list([folder])
         for name, model in models.items():
             trajectory = Trajectory(f"{folder}/{name}")
-            if trajectory.add(model) is None:
-                found[name] = len(trajectory)
-                continue
-            sample, weights = trajectory.sample(0), dict(plain.named_parameters())
-            found[name] = sample.keys() == weights.keys() and all(
-                torch.equal(sample[n], p) for n, p in weights.items()
-            )
-    written = torch.tensor([sum(count for count in found.values() if not isinstance(count, bool))])
-    return {**found, "elsewhere": accelerator.reduce(written).item()}
+            wrote = trajectory.add(model) is not None
+            sample = trajectory.sample(0)  # there for every process, as soon as `add` is over
+            whole = sample.keys() == weights.keys() and all(torch.equal(sample[n], p) for n, p in weights.items())
+            counts = accelerator.reduce(torch.tensor([int(wrote), int(whole), len(trajectory)]))
+            found[name] = dict(zip(("wrote", "whole", "samples"), counts.tolist(), strict=True))
+        accelerator.wait_for_everyone()
+    return found
 
 
 if __name__ == "__main__":

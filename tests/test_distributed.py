@@ -44,8 +44,9 @@ def test_d_numbers_are_moved_a_step(together):
     assert together["replicated"]["moved"] == [7] * distributed.STEPS
 
 
-def test_one_process_records_the_whole_model(together):
-    assert together["recorded"] == {"replicated": True, "sharded": True, "elsewhere": 0}
+def test_one_process_records_the_whole_model_and_all_find_it(together):
+    for sharding in ("replicated", "sharded"):
+        assert together["recorded"][sharding] == {"wrote": 1, "whole": 2, "samples": 2}
 
 
 def test_sharded_training_is_that_of_one_process(alone, together):

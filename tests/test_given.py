@@ -11,7 +11,21 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig, Trajectory
 from subspace_peft.adapter_file import unique_coordinates
-from tests.cases import BY_NAME, MLP, assert_same_state, dense_P, move, outputs, settings, tensors, train, tree, wrap
+from subspace_peft.projections import PROJECTIONS, Block
+from tests.cases import (
+    BY_NAME,
+    MLP,
+    Allocations,
+    assert_same_state,
+    dense_P,
+    move,
+    outputs,
+    settings,
+    tensors,
+    train,
+    tree,
+    wrap,
+)
 
 
 CASE = BY_NAME["mlp"]
@@ -85,6 +99,15 @@ def test_the_givers_tensor_may_change_afterwards():
     before = outputs(model, CASE)
     Q.zero_()
     assert torch.equal(outputs(model, CASE), before)
+
+
+def test_norms_take_no_copy_of_the_basis():
+    rows = torch.randn(200_000, 8, generator=torch.Generator().manual_seed(0))
+    projection = PROJECTIONS["basis"](Block(name="w", n=200_000, d=8, given=rows))
+    with Allocations() as allocations:
+        squares = projection.column_square_norms()
+    assert rows.nbytes <= allocations.peak < 2 * rows.nbytes  # of which the columns themselves are one
+    torch.testing.assert_close(squares, rows.double().square().sum(0))
 
 
 @pytest.mark.parametrize(

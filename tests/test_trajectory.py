@@ -1,7 +1,6 @@
 """Trajectory: what is recorded, that its bases are the singular vectors of the samples, and what is refused."""
 
 import os
-import weakref
 
 import pytest
 import torch
@@ -12,13 +11,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subspace_peft import SubspaceConfig, Trajectory, TrajectoryCallback, coefficients, reconstruct
 from subspace_peft.adapter_file import find_vectors
-from tests.cases import BY_NAME, MLP, Tied, wrap
+from tests.cases import BY_NAME, MLP, Allocations, Tied, wrap
 
 
 SHAPES = {name: tuple(p.shape) for name, p in MLP().named_parameters()}
@@ -229,26 +226,6 @@ def test_any_budget_gives_the_same(dtype, tmp_path):
         torch.testing.assert_close(flat({n: saved[n] for n in SHAPES}), expected, rtol=0, atol=1e-12)
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes that new tensors hold at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.live:
-                    self.live[key] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, key, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
 def test_the_budget_holds(tmp_path):
     model, trajectory = nn.Linear(500, 100), Trajectory(tmp_path, memory=200_000)
     for _ in range(12):
@@ -302,6 +279,15 @@ def test_coefficients_and_reconstruction(tmp_path):
     torch.testing.assert_close(
         flat(part).double(), P @ P.T @ (W[:, -1] - W[:, 0]).double() + W[:, 0], atol=1e-6, rtol=0
     )
+
+
+def test_coefficients_of_tensors_that_are_laid_out_otherwise():
+    generator = torch.Generator().manual_seed(0)
+    basis = {"a": torch.randn(2, 3, 4, 4, 5, generator=generator)}
+    w, origin = ({"a": torch.randn(2, 3, 4, 4, generator=generator)} for _ in range(2))
+    expected = coefficients(basis, w, origin)
+    w["a"], origin["a"] = (t["a"].to(memory_format=torch.channels_last) for t in (w, origin))
+    assert torch.equal(coefficients(basis, w, origin), expected)
 
 
 def test_coefficients_of_other_tensors():
@@ -416,6 +402,8 @@ def test_other_refusals(recorded, tmp_path):
         Trajectory(tmp_path / "empty").basis(1)
     with pytest.raises(ValueError, match=r"`fc9.weight` must be in the samples.*holds 4 other tensors, 'fc1.weight'"):
         recorded.basis(1, names=["fc9.weight"])
+    with pytest.raises(ValueError, match="`names` must name one tensor or more, got none"):
+        recorded.basis(1, names=[])
     with pytest.raises(ValueError, match="`memory` must be at least 160 bytes for 4 samples, got 100"):
         Trajectory(tmp_path, memory=100).basis(2)
     with pytest.raises(ValueError, match="`dtype` must be one of torch.float64.*got torch.int64"):
@@ -424,6 +412,10 @@ def test_other_refusals(recorded, tmp_path):
         recorded.add(MLP(), -1)
     with pytest.raises(ValueError, match="this model has none; set requires_grad, or record the base"):
         recorded.add(wrap(BY_NAME["mlp"]).requires_grad_(False))
+    partitioned = MLP()
+    partitioned.fc1.weight.ds_id = 0  # as DeepSpeed marks them
+    with pytest.raises(ValueError, match="ZeRO-3 has left `fc1.weight` empty; take ZeRO-2 or FSDP"):
+        recorded.add(partitioned)
 
 
 # ---------------------------------------------------------------------------------------------------- with the Trainer

@@ -24,6 +24,7 @@ from recipes import environment
 from recipes.data import Split, load
 from recipes.models import build
 from recipes.settings import Settings, read
+from recipes.summary import spread
 from recipes.train import predict
 from subspace_peft import Trajectory, coefficients, reconstruct
 
@@ -60,11 +61,25 @@ def text(results: list[dict[str, Any]], d: int) -> str:
     lines = ["| component | published % | ours % (mean ± sd over seeds) |", "| --- | --- | --- |"]
     for k, ratio in enumerate(ratios.T):
         published = PUBLISHED[k] if k < len(PUBLISHED) else ""
-        lines.append(f"| {k + 1} | {published} | {ratio.mean():.2f} ± {ratio.std(ddof=1):.2f} |")
-    last = {kind: f"{values[:, -1].mean():.2f} ± {values[:, -1].std(ddof=1):.2f}" for kind, values in accuracy.items()}
+        lines.append(f"| {k + 1} | {published} | {_spread(ratio)} |")
+    last = {kind: _spread(values[:, -1]) for kind, values in accuracy.items()}
     lines += ["", f"Accuracy at the last sample: {last['sampled']} %; from {d} components {last['reconstructed']} %."]
-    lines += [f"Largest loss at a sample after the tenth: {-difference[:, 10:].min():.2f} points."]
+    if difference.shape[1] > 10:
+        lines += [f"Largest loss at a sample from epoch 10 on: {-difference[:, 10:].min():.2f} points."]
     return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    return spread(values.mean(), values.std(ddof=1) if len(values) > 1 else float("nan"))
+
+
+def _test(run: Settings, source: str) -> Split:
+    """The test images as the run saw them."""
+    test = load(run.dataset, source, "test")
+    if not run.standardize:
+        return test
+    training = load(run.dataset, source, "train")
+    return test.standardized(training.first(run.images) if run.images else training)
 
 
 def plot(results: list[dict[str, Any]], d: int, file: Path) -> Path:
@@ -104,8 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     for run in read(options.file).runs:
         folder = output / "trajectories" / run.name
         if run.projection == "full" and len(Trajectory(folder)):
-            test = load(run.dataset, options.data, "test")
-            results.append(measure(run, folder, options.d, test))
+            results.append(measure(run, folder, options.d, _test(run, options.data)))
     if not results:
         raise ValueError(
             f"{output / 'trajectories'} must hold a trajectory of {options.file}, and holds none; record them with "

@@ -28,4 +28,5 @@ class Basis(Projection):
         return (g @ self.state(g.device)[0].to(g.dtype)).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:
-        return self.block.given.detach().double().square().sum(0).cpu()
+        chunks = self.block.given.detach().split(2**15)  # in float64 the whole may not fit
+        return sum(chunk.double().square().sum(0) for chunk in chunks).cpu()

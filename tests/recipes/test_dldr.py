@@ -33,6 +33,19 @@ def test_enough_components_give_the_weights_back(recipe, capsys):
     assert (recipe.parent / "plots" / "tiny.reconstruction.png").stat().st_size > 10_000
 
 
+def test_one_short_run_on_standardised_images(recipe, capsys):
+    """The accuracies along the trajectory are those that training reported."""
+    recipe.write_text(recipe.read_text().replace("epochs: 12", "epochs: 3\nstandardize: true").replace("[0, 1]", "0"))
+    run.main([str(recipe)])
+    with torch.no_grad():
+        reconstruction.main([str(recipe), "--d", "2"])
+    (trained,) = (json.loads(f.read_text()) for f in (recipe.parent / "results").glob("????????????.json"))
+    result = json.loads((recipe.parent / "results" / "tiny.reconstruction.json").read_text())
+    expected = [epoch["test_accuracy"] for epoch in trained["epochs"]]
+    assert result["runs"][0]["accuracy"]["sampled"][1:] == pytest.approx(expected, abs=1e-9)
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_without_a_trajectory_it_says_how_to_record_one(recipe):
     with pytest.raises(ValueError, match="--save_trajectory true"):
         reconstruction.main([str(recipe)])
