@@ -31,6 +31,7 @@ WORDS = {
     "pplusbfgs": "P⁺-BFGS",
     "pplusbfgs_paper": "P⁺-BFGS, y of two batches",
     "class_gradient": "class gradient, Gram",
+    "class_gradient_all": "class gradient, Gram, all examples",
     "class_gradient_poster": "class gradient, poster",
 }
 

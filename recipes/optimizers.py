@@ -38,8 +38,8 @@ def _pplusbfgs(model: nn.Module, settings: "Settings", curvature: str = "same_ba
     return PPlusBFGS(theta_d, *full_space(model), curvature=curvature)
 
 
-def _class_gradient(model: nn.Module, settings: "Settings", gram: bool = True) -> Optimizer:
-    return ClassGradientNewton(_trainable(model), lr=settings.lr, gram=gram)
+def _class_gradient(model: nn.Module, settings: "Settings", **choices) -> Optimizer:
+    return ClassGradientNewton(_trainable(model), lr=settings.lr, **choices)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, "Settings"], Optimizer]] = {
@@ -51,6 +51,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, "Settings"], Optimizer]] = {
     "pplusbfgs": _pplusbfgs,
     "pplusbfgs_paper": partial(_pplusbfgs, curvature="next_batch"),
     "class_gradient": _class_gradient,
+    "class_gradient_all": partial(_class_gradient, examples="all"),
     "class_gradient_poster": partial(_class_gradient, gram=False),
 }
 

@@ -7,7 +7,8 @@ after each power of two of epochs, on all training images: the class gradients c
 of equation (3) with its eigenpairs (mu_k, u_k), and the top C eigenpairs of the true Hessian by Lanczos.
 
 - coverage: the share of the top-C eigenspace that lies in span(c), |Q^T V|_F^2 / C; C / n if c were random
-- curvature: mu_k / (u_k^T H u_k), what Newton's method believes against what is there; below 1 its step is too long
+- curvature: mu_k / (u_k^T H u_k), what Newton's method believes against what is there; below 1 its step is too long;
+  with the weights of equation (3), and with those over all examples, mean[p_k (1 - p_k)]
 - gradient: the share of |g|^2 in span(c), and in the top-C eigenspace
 """
 
@@ -30,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes import environment
 from recipes.data import Split, batches, load
 from recipes.models import CLASSES, build
+from recipes.summary import markdown, spread
 from subspace_peft.landscape import coverage, hessian_product, lanczos
 from subspace_peft.optim import class_gradients
 
 
+RATIOS = {"ratios": "own examples (3)", "ratios_of_all": "all examples"}
 CURVES = {
     "coverage": "top-C eigenspace in span(c)",
     "gradient_in_classes": "|g|² in span(c)",
@@ -52,8 +55,10 @@ def measure(network: nn.Module, split: Split, C: int) -> dict[str, Any]:
     g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, params)]).double()
     product = hessian_product(lambda: cross_entropy(network(images), labels), params)
     eigenvalues, V = lanczos(product, n, C, tol=1e-4)
-    believed, U = low_rank(found.c.double(), found.weight.double())
-    there = torch.stack([u @ product(u) for u in U.T])
+    ratios = {}
+    for kind, weight in (("ratios", found.weight), ("ratios_of_all", found.weight_of_all)):
+        believed, U = low_rank(found.c.double(), weight.double())
+        ratios[kind] = (believed / torch.stack([u @ product(u) for u in U.T])).tolist()
     return {
         "loss": loss.item(),
         "accuracy": (logits.argmax(1) == labels).double().mean().item(),
@@ -61,8 +66,7 @@ def measure(network: nn.Module, split: Split, C: int) -> dict[str, Any]:
         "gradient_in_classes": coverage(found.c, g[:, None]),
         "gradient_in_top": coverage(V.T, g[:, None]),
         "eigenvalues": eigenvalues.tolist(),
-        "believed": believed.tolist(),
-        "there": there.tolist(),
+        **ratios,
     }
 
 
@@ -89,43 +93,44 @@ def train(split: Split, dataset: str, seed: int, epochs: int, lr: float, batch_s
     return points
 
 
-def ratios(point: dict[str, Any]) -> np.ndarray:
-    """mu_k / (u_k^T H u_k)."""
-    return np.array(point["believed"]) / np.array(point["there"])
-
-
 def text(runs: list[list[dict[str, Any]]]) -> str:
-    lines = ["| epoch | loss | coverage | g² in span(c) | g² in top C | λ_1 | median μ / uᵀHu | uᵀHu ≤ 0 |"]
-    lines += ["|" + " --- |" * 8]
+    header = ["epoch", "loss", "accuracy %", "coverage", "g² in span(c)", "g² in top C", "λ_1"]
+    header += [f"median μ / uᵀHu, {label}" for label in RATIOS.values()] + ["uᵀHu ≤ 0"]
+    rows = []
     for points in zip(*runs, strict=True):
-        mean = {key: np.mean([p[key] for p in points]) for key in ("loss", *CURVES)}
-        spread = np.std([p["coverage"] for p in points], ddof=1) if len(points) > 1 else 0
-        all_ratios = np.concatenate([ratios(p) for p in points])
-        cells = [points[0]["epoch"], f"{mean['loss']:.3f}", f"{mean['coverage']:.2f} ± {spread:.2f}"]
-        cells += [f"{mean['gradient_in_classes']:.2f}", f"{mean['gradient_in_top']:.2f}"]
-        cells += [f"{np.mean([p['eigenvalues'][0] for p in points]):.2f}"]
-        cells += [f"{np.median(all_ratios[all_ratios > 0]):.3f}", f"{100 * np.mean(all_ratios <= 0):.0f} %"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        mean = {key: np.mean([p[key] for p in points]) for key in ("loss", "accuracy", *CURVES)}
+        ratios = {key: np.concatenate([p[key] for p in points]) for key in RATIOS}
+        row = [points[0]["epoch"], f"{mean['loss']:.3f}", f"{100 * mean['accuracy']:.1f}"]
+        row += [spread(mean["coverage"], np.std([p["coverage"] for p in points]))]
+        row += [f"{mean['gradient_in_classes']:.2f}", f"{mean['gradient_in_top']:.2f}"]
+        row += [f"{np.mean([p['eigenvalues'][0] for p in points]):.2f}"]
+        row += [f"{np.median(r[r > 0]):.2f}" for r in ratios.values()]
+        row += [f"{100 * np.mean(ratios['ratios'] <= 0):.0f} %"]
+        rows.append(row)
+    return "\n".join(markdown(header, rows))
 
 
 def plot(runs: list[list[dict[str, Any]]], n: int, C: int, file: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.8, 4.8), layout="constrained")
     epochs = [point["epoch"] for point in runs[0]]
-    places = range(len(epochs))
+    places = np.arange(len(epochs))
     for key, label in CURVES.items():
         values = np.array([[point[key] for point in points] for points in runs])
         left.plot(places, values.mean(0), "o-", label=label)
         left.fill_between(places, values.min(0), values.max(0), alpha=0.15)
     left.axhline(C / n, color="grey", linestyle="--", label=f"C / n = {C / n:.3f}, a random subspace")
     left.set(xlabel="epochs of SGD", ylabel="share", ylim=(0, 1), xticks=places, xticklabels=epochs)
-    pooled = [np.concatenate([ratios(points[place]) for points in runs]) for place in places]
-    right.boxplot([r[r > 0] for r in pooled], positions=list(places), tick_labels=epochs)
+    for key, label in RATIOS.items():
+        pooled = [np.concatenate([points[place][key] for points in runs]) for place in places]
+        low, middle, high = np.array([np.quantile(r[r > 0], (0.25, 0.5, 0.75)) for r in pooled]).T
+        right.plot(places, middle, "o-", label=label)
+        right.fill_between(places, low, high, alpha=0.15)
     right.axhline(1, color="grey", linestyle="--")
-    right.set(xlabel="epochs of SGD", ylabel="believed curvature / true curvature", yscale="log")
+    right.set(xlabel="epochs of SGD", ylabel="curvature: believed / true (median, quartiles)", yscale="log")
+    right.set(xticks=places, xticklabels=epochs)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    left.legend(fontsize="small")
+        axis.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -136,9 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="mnist", choices=CLASSES)
     parser.add_argument("--data", default="", help="a folder of parquet files, or another Hub id")
-    parser.add_argument("--images", type=int, default=6000, help="of the training set, the first so many")
+    parser.add_argument("--images", type=int, default=2000, help="of the training set, the first so many")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)

@@ -16,6 +16,7 @@ from .processes import mean_over_processes, sum_over_processes
 
 IGNORED = -100
 """The label that torch's and transformers' losses leave out."""
+EXAMPLES = ("own", "all")
 TIMES_SGD = 10
 """How many times longer than SGD's the step in a direction may be, where `damping` is left to the class."""
 
@@ -25,7 +26,8 @@ class ClassGradients:
     """The class gradients of one batch, of all processes together."""
 
     c: Tensor  # [C, n]: class k's mean of the gradient of its logit; zero where the batch has none of the class
-    weight: Tensor  # [C]: mean over the batch of y_k p_k (1 - p_k)
+    weight: Tensor  # [C]: mean over the batch of y_k p_k (1 - p_k), that of class k's own examples
+    weight_of_all: Tensor  # [C]: mean over the batch of p_k (1 - p_k), that of all examples
     count: Tensor  # [C]: examples of each class
 
 
@@ -64,9 +66,9 @@ def class_gradients(logits: Tensor, labels: Tensor, params: Iterable[Tensor]) ->
     )
     rows = [p.new_zeros(C, p.numel()) if row is None else row.flatten(1) for p, row in zip(params, rows, strict=True)]
     probabilities = z.detach().to(classes.dtype).softmax(-1)
-    spread = sum_over_processes((classes * probabilities * (1 - probabilities)).sum(0))
-    weight = spread / counts.sum().clamp_min(1)
-    return ClassGradients(sum_over_processes(torch.cat(rows, 1)), weight, counts)
+    spread = probabilities * (1 - probabilities)
+    own, every = (sum_over_processes(s.sum(0)) / counts.sum().clamp_min(1) for s in (classes * spread, spread))
+    return ClassGradients(sum_over_processes(torch.cat(rows, 1)), own, every, counts)
 
 
 class ClassGradientNewton(Optimizer):
@@ -86,6 +88,10 @@ class ClassGradientNewton(Optimizer):
     - **rare classes**: the averages of v_k and of lambda_k within its class move only where the class is in the batch;
       lambda_k is that average times the share of the class among all examples so far.
 
+    - **examples**: y_k in lambda_k counts class k's own examples alone, about a C-th of the curvature that the Hessian
+      has along c_k (measured: recipes/class_gradient), so Newton's step is C times too long. With examples="all"
+      lambda_k = mean_B[p_k (1 - p_k)] |c_k|^2.
+
     `average` is the rate of those exponential averages, each class's corrected for its start. A class not seen yet, or
     a direction without curvature, belongs to the complement.
 
@@ -99,6 +105,7 @@ class ClassGradientNewton(Optimizer):
         lr: Of the complement.
         average: In [0, 1); 0 is the batch alone.
         damping: Added to each lambda_k, at least 0; 0 is the poster's.
+        examples: Whose p_k (1 - p_k) count in lambda_k: "own", the poster's, or "all".
 
     Raises:
         ValueError: if a number is out of its range, or the parameters are not one such group.
@@ -108,14 +115,25 @@ class ClassGradientNewton(Optimizer):
     needs_logits = True
     _step_supports_amp_scaling = True  # so that it can be refused
 
-    def __init__(self, params, lr: float, average: float = 0.9, damping: float | None = None, gram: bool = True):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        average: float = 0.9,
+        damping: float | None = None,
+        gram: bool = True,
+        examples: str = "own",
+    ):
         if not lr >= 0:
             raise ValueError(f"`lr` must not be negative, got {lr}.")
         if not 0 <= average < 1:
             raise ValueError(f"`average` must be at least 0 and below 1, got {average}.")
         if damping is not None and not damping >= 0:
             raise ValueError(f"`damping` must not be negative, got {damping}; leave it out for 1 / (10 lr).")
-        super().__init__(params, {"lr": lr, "average": average, "damping": damping, "gram": gram})
+        if examples not in EXAMPLES:
+            raise ValueError(f"`examples` must be one of {', '.join(EXAMPLES)}, got {examples!r}.")
+        settings = {"lr": lr, "average": average, "damping": damping, "gram": gram, "examples": examples}
+        super().__init__(params, settings)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -154,15 +172,15 @@ class ClassGradientNewton(Optimizer):
                 "Go back to a checkpoint, or look at the batch."
             )
         state = self.state[params[0]]
-        _average(state, found, group["average"])
-        v, curvature = _estimates(state)
+        _average(state, found, group)
+        v, curvature = _estimates(state, group)
         step = _newton(v, curvature, g, group)
         for p, part in zip(params, step.split([p.numel() for p in params]), strict=True):
             p.sub_(part.view_as(p))
         return loss
 
 
-def _average(state: dict, found: ClassGradients, average: float) -> None:
+def _average(state: dict, found: ClassGradients, group: dict) -> None:
     """Move the averages of the classes that are in the batch, and the share of every class."""
     if not state:
         zeros = torch.zeros_like(found.weight)
@@ -179,17 +197,21 @@ def _average(state: dict, found: ClassGradients, average: float) -> None:
     share = found.count / examples.clamp_min(1)
     state["share"] += (share - state["share"]) * (examples / state["examples"].clamp_min(1))
     norm = found.c.norm(dim=1)
-    within = found.weight / share.clamp_min(torch.finfo(share.dtype).tiny) * norm.square()  # lambda_k / share_k
-    gain = torch.where(found.count > 0, 1 - average, 0.0).to(norm.dtype)
+    weight = found.weight_of_all
+    if group["examples"] == "own":
+        weight = found.weight / share.clamp_min(torch.finfo(share.dtype).tiny)  # the mean within the class
+    within = weight * norm.square()
+    gain = torch.where(found.count > 0, 1 - group["average"], 0.0).to(norm.dtype)
     state["v"] += gain[:, None] * (found.c / _positive(norm)[:, None] - state["v"])
     state["curvature"] += gain * (within - state["curvature"])
     state["mass"] += gain * (1 - state["mass"])
 
 
-def _estimates(state: dict) -> tuple[Tensor, Tensor]:
+def _estimates(state: dict, group: dict) -> tuple[Tensor, Tensor]:
     """v_k of unit length, [C, n], and lambda_k, [C]."""
     v = state["v"] / _positive(state["v"].norm(dim=1))[:, None]
-    return v, state["share"] * state["curvature"] / _positive(state["mass"])
+    curvature = state["curvature"] / _positive(state["mass"])
+    return v, state["share"] * curvature if group["examples"] == "own" else curvature
 
 
 def _newton(v: Tensor, curvature: Tensor, g: Tensor, group: dict) -> Tensor:

@@ -70,6 +70,8 @@ def test_they_are_those_of_a_loop():
     found = class_gradients(model(x), y, model.parameters())
     torch.testing.assert_close(found.c, c)
     torch.testing.assert_close(found.weight, weight)
+    p = model(x).detach().softmax(1)
+    torch.testing.assert_close(found.weight_of_all, (p * (1 - p)).mean(0))
     assert found.count.tolist() == torch.bincount(y, minlength=C).tolist()
 
 
@@ -87,7 +89,7 @@ def test_tokens_are_examples_and_ignored_labels_are_none():
     whole = class_gradients(model(x), y, model.parameters())
     tokens, labels = torch.cat([x, x[:3]]).view(3, 5, 5), torch.cat([y, torch.tensor([-100] * 3)]).view(3, 5)
     found = class_gradients(model(tokens), labels, model.parameters())
-    for name in ("c", "weight", "count"):
+    for name in ("c", "weight", "weight_of_all", "count"):
         torch.testing.assert_close(getattr(found, name), getattr(whole, name))
 
 
@@ -160,11 +162,15 @@ def test_the_posters_update(damping):
     torch.testing.assert_close(taken(optimizer, closure(model, x, y)), expected)
 
 
+@pytest.mark.parametrize("examples", ["own", "all"])
 @pytest.mark.parametrize(("lr", "damping"), [(0.0, 0.0), (0.05, 0.0), (0.05, 0.1), (0.05, None)])
-def test_the_gram_corrected_update_is_newtons_in_the_range_of_the_hessian(lr, damping):
+def test_the_gram_corrected_update_is_newtons_in_the_range_of_the_hessian(lr, damping, examples):
     """Without assuming that the c_k are orthogonal, which here they are not: H^+ g there, lr g in the complement."""
     model, (x, y) = network(), data()
     c, weight = by_loop(model, x, y)
+    if examples == "all":
+        p = model(x).detach().softmax(1)
+        weight = (p * (1 - p)).mean(0)
     overlaps = torch.nn.functional.normalize(c) @ torch.nn.functional.normalize(c).T
     assert (overlaps - torch.eye(C)).abs().max().item() > 0.1
     g, H = gradient(model, x, y), torch.einsum("k,ki,kj->ij", weight, c, c)
@@ -173,7 +179,7 @@ def test_the_gram_corrected_update_is_newtons_in_the_range_of_the_hessian(lr, da
     added = 1 / (10 * lr) if damping is None else damping
     inside = vectors.T @ g
     expected = lr * (g - vectors @ inside) + vectors @ (inside / (values + added))
-    optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping)
+    optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping, examples=examples)
     found = taken(optimizer, closure(model, x, y))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     if not lr and not damping:
