@@ -50,9 +50,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, "Settings"], Optimizer]] = {
     "pbfgs_paper": partial(_pbfgs, curvature="next_batch"),
     "pplusbfgs": _pplusbfgs,
     "pplusbfgs_paper": partial(_pplusbfgs, curvature="next_batch"),
-    "class_gradient": _class_gradient,
-    "class_gradient_all": partial(_class_gradient, examples="all"),
-    "class_gradient_poster": partial(_class_gradient, gram=False),
+    "class_gradient_all": _class_gradient,
+    "class_gradient": partial(_class_gradient, examples="own"),
+    "class_gradient_poster": partial(_class_gradient, examples="own", gram=False),
 }
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {

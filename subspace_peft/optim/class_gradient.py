@@ -86,11 +86,10 @@ class ClassGradientNewton(Optimizer):
       H = sum_k lambda_k v_k v_k^T take the place of v_k and lambda_k, exact for any c_k, from the C x C Gram matrix of
       sqrt(lambda_k) v_k. Without it the formula stands as it is.
     - **rare classes**: the averages of v_k and of lambda_k within its class move only where the class is in the batch;
-      lambda_k is that average times the share of the class among all examples so far.
-
+      of its own examples, lambda_k is that average times the share of the class among all so far.
     - **examples**: y_k in lambda_k counts class k's own examples alone, about a C-th of the curvature that the Hessian
-      has along c_k (measured: recipes/class_gradient), so Newton's step is C times too long. With examples="all"
-      lambda_k = mean_B[p_k (1 - p_k)] |c_k|^2.
+      has along c_k, and Newton's step is C times too long (measured: recipes/class_gradient). With examples="all" it is
+      lambda_k = mean_B[p_k (1 - p_k)] |c_k|^2; gram=False, examples="own", damping=0 is the poster.
 
     `average` is the rate of those exponential averages, each class's corrected for its start. A class not seen yet, or
     a direction without curvature, belongs to the complement.
@@ -105,7 +104,7 @@ class ClassGradientNewton(Optimizer):
         lr: Of the complement.
         average: In [0, 1); 0 is the batch alone.
         damping: Added to each lambda_k, at least 0; 0 is the poster's.
-        examples: Whose p_k (1 - p_k) count in lambda_k: "own", the poster's, or "all".
+        examples: Whose p_k (1 - p_k) count in lambda_k: "all", or "own", class k's own.
 
     Raises:
         ValueError: if a number is out of its range, or the parameters are not one such group.
@@ -122,7 +121,7 @@ class ClassGradientNewton(Optimizer):
         average: float = 0.9,
         damping: float | None = None,
         gram: bool = True,
-        examples: str = "own",
+        examples: str = "all",
     ):
         if not lr >= 0:
             raise ValueError(f"`lr` must not be negative, got {lr}.")

@@ -158,7 +158,7 @@ def test_the_posters_update(damping):
     v = c / c.norm(dim=1, keepdim=True)
     curvature = weight * c.norm(dim=1) ** 2
     expected = lr * g + ((1 / (curvature + damping) - lr) * (v @ g)) @ v
-    optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping, gram=False)
+    optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping, gram=False, examples="own")
     torch.testing.assert_close(taken(optimizer, closure(model, x, y)), expected)
 
 
@@ -192,7 +192,7 @@ def test_classes_of_one_direction():
     x, y = torch.ones(6, 1).double(), torch.tensor([0, 1, 2, 0, 1, 2])
     scales = torch.tensor([1.0, 2.0, -1.0]).double()
     evaluate = closure(lambda x: x * theta[0] * scales, x, y)
-    optimizer = ClassGradientNewton([theta], lr=0.1, damping=0.0)
+    optimizer = ClassGradientNewton([theta], lr=0.1, damping=0.0, examples="own")
     loss, logits, _ = evaluate()
     g = torch.autograd.grad(loss, theta, retain_graph=True)[0]
     p = logits[0].softmax(0)
@@ -209,17 +209,19 @@ def test_the_default_damping_bounds_the_step(gram):
     evaluate = closure(lambda x: x * theta, torch.ones(B, 1).double(), torch.tensor([0] * (B - 1) + [1]))
     g = torch.autograd.grad(evaluate()[0], theta)[0]
     start = theta.detach().clone()
-    step = taken(ClassGradientNewton([theta], lr=lr, gram=gram), evaluate)
+    step = taken(ClassGradientNewton([theta], lr=lr, gram=gram, examples="own"), evaluate)
     assert step.norm().item() == pytest.approx(10 * lr * g.norm().item(), rel=1e-3)
     theta.data.copy_(start)
-    bare = taken(ClassGradientNewton([theta], lr=lr, gram=gram, damping=0.0), evaluate)
+    bare = taken(ClassGradientNewton([theta], lr=lr, gram=gram, damping=0.0, examples="own"), evaluate)
     assert bare.norm() > 1e6 * lr * g.norm()
 
 
 def test_averages():
     """v_k is the direction of the exponential average of v_k; lambda_k that of lambda_k, corrected for its start."""
     model, average = network(), 0.8
-    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9, average=average, gram=False)
+    optimizer = ClassGradientNewton(
+        model.parameters(), lr=0.0, damping=1e9, average=average, gram=False, examples="own"
+    )
     mean, v, total = torch.zeros(C).double(), 0, 0
     for seed in range(3):
         x, _ = data(seed=seed)
@@ -240,7 +242,7 @@ def test_a_rare_class_keeps_its_average_and_its_share():
     model, (x, _) = network(), data(8)
     y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     with_rare = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9)
+    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9, examples="own")
     optimizer.step(closure(model, x, with_rare))
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     rare = state["v"][3].clone(), state["curvature"][3].item()
@@ -258,7 +260,7 @@ def test_a_rare_class_keeps_its_average_and_its_share():
 
 def test_shares_are_those_of_all_examples_in_batches_of_any_size():
     model, (x, y) = network(), data()
-    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9)
+    optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9, examples="own")
     for part in (y, y[:5], torch.full_like(y, -100)):
         optimizer.step(lambda part=part: (model(x[: len(part)]).sum(), model(x[: len(part)]), part))
     expected = torch.bincount(torch.cat([y, y[:5]]), minlength=C) / (len(y) + 5)
@@ -283,6 +285,7 @@ def test_one_class_alone():
         ({"lr": -1.0}, "`lr` must not be negative, got -1.0"),
         ({"lr": 0.1, "average": 1.0}, "`average` must be at least 0 and below 1, got 1.0"),
         ({"lr": 0.1, "damping": -0.1}, "`damping` must not be negative, got -0.1; leave it out"),
+        ({"lr": 0.1, "examples": "each"}, "`examples` must be one of own, all, got 'each'"),
     ],
 )
 def test_settings(settings, message):
