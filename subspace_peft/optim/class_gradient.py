@@ -88,8 +88,8 @@ class ClassGradientNewton(Optimizer):
     - **rare classes**: the averages of v_k and of lambda_k within its class move only where the class is in the batch;
       of its own examples, lambda_k is that average times the share of the class among all so far.
     - **examples**: y_k in lambda_k counts class k's own examples alone, about a C-th of the curvature that the Hessian
-      has along c_k, and Newton's step is C times too long (measured: recipes/class_gradient). With examples="all" it is
-      lambda_k = mean_B[p_k (1 - p_k)] |c_k|^2; gram=False, examples="own", damping=0 is the poster.
+      has along c_k, and Newton's step is C times too long (measured: recipes/class_gradient). With examples="all" it
+      is lambda_k = mean_B[p_k (1 - p_k)] |c_k|^2; gram=False, examples="own", damping=0 is the poster.
 
     `average` is the rate of those exponential averages, each class's corrected for its start. A class not seen yet, or
     a direction without curvature, belongs to the complement.
