@@ -123,7 +123,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     axes[1].set(xlabel="seconds of training, sampling included")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small").set_in_layout(False)  # of many methods it is taller than the figure
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)

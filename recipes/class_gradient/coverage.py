@@ -54,7 +54,7 @@ def measure(network: nn.Module, split: Split, C: int) -> dict[str, Any]:
     found = class_gradients(logits, labels, params)
     g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, params)]).double()
     product = hessian_product(lambda: cross_entropy(network(images), labels), params)
-    eigenvalues, V = lanczos(product, n, C, tol=1e-4)
+    eigenvalues, V = lanczos(product, n, C, tol=1e-2)
     ratios = {}
     for kind, weight in (("ratios", found.weight), ("ratios_of_all", found.weight_of_all)):
         believed, U = low_rank(found.c.double(), weight.double())
