@@ -114,7 +114,8 @@ def text(runs: list[Settings], results: Results) -> str:
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """Mean test accuracy over the epochs, and over the seconds from the start of sampling."""
     table = courses(runs, results)
-    figure, axes = plt.subplots(1, 2, figsize=(12.8, 4.8), sharey=True, layout="constrained")
+    height = 4.8 + 0.1 * table.method.nunique()  # of the curves, and of the legend below them
+    figure, axes = plt.subplots(1, 2, figsize=(12.8, height), sharey=True, layout="constrained")
     for method, rows in table.groupby("method", sort=False):
         mean = rows.assign(elapsed=rows.seconds + rows.sampling).groupby("epoch")[["accuracy", "elapsed"]].mean()
         axes[0].plot(mean.index, mean.accuracy, label=method)
@@ -123,7 +124,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     axes[1].set(xlabel="seconds of training, sampling included")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small").set_in_layout(False)  # of many methods it is taller than the figure
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)

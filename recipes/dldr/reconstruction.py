@@ -95,7 +95,7 @@ def plot(results: list[dict[str, Any]], d: int, file: Path) -> Path:
         label = kind if kind == "sampled" else f"from {d} components"
         right.plot(values.mean(0), style, label=label)
         right.fill_between(range(values.shape[1]), values.min(0), values.max(0), alpha=0.15)
-    right.set(xlabel="sample (epoch)", ylabel="test accuracy, %", ylim=(90, None))
+    right.set(xlabel="sample (epoch)", ylabel="test accuracy, %", ylim=(90, 100))
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
