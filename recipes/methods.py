@@ -17,6 +17,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from recipes.plots import save
 from recipes.results import Results
 from recipes.settings import Settings, read
 from recipes.summary import markdown, spread
@@ -125,10 +126,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
+    return save(figure, file)
 
 
 if __name__ == "__main__":

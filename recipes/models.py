@@ -50,9 +50,7 @@ def lenet(dataset: str, first_padding: int = 0) -> nn.Module:
     """
     channels, height, _ = SHAPES[dataset]
     kernel, paddings = (3, (1, 1)) if dataset == "digits" else (5, (first_padding, 0))
-    side = height
-    for padding in paddings:
-        side = (side + 2 * padding - kernel + 1) // 2
+    side = _pooled(height, kernel, *paddings)
     return nn.Sequential(
         nn.Conv2d(channels, 6, kernel, padding=paddings[0]), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, kernel, padding=paddings[1]), nn.ReLU(), nn.MaxPool2d(2),
@@ -63,6 +61,13 @@ def lenet(dataset: str, first_padding: int = 0) -> nn.Module:
     )  # fmt: skip
 
 
+def _pooled(side: int, kernel: int, *paddings: int) -> int:
+    """The side of an image after convolutions with these paddings, each pooled by 2."""
+    for padding in paddings:
+        side = (side + 2 * padding - kernel + 1) // 2
+    return side
+
+
 def cnn(dataset: str) -> nn.Module:
     """The small network of Tuddenham et al.: two 5x5 convolutions of 1 and 2 channels, each pooled by 2, and a head.
 
@@ -70,9 +75,7 @@ def cnn(dataset: str) -> nn.Module:
     """
     channels, height, _ = SHAPES[dataset]
     kernel, padding = (3, 1) if dataset == "digits" else (5, 0)
-    side = height
-    for _ in range(2):
-        side = (side + 2 * padding - kernel + 1) // 2
+    side = _pooled(height, kernel, padding, padding)
     return nn.Sequential(
         nn.Conv2d(channels, 1, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(1, 2, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2),

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +32,10 @@ def plot(runs: pd.DataFrame, published: dict[str, dict[str, int]], file: Path) -
     for axis, ((dataset, model), table) in zip(axes[0], tasks, strict=True):
         panel(axis, table, published.get(model, {}))
         axis.set_title(f"{model} on {dataset}")
+    return save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)

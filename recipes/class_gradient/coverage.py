@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes import environment
 from recipes.data import Split, batches, load
 from recipes.models import CLASSES, build
+from recipes.plots import save
 from recipes.summary import markdown, spread
 from subspace_peft.landscape import coverage, hessian_product, lanczos
 from subspace_peft.optim import class_gradients
@@ -131,10 +132,7 @@ def plot(runs: list[list[dict[str, Any]]], n: int, C: int, file: Path) -> Path:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
+    return save(figure, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

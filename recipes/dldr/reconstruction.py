@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes import environment
 from recipes.data import Split, load
 from recipes.models import build
+from recipes.plots import save
 from recipes.settings import Settings, read
 from recipes.summary import spread
 from recipes.train import predict
@@ -99,10 +100,7 @@ def plot(results: list[dict[str, Any]], d: int, file: Path) -> Path:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
+    return save(figure, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -108,13 +108,15 @@ def test_a_lock_holds_while_its_owner_lives(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_share_a_sweep(recipe):
-    command = [sys.executable, RECIPES / "run.py", recipe, "--seed", "0", "1"]
+@pytest.mark.parametrize("kind", ["recipe", "dldr"])
+def test_two_processes_share_a_sweep(kind, request):
+    file = request.getfixturevalue(kind)
+    command = [sys.executable, RECIPES / "run.py", file, "--seed", "0", "1"]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     outputs = [worker.communicate()[0].decode() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    assert len(results(recipe.parent)) == 6
-    assert not list((recipe.parent / "results").glob("*.lock"))
+    assert len(results(file.parent)) == 6
+    assert not list((file.parent / "results").glob("*.lock"))
 
 
 def test_two_processes_train_one_run_together(recipe, tmp_path):
@@ -185,14 +187,6 @@ def test_a_trajectory_that_is_gone_is_recorded_again_where_a_run_needs_it(dldr):
     run.main([str(dldr)])
     assert results(dldr.parent)[sgd.name] == before
     assert len(Trajectory(dldr.parent / "trajectories" / sgd.name)) == 5
-
-
-def test_two_processes_share_a_sweep_with_trajectories(dldr):
-    command = [sys.executable, RECIPES / "run.py", dldr, "--seed", "0", "1"]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
-    outputs = [worker.communicate()[0].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    assert len(results(dldr.parent)) == 6
 
 
 def test_losses_that_are_no_numbers_are_recorded_as_none(recipe):
