@@ -25,7 +25,7 @@ HUB = {
 class Split(NamedTuple):
     images: Tensor  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
-    mean: Tensor | float = 0.0  # of each channel, [C, 1, 1], where inputs are standardised
+    mean: Tensor | float = 0.0  # [C, 1, 1] where inputs are standardised, [C, H, W] where they are centred
     deviation: Tensor | float = 1.0
 
     def to(self, device: torch.device | str) -> "Split":
@@ -35,7 +35,7 @@ class Split(NamedTuple):
         return self._replace(images=self.images[:n], labels=self.labels[:n])
 
     def batch(self, index: Tensor, augmentation: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs, in [0, 1] before they are standardised, and labels."""
+        """Inputs, in [0, 1] before they are standardised or centred, and labels."""
         images = self.images[index]
         if augmentation is not None:
             images = augment(images, augmentation)
@@ -48,6 +48,10 @@ class Split(NamedTuple):
         mean = share @ value.double()
         deviation = (share @ value.double().square() - mean.square()).sqrt()
         return self._replace(mean=mean.float()[:, None, None], deviation=deviation.float()[:, None, None])
+
+    def centered(self, like: "Split") -> "Split":
+        """With inputs less the mean image of `like`."""
+        return self._replace(mean=like.images.float().mean(0) / 255)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,7 @@ WORDS = {
     "sgd": "SGD",
     "adam": "Adam",
     "adamw": "AdamW",
+    "adam_larsen": "Adam of Larsen et al.",
     "pbfgs": "P-BFGS",
     "pbfgs_paper": "P-BFGS, y of two batches",
     "pplusbfgs": "P⁺-BFGS",

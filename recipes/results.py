@@ -4,6 +4,7 @@ Any number of processes, on any machines that share the folder, take the next ru
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -55,15 +56,32 @@ class Results:
         return json.loads(self.path(settings).read_text()) if self.path(settings).exists() else {}
 
     def table(self, runs: list[Settings]) -> pd.DataFrame:
-        """One row for each run that has a result: its settings, D, accuracies and seconds of training."""
+        """One row for each run that has a result: its settings, D, accuracies and seconds of training.
+
+        Where training images were measured, also the loss and the accuracy on those, after the last epoch and at best.
+        """
         rows = []
-        for result in filter(None, map(self.load, runs)):
-            numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
-            rows.append(result["settings"] | numbers | {"seconds": result["seconds"]["train"]})
+        for run in runs:
+            if result := self.load(run):
+                numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
+                if run.measured:
+                    numbers |= _measured(result["epochs"])
+                rows.append(run.record() | numbers | {"seconds": result["seconds"]["train"]})
         return pd.DataFrame(rows)
 
     def _lock(self, settings: Settings) -> Path:
         return self.folder / f"{settings.name}.lock"
+
+
+def _measured(epochs: list[dict[str, Any]]) -> dict[str, float]:
+    accuracies = [epoch["train_accuracy"] for epoch in epochs]
+    losses = [math.nan if epoch["loss"] is None else epoch["loss"] for epoch in epochs]
+    return {
+        "final_train_accuracy": accuracies[-1],
+        "best_train_accuracy": max(accuracies),
+        "final_loss": losses[-1],
+        "best_loss": min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss),
+    }
 
 
 def _abandoned(lock: Path) -> bool:

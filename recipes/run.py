@@ -80,7 +80,7 @@ class Sweep:
         """Whether the trajectory that a run's basis is made of is there as far as it is needed."""
         if not run.trajectory:
             return True
-        return run.samples in Trajectory(self.trajectories / run.trajectory.name).steps
+        return run.last_sample in Trajectory(self.trajectories / run.trajectory.name).steps
 
     def carry_out(self) -> None:
         """Does every run that is wanted and that no other process holds, and waits for trajectories from those."""
@@ -129,6 +129,7 @@ class Sweep:
             result = train(run, self.accelerator, *data, adapter, self.trajectory(run), report)
             if self.accelerator.is_main_process and not self.results.path(run).exists():
                 self.results.write(run, result | environment.record())
+            self.check_trajectory(run)
         finally:
             if self.accelerator.is_main_process:
                 self.results.release(run)
@@ -138,6 +139,16 @@ class Sweep:
         """The folder of samples that a run writes or reads."""
         name = run.trajectory.name if run.trajectory else run.name
         return self.trajectories / name if name in self.sampled else None
+
+    def check_trajectory(self, run: Settings) -> None:
+        """Whether the runs that wait for the trajectory just recorded now have their samples."""
+        recorded = max(Trajectory(self.trajectories / run.name).steps, default=0)
+        for other in self.runs:
+            if other.trajectory and other.trajectory.name == run.name and other.last_sample > recorded:
+                raise ValueError(
+                    f"`samples` must be at most the {recorded} of the trajectory, got {other.last_sample}: {other}; "
+                    "give the trajectory more `epochs`, or fewer `sample_steps`."
+                )
 
     def decided(self, decide: Callable[[], Any]) -> Any:
         """What the main process decides, on every process."""

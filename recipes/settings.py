@@ -29,7 +29,7 @@ from subspace_peft.projections import PROJECTIONS
 
 TRAJECTORY = "trajectory."
 """Before the name of a setting: that of the run whose trajectory gives the basis."""
-COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "data", "threads")
+COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "center", "measured", "data", "threads")
 """What a run and the run of its trajectory share."""
 REPORTS = ("dimension", "methods")
 CHOICES = {
@@ -67,10 +67,17 @@ class Settings:
     images: int = 0  # of the training set: the first so many; 0: all
     augment: bool = False  # flips and crops, in every batch
     standardize: bool = False  # inputs of zero mean and unit variance in each channel
+    center: bool = False  # inputs less the mean image
+    measured: int = 0  # training images, the first so many, on which loss and accuracy are measured after each epoch
+    burn_in: int = 0  # steps of SGD with momentum 0.9 in full space before the origin is taken; the t of Larsen et al.
+    burn_in_lr: float = 0.05
     samples: int = (
         0  # of basis: it spans the weights after each of this many epochs of the trajectory, and at its start
     )
-    trajectory: "Settings | None" = None  # of basis: the full training that is sampled
+    increments: bool = False  # of basis: it spans the differences of successive samples instead: a lottery subspace
+    sample_steps: int = 0  # of a trajectory: a sample each so many steps; 0: after each epoch
+    pruned: bool = False  # of coordinate: weights that do not move are zero: random pruning, or lottery tickets
+    trajectory: "Settings | None" = None  # the full training that is sampled for a basis, or gives a lottery ticket
     data: str = _unnamed("")  # a folder of parquet files, or another Hub id
     threads: int = _unnamed(0)  # 0: torch's choice
     save_adapter: bool = _unnamed(False)
@@ -81,21 +88,33 @@ class Settings:
             if getattr(self, key) not in known:
                 raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
         check(self.model)
+        if isinstance(self.trajectory, dict):  # as in the record
+            object.__setattr__(self, "trajectory", Settings(**self.trajectory))
         if self.projection == "full":
-            self._reset("d", "normalization", "nnz_per_row", "save_adapter")
+            self._reset("d", "normalization", "nnz_per_row", "save_adapter", "burn_in")
         elif self.d < 1 and self.projection != "identity":
             raise ValueError(f"`d` must be at least 1 for projection {self.projection!r}, got {self.d}; give `d`.")
         if self.projection != "full":
-            self._reset("save_trajectory")
+            self._reset("save_trajectory", "sample_steps")
+        if not self.burn_in:
+            self._reset("burn_in_lr")
         if self.projection == "basis":
             self._check_trajectory()
         else:
-            self._reset("samples", "trajectory")
+            self._reset("samples", "increments")
+        if self.projection != "coordinate":
+            self._reset("pruned")
+        if self.projection not in ("basis", "coordinate"):
+            self._reset("trajectory")
+        if self.projection == "coordinate" and self.trajectory and self.trajectory.sample_steps:
+            raise ValueError(
+                "`sample_steps` must be 0 for a lottery ticket: it is made of the trajectory's last epoch."
+            )
         if "bfgs" in self.optimizer:
             if self.projection == "full":
                 raise ValueError(f"`optimizer` {self.optimizer!r} trains theta_d; give a `projection`, got 'full'.")
             self._reset("lr", "schedule", "decay_epoch", "weight_decay")
-        if "class_gradient" in self.optimizer:
+        if "class_gradient" in self.optimizer or self.optimizer == "adam_larsen":
             self._reset("weight_decay")
         if "pplusbfgs" in self.optimizer and self.save_adapter:
             raise ValueError(
@@ -110,17 +129,23 @@ class Settings:
             object.__setattr__(self, key, getattr(Settings, key))
 
     def _check_trajectory(self) -> None:
-        if isinstance(self.trajectory, dict):  # as in the record
-            object.__setattr__(self, "trajectory", Settings(**self.trajectory))
         if self.trajectory is None:
             raise ValueError(
                 "`trajectory` must be given for projection 'basis': the settings of the sampled training."
             )
-        if not self.d <= self.samples <= self.trajectory.epochs:
+        if self.samples < self.d:
+            raise ValueError(f"`samples` must be at least d = {self.d}, got {self.samples}; give more `samples`.")
+        if not self.trajectory.sample_steps and self.samples > self.trajectory.epochs:
             raise ValueError(
-                f"`samples` must be at least d = {self.d} and at most the {self.trajectory.epochs} epochs of the "
-                f"trajectory, got {self.samples}."
+                f"`samples` must be at most the {self.trajectory.epochs} epochs of the trajectory, got {self.samples}."
             )
+
+    @property
+    def last_sample(self) -> int:
+        """Of the trajectory: how many samples after its start this run needs."""
+        if self.trajectory is None:
+            return 0
+        return self.samples or self.trajectory.epochs
 
     def record(self) -> dict[str, Any]:
         record = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}

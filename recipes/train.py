@@ -1,5 +1,6 @@
 """One run: build, wrap, train, measure. A plain accelerate loop over tensors that lie on the device."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,6 +20,7 @@ from recipes.data import Split, batches
 from recipes.models import build
 from recipes.optimizers import OPTIMIZERS, scheduled, update
 from recipes.settings import Settings
+from recipes.tickets import Mask, lottery_ticket, prune, random_ticket
 from subspace_peft import SubspaceConfig, Trajectory
 
 
@@ -37,7 +40,7 @@ def train(
 
     Args:
         adapter: The folder to save it in.
-        trajectory: The folder of samples: full training writes one after each epoch, a basis is made of them.
+        trajectory: The folder of samples: full training writes them, a basis or a lottery ticket is made of them.
         report: Gets each epoch's test accuracy.
     """
     start = time.perf_counter()
@@ -45,12 +48,17 @@ def train(
         training = training.first(settings.images)
     if settings.standardize:
         training, test = training.standardized(training), test.standardized(training)
-    model, D = wrap(settings, trajectory)
+    if settings.center:
+        training, test = training.centered(training), test.centered(training)
+    network = origin(settings, training, trajectory, accelerator.device)
+    D = sum(p.numel() for p in network.parameters())
+    model = wrap(network, settings, trajectory)
     optimizer = OPTIMIZERS[settings.optimizer](model, settings)
     steps = settings.epochs * (len(training.labels) // settings.batch_size)
     schedule = scheduled(optimizer, settings, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     seconds = {"setup": time.perf_counter() - start, "train": 0.0}
+    at_origin = {"origin": measured(model, settings, training, test)} if settings.measured else {}
 
     recorder = Trajectory(trajectory) if trajectory and settings.projection == "full" else None
     if recorder is not None:
@@ -58,19 +66,13 @@ def train(
     random, epochs = torch.Generator().manual_seed(settings.seed), []
     for epoch in range(1, settings.epochs + 1):
         start = time.perf_counter()
-        loss = _epoch(model, optimizer, schedule, accelerator, training, settings, random)
+        loss = _epoch(model, optimizer, schedule, accelerator, training, settings, random, recorder)
         seconds["train"] += time.perf_counter() - start
-        if recorder is not None:
+        if recorder is not None and not settings.sample_steps:
             recorder.add(model, step=epoch)
-        accuracy = (predict(model, test).argmax(1) == test.labels).double().mean().item()
-        epochs.append(
-            {
-                "train_loss": loss if math.isfinite(loss) else None,
-                "test_accuracy": accuracy,
-                "seconds": round(seconds["train"], 3),
-            }
-        )
-        report(accuracy)
+        values = {"train_loss": _finite(loss)} | measured(model, settings, training, test)
+        epochs.append(values | {"seconds": round(seconds["train"], 3)})
+        report(values["test_accuracy"])
 
     model = accelerator.unwrap_model(model)
     result = {
@@ -78,31 +80,70 @@ def train(
         "d": settings.d if settings.d else sum(p.numel() for p in model.parameters() if p.requires_grad),
         "final_accuracy": evaluated_accuracy(model, test),
         "best_accuracy": max(epoch["test_accuracy"] for epoch in epochs),
+        **at_origin,
         "epochs": epochs,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "processes": accelerator.num_processes,
     }
     if adapter is not None and accelerator.is_main_process:
-        result["adapter"] = save_and_reload(model, settings, test, adapter)
+        anew = origin(settings, training, trajectory, accelerator.device)
+        result["adapter"] = save_and_reload(model, anew, test, adapter)
     return result
 
 
-def wrap(settings: Settings, trajectory: Path | None = None) -> tuple[nn.Module, int]:
-    """The network in its subspace, theta = theta_0 + P theta_d over all D parameters, and D; "full" wraps nothing."""
+def origin(settings: Settings, training: Split, trajectory: Path | None, device: torch.device | str) -> nn.Module:
+    """The network that theta_d = 0 stands for: as it is built, after burn-in, and pruned."""
     network = build(settings.model, settings.dataset, settings.seed)
-    D = sum(p.numel() for p in network.parameters())
+    if settings.burn_in:
+        burn_in(network.to(device), settings, training)
+    if settings.pruned:
+        prune(network, mask(network, settings, trajectory))
+    return network
+
+
+def burn_in(network: nn.Module, settings: Settings, training: Split) -> None:
+    """t steps of SGD with momentum 0.9 in full space (Larsen et al. 2021, eq. 2.2), with t = `settings.burn_in`.
+
+    Where a trajectory was trained so, from the same seed and in such batches, this is its point t: a rewinding.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings.burn_in_lr, momentum=0.9)
+    random, n = torch.Generator().manual_seed(settings.seed), len(training.labels)
+    network.train()
+    epochs = (batches(n, settings.batch_size, random) for _ in itertools.count())
+    for index in itertools.islice(itertools.chain.from_iterable(epochs), settings.burn_in):
+        images, labels = training.batch(index, random if settings.augment else None)
+        optimizer.zero_grad()
+        cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+
+def mask(network: nn.Module, settings: Settings, trajectory: Path | None) -> Mask:
+    """Of projection "coordinate": the lottery ticket at the end of its trajectory, or a random one."""
+    if settings.trajectory:
+        return lottery_ticket(Trajectory(trajectory).sample(-1), settings.d)
+    return random_ticket(network, settings.d, settings.seed)
+
+
+def wrap(network: nn.Module, settings: Settings, trajectory: Path | None = None) -> nn.Module:
+    """The network in its subspace, theta = theta_0 + P theta_d over all D parameters; "full" wraps nothing."""
     if settings.projection == "full":
-        return network, D
+        return network
+    given = {}
+    if settings.projection == "basis":
+        samples = Trajectory(trajectory, increments=settings.increments, last=settings.samples)
+        given["basis"] = samples.basis(settings.d, center=not settings.increments)
+    if settings.projection == "coordinate" and (settings.pruned or settings.trajectory):
+        given["mask"] = mask(network, settings, trajectory)
     config = SubspaceConfig(
         d=settings.d or None,
         projection=settings.projection,
         normalization=settings.normalization,
         nnz_per_row=settings.nnz_per_row or None,
-        basis=Trajectory(trajectory, last=settings.samples).basis(settings.d) if settings.samples else None,
         seed=settings.seed,
         target_modules="all",
+        **given,
     )
-    return get_peft_model(network, config), D
+    return get_peft_model(network, config)
 
 
 def predict(model: nn.Module, split: Split) -> Tensor:  # [N, classes]
@@ -111,16 +152,30 @@ def predict(model: nn.Module, split: Split) -> Tensor:  # [N, classes]
         return torch.cat([model(split.batch(index)[0]) for index in torch.arange(len(split.labels)).split(1000)])
 
 
+def measured(model: nn.Module, settings: Settings, training: Split, test: Split) -> dict[str, float | None]:
+    """Test accuracy and, where training images are to be measured, the loss and the accuracy on those."""
+    values = {"test_accuracy": _share_right(predict(model, test), test)}
+    if settings.measured:
+        training = training.first(settings.measured)
+        logits = predict(model, training)
+        loss = cross_entropy(logits, training.labels).item()
+        values |= {"train_accuracy": _share_right(logits, training), "loss": _finite(loss)}
+    return values
+
+
+def _share_right(logits: Tensor, split: Split) -> float:
+    return (logits.argmax(1) == split.labels).double().mean().item()
+
+
 def evaluated_accuracy(model: nn.Module, split: Split) -> float:
     metric = evaluate.load(str(ACCURACY), keep_in_memory=True)
     return metric.compute(predictions=predict(model, split).argmax(1).cpu(), references=split.labels.cpu())["accuracy"]
 
 
-def save_and_reload(model: nn.Module, settings: Settings, split: Split, folder: Path) -> dict[str, Any]:
-    """Saves the adapter, and what a newly built network gives with the adapter loaded from there: the same outputs."""
+def save_and_reload(model: nn.Module, network: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
+    """Saves the adapter, and what a network made anew gives with the adapter loaded from there: the same outputs."""
     model.save_pretrained(folder)
-    network = build(settings.model, settings.dataset, settings.seed).to(split.images.device)
-    reloaded = PeftModel.from_pretrained(network, folder)
+    reloaded = PeftModel.from_pretrained(network.to(split.images.device), folder)
     difference = (predict(model, split) - predict(reloaded, split)).abs().max().item()
     return {"bytes": (folder / "adapter_model.safetensors").stat().st_size, "max_difference": difference}
 
@@ -133,6 +188,7 @@ def _epoch(
     training: Split,
     settings: Settings,
     random: torch.Generator,
+    recorder: Trajectory | None,
 ) -> float:
     """The mean loss of one epoch. Each process takes its share of the same global batch; gradients are averaged."""
     model.train()
@@ -142,4 +198,12 @@ def _epoch(
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         losses.append(update(model, optimizer, accelerator, images[share], labels[share]))
         schedule.step()
+        steps = schedule.last_epoch  # done so far
+        if recorder is not None and settings.sample_steps and steps % settings.sample_steps == 0:
+            recorder.add(model, step=steps // settings.sample_steps)
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import run, train
+from recipes.models import build
 from recipes.results import Results
 from recipes.settings import Settings, read
 from subspace_peft import Trajectory
@@ -169,7 +170,7 @@ def test_a_basis_is_of_the_first_samples_of_the_trajectory(dldr):
     run.main([str(dldr)])
     _, settings, _ = read(dldr).runs
     folder = dldr.parent / "trajectories" / settings.trajectory.name
-    model, _ = train.wrap(settings, folder)
+    model = train.wrap(build(settings.model, settings.dataset), settings, folder)
     basis = Trajectory(folder, last=3).basis(2)
     move = model.base_model.model[1].get_delta_weight
     model.base_model.model.subspace_vectors.subspace_peft_theta_d["default"].data = torch.tensor([1.0, 0.0])

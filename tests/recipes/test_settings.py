@@ -77,7 +77,11 @@ def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
         ({"projection": "basis", "d": 2}, "`trajectory` must be given for projection 'basis'"),
         (
             {"projection": "basis", "d": 4, "samples": 3, "trajectory": {"epochs": 5}},
-            "`samples` must be at least d = 4 and at most the 5 epochs of the trajectory, got 3",
+            "`samples` must be at least d = 4, got 3; give more `samples`",
+        ),
+        (
+            {"projection": "basis", "d": 4, "samples": 6, "trajectory": {"epochs": 5}},
+            "`samples` must be at most the 5 epochs of the trajectory, got 6",
         ),
         ({"trajectory": {"seed": 1}}, "got `trajectory.seed`"),
     ],
