@@ -1,0 +1,28 @@
+"""How many dimensions a task needs: success probability, threshold training dimension and intrinsic dimension.
+
+From a table of runs, or from a search that makes the runs it needs.
+"""
+
+try:
+    import pandas  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('subspace_peft.measure needs pandas; pip install "subspace-peft[measure]".') from error
+
+from .dimension import Dimension, intrinsic_dimension, threshold_dimension
+from .probability import success_probability
+from .search import Cost, Search, find_dimension
+from .search_file import RunError
+from .table import running_maximum
+
+
+__all__ = [
+    "Cost",
+    "Dimension",
+    "RunError",
+    "Search",
+    "find_dimension",
+    "intrinsic_dimension",
+    "running_maximum",
+    "success_probability",
+    "threshold_dimension",
+]

@@ -1,0 +1,353 @@
+"""find_dimension on curves whose d is known: step functions, noisy ones, and everything that goes wrong."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from subspace_peft.measure import RunError, find_dimension, success_probability
+from subspace_peft.measure.curve import Curve
+
+
+def step(truth: int):
+    return lambda d, seed: float(d >= truth)
+
+
+def probit(truth: int, width: float, probability: float, seed: int):
+    """Success with the given probability at `truth`, by the normal distribution of ln d, whose sd is the width."""
+    generator, quantile = np.random.default_rng(seed), norm.ppf(probability)
+    return lambda d, seed: float(generator.random() < norm.cdf(math.log(d / (truth - 0.5)) / width + quantile))
+
+
+def find(train, *arguments, **options):
+    return find_dimension(train, *arguments, **{"progress": False, "threshold": 0.5} | options)
+
+
+# ------------------------------------------------------------------------------------------- step functions
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_a_step_is_found_to_the_last_d(data):
+    d_max = data.draw(st.integers(1, 300))
+    d_min = data.draw(st.integers(1, d_max))
+    truth = data.draw(st.integers(d_min, d_max))
+    found = find(step(truth), d_max=d_max, d_min=d_min, resolution=0)
+    assert (found.d, found.interval) == (truth, (truth, truth))
+    assert (found.runs.d == truth).sum() >= 5
+
+
+@settings(max_examples=25)
+@given(truth=st.integers(1, 50_000))
+def test_a_step_lies_in_the_interval_and_within_the_resolution_of_d(truth):
+    found = find(step(truth), d_max=50_000, resolution=0.1)
+    low, high = found.interval
+    assert low <= truth <= high <= max(1.21 * low, found.d)
+    assert truth <= found.d <= math.ceil(1.1 * truth)
+    at_d = found.runs[found.runs.d == found.d]
+    assert len(at_d) >= 5
+    assert at_d.success.all()
+    assert found.cost.runs < 40
+
+
+def test_runs_are_told_in_their_order_with_a_seed_each():
+    calls = []
+
+    def train(d, seed):
+        calls.append((d, seed))
+        return d / 10
+
+    found = find(train, threshold=5, d_max=1000, seeds=7)
+    assert list(found.runs.columns) == ["d", "seed", "metric", "success", "seconds"]
+    assert list(zip(found.runs.d, found.runs.seed, strict=True)) == calls
+    assert found.runs.seed.tolist() == list(range(len(calls)))
+    assert found.runs.d[:7].tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert (found.runs.metric == found.runs.d / 10).all()
+    assert (found.runs.success == (found.runs.d >= 50)).all()
+    assert (found.runs.d == found.d).sum() >= 7
+    assert found.cost[:2] == (len(calls), sum(d for d, _ in calls))
+    assert success_probability(found.runs, 5, metric="metric").loc[found.d].probability == 1
+
+
+def test_a_loss_is_to_fall_to_the_threshold():
+    found = find(lambda d, seed: 100 / d, threshold=1, d_max=1000, resolution=0, larger_is_better=False)
+    assert (found.d, found.best) == (100, (pytest.approx(100 / found.runs.d.max()), found.runs.d.max()))
+
+
+def test_one_run_too_few_at_a_small_d_and_one_divergence_do_not_mislead():
+    def train(d, seed):
+        return {3: 1.0, 9: math.nan, 12: math.nan}.get(seed, float(d >= 150))
+
+    found = find(train, d_max=1000)
+    low, high = found.interval
+    assert low <= 150 <= high
+    assert 150 <= found.d <= 165
+
+
+def test_the_search_is_the_same_every_time():
+    first, second = (find(probit(90, 0.2, 0.5, 0), d_max=1000) for _ in range(2))
+    pd.testing.assert_frame_equal(first.runs.drop(columns="seconds"), second.runs.drop(columns="seconds"))
+    assert (first.d, first.interval) == (second.d, second.interval)
+
+
+# ---------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (0.03, {}),
+        (0.1, {}),
+        (0.3, {"resolution": 0.3}),
+        (0.1, {"probability": 0.9, "resolution": 0.2}),
+        (0.1, {"confidence": 0.8}),
+    ],
+)
+def test_the_interval_holds_the_truth_as_often_as_it_says(width, options):
+    confidence, held, runs = options.get("confidence", 0.95), [], []
+    for seed in range(60):
+        train = probit(187, width, options.get("probability", 0.5), seed)
+        found = find(train, d_max=40_000, **options)
+        low, high = (40_001 if end is None else end for end in found.interval)
+        assert low <= (found.d or 40_001) <= high
+        held.append(low <= 187 <= high)
+        runs.append(found.cost.runs)
+    assert np.mean(held) >= confidence - 2 * math.sqrt(confidence * (1 - confidence) / 60)
+    assert np.mean(runs) < 50
+
+
+def test_the_quantiles_are_those_of_a_fine_grid():
+    """Bayes' rule by brute force: 2000 values of ln d_p, in which the ends of every interval are known to 0.4 %."""
+    curve = Curve(probability=0.7, d_min=10, d_max=1000, resolution=0.1)
+    d, success = np.array([10, 20, 40, 80, 60, 70, 70, 60]), np.array([0, 0, 0, 1, 0, 1, 0, 1])
+    x = np.linspace(math.log(5), math.log(2000), 2001)
+    x = (x[1:] + x[:-1]) / 2
+    s = np.geomspace(0.025, 0.5, 10)
+    p = 0.01 + 0.98 / (1 + np.exp(-(np.log(d)[:, None, None] - x[:, None]) / s - math.log(0.69 / 0.29)))
+    density = np.where(success[:, None, None], p, 1 - p).prod(0).sum(1)
+    below = np.cumsum(density) / density.sum()
+    for level in (0.025, 0.25, 0.5, 0.75, 0.975):
+        (found,) = curve.quantiles(d, success, [level])
+        assert found == pytest.approx(math.exp(np.interp(level, below, x)), rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------- no d suffices
+
+
+def test_a_threshold_that_no_d_reaches_says_so_with_the_best_seen():
+    found = find(lambda d, seed: d / 1000, d_max=64)
+    assert (found.d, found.interval, found.best) == (None, (None, None), (0.064, 64))
+    assert (found.runs.d == 64).sum() >= 5
+    assert found.cost.runs < 20
+    assert str(found).startswith("no d up to 64 (95 % interval: above 64) reaches 0.5 with probability 0.5; best seen")
+    assert "best seen 0.064 at d = 64" in str(found)
+
+
+def test_a_threshold_that_is_reached_from_time_to_time_leaves_the_interval_open():
+    found = find(lambda d, seed: float(d == 64 and seed % 5 == 0), d_max=64)
+    assert found.d is None
+    assert found.interval[1] is None
+
+
+def test_the_smallest_d_suffices():
+    found = find(step(1), d_max=1000, d_min=10)
+    assert (found.d, found.interval, found.cost.runs) == (10, (10, 10), 5)
+    assert "no d below `d_min` was tried" in str(found)
+
+
+def test_runs_without_a_number_are_failures_and_are_shown():
+    found = find(lambda d, seed: [math.nan, math.inf, -math.inf][seed % 3] if d < 8 else 1.0, d_max=100)
+    assert found.d == 8
+    failures = found.runs.metric.isna()
+    assert not found.runs.success[failures].any()
+    assert f"{failures.sum()} runs gave no number and count as failures" in str(found)
+    nothing = find(lambda d, seed: math.nan, d_max=16)
+    assert (nothing.d, nothing.best) == (None, None)
+    assert "no run gave a number" in str(nothing)
+
+
+def test_the_last_run_allowed_ends_it_and_the_interval_is_as_wide_as_it_is():
+    found = find(step(700), d_max=1000, max_runs=12)
+    assert found.cost.runs == 12
+    assert found.interval[1] is None or found.interval[1] > 1.21 * found.interval[0]
+    assert "`max_runs` = 12 ended it before the interval was within ± 10 %" in str(found)
+    started = find(step(700), d_max=1000, max_runs=3)
+    assert (started.d, started.interval[1]) == (None, None)
+    assert "no d up to 4 " in str(started)
+
+
+def test_the_outcome_in_words():
+    text = str(find(step(100), d_max=1000))
+    assert text.startswith("d = 10")
+    for part in ("95 % interval: ", "reaches 0.5 with probability 0.5", "runs, sum of d ", "within ± 10 %"):
+        assert part in text
+
+
+def test_progress(capsys):
+    find(step(20), d_max=100)
+    assert capsys.readouterr().err == ""
+    find(step(20), d_max=100, progress=True)
+    assert "run/s" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- runs that raise, and resuming
+
+
+class Flaky:
+    """Raises at its n-th call, once."""
+
+    def __init__(self, n: int, truth: int = 187):
+        self.n, self.truth, self.calls = n, truth, []
+
+    def __call__(self, d, seed):
+        self.calls.append((d, seed))
+        if len(self.calls) == self.n:
+            raise ArithmeticError("the loss is gone")
+        return float(d >= self.truth)
+
+
+def test_a_run_that_raises_is_named_and_the_others_are_kept():
+    message = "The run of d = 16, seed = 4 failed: ArithmeticError: the loss is gone. The 4 runs before it are kept in"
+    with pytest.raises(RunError, match=message) as caught:
+        find(Flaky(5), d_max=1000)
+    assert (caught.value.d, caught.value.seed) == (16, 4)
+    assert caught.value.runs.d.tolist() == [1, 2, 4, 8]
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+
+
+@pytest.mark.parametrize("returned", [None, "good", [0.5]])
+def test_no_number_is_a_run_that_failed(returned):
+    with pytest.raises(RunError, match="The run of d = 1, seed = 0 failed"):
+        find(lambda d, seed: returned, d_max=10)
+
+
+@pytest.mark.parametrize("n", [1, 5, 14, 20])
+def test_a_search_goes_on_from_its_file_and_repeats_no_run(n, tmp_path):
+    file, flaky = tmp_path / "search.jsonl", Flaky(n)
+    with pytest.raises(RunError, match="runs before it are kept in .*search.jsonl', with which the same call goes on"):
+        find(flaky, d_max=1000, file=file)
+    assert len(file.read_text().splitlines()) == n
+    found, whole = find(flaky, d_max=1000, file=file), find(step(187), d_max=1000)
+    assert len(flaky.calls) == found.cost.runs + 1
+    assert flaky.calls[n - 1] == flaky.calls[n]
+    assert len(set(flaky.calls)) == found.cost.runs
+    pd.testing.assert_frame_equal(found.runs.drop(columns="seconds"), whole.runs.drop(columns="seconds"))
+    assert (found.d, found.interval) == (whole.d, whole.interval)
+
+
+def test_a_search_that_ended_makes_no_run_and_goes_on_for_a_finer_resolution(tmp_path):
+    file = tmp_path / "search.jsonl"
+    first = find(step(187), d_max=1000, file=str(file))
+    again = find(Flaky(1), d_max=1000, file=file)
+    pd.testing.assert_frame_equal(first.runs, again.runs)
+    fine = find(step(187), d_max=1000, file=file, resolution=0)
+    assert fine.interval == (187, 187)
+    pd.testing.assert_frame_equal(fine.runs[: first.cost.runs], first.runs)
+
+
+def test_runs_without_a_number_are_in_the_file(tmp_path):
+    file, train = tmp_path / "search.jsonl", lambda d, seed: math.nan if d < 8 else 1.0
+    first = find(train, d_max=100, file=file)
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines())
+    pd.testing.assert_frame_equal(find(train, d_max=100, file=file).runs, first.runs)
+
+
+def test_half_a_line_of_a_process_that_was_killed_is_taken_off(tmp_path):
+    file = tmp_path / "search.jsonl"
+    first = find(step(187), d_max=1000, file=file)
+    whole = file.read_bytes()
+    for cut in (3, len(whole) - 1, len(whole) - 20, 40):
+        file.write_bytes(whole[:cut])
+        again = find(step(187), d_max=1000, file=file)
+        pd.testing.assert_frame_equal(again.runs.drop(columns="seconds"), first.runs.drop(columns="seconds"))
+        assert len(file.read_bytes().splitlines()) == len(whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.6}, "`file` must be of a search with `threshold` 0.6, .* is of one with 0.5; give another"),
+        ({"d_max": 999}, "`file` must be of a search with `d_max` 999, .* is of one with 1000"),
+        ({"d_min": 2}, "`file` must be of a search with `d_min` 2"),
+        ({"probability": 0.9}, "`file` must be of a search with `probability` 0.9"),
+        ({"larger_is_better": False}, "`file` must be of a search with `larger_is_better` False"),
+    ],
+)
+def test_the_file_of_another_search_is_an_error(options, message, tmp_path):
+    file, flaky = tmp_path / "search.jsonl", Flaky(1)
+    find(step(187), d_max=1000, file=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        find(flaky, **{"d_max": 1000, "file": file} | options)
+    assert not flaky.calls
+    assert file.read_bytes() == before
+
+
+def test_the_file_of_another_version_is_an_error(tmp_path):
+    file = tmp_path / "search.jsonl"
+    find(step(187), d_max=1000, file=file)
+    file.write_text(file.read_text().replace('"subspace_peft.measure": 1', '"subspace_peft.measure": 2'))
+    with pytest.raises(ValueError, match=r"`file` must be of version 1, .* is of version 2; give another `file`, or"):
+        find(step(187), d_max=1000, file=file)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("notes of mine", 1), ("notes of mine\n", 1), ('{"d": 1}\n', 1), ("[1, 2]\n", 1), ("{header}5\n", 2),
+     ('{header}{"d": 1}\n', 2), ('{header}{"d": 1, "seed": 0, "metric": 0.1, "seconds": 1}\n?\n', 3)],
+)  # fmt: skip
+def test_a_file_that_is_no_search_is_an_error_and_left_alone(text, line, tmp_path):
+    file = tmp_path / "search.jsonl"
+    find(step(1), d_max=1000, file=file)
+    header = file.read_text().splitlines(keepends=True)[0]
+    file.write_text(text.replace("{header}", header))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=f"`file` must be that of a search, line {line} of .* is not"):
+        find(step(1), d_max=1000, file=file)
+    assert file.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": None}, "`threshold` must be a finite number, got None"),
+        ({"threshold": math.nan}, "`threshold` must be a finite number, got nan"),
+        ({"threshold": True}, "`threshold` must be a finite number, got True"),
+        ({"d_max": 3, "d_min": 4}, "`d_max` must be at least `d_min` = 4, got 3; raise it"),
+        ({"d_max": 0}, "`d_max` must be an integer of at least 1, got 0"),
+        ({"d_max": 10.5}, "`d_max` must be an integer of at least 1, got 10.5"),
+        ({"d_min": 0}, "`d_min` must be an integer of at least 1, got 0"),
+        ({"seeds": 0}, "`seeds` must be an integer of at least 1, got 0"),
+        ({"max_runs": 0}, "`max_runs` must be an integer of at least 1, got 0"),
+        ({"probability": 1}, "`probability` must lie between 0 and 1, got 1"),
+        ({"confidence": 95}, "`confidence` must lie between 0 and 1, got 95"),
+        ({"resolution": -0.1}, "`resolution` must be at least 0, got -0.1"),
+        ({"resolution": None}, "`resolution` must be a finite number, got None"),
+    ],
+)
+def test_bad_values_are_errors_before_any_run(options, message, tmp_path):
+    flaky, file = Flaky(1), tmp_path / "search.jsonl"
+    with pytest.raises(ValueError, match=message):
+        find(flaky, **{"d_max": 1000, "file": file} | options)
+    assert not flaky.calls
+    assert not file.exists()
+
+
+def test_train_must_be_a_function():
+    with pytest.raises(ValueError, match="`train` must be a function of d and seed that returns a metric, got 0.9"):
+        find(0.9, d_max=10)
+
+
+def test_a_folder_that_is_not_there_is_an_error_before_any_run(tmp_path):
+    flaky = Flaky(1)
+    with pytest.raises(FileNotFoundError):
+        find(flaky, d_max=10, file=tmp_path / "nowhere" / "search.jsonl")
+    assert not flaky.calls
