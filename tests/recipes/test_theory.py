@@ -1,0 +1,81 @@
+"""The scripts of recipes/theory, small, and what their results must show."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.theory import affine, dimensions, linearized, wells
+from recipes.theory.spectra import SPECTRA
+
+
+def test_spectra_are_from_long_to_short():
+    for spectrum in SPECTRA.values():
+        eigenvalues = spectrum(40)
+        assert eigenvalues.shape == (40,)
+        assert (eigenvalues.min().item(), eigenvalues.max().item()) == pytest.approx((1e-3, 1))
+    assert (SPECTRA["bimodal"](40) == 1).sum() == 20
+
+
+def test_wells(tmp_path, capsys):
+    wells.main(["--D", "60", "--runs", "6", "--output", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert table.count("| bimodal |") == 12
+    record = json.loads((tmp_path / "results" / "wells.json").read_text())
+    assert record["d"] == list(range(61))
+    epsilon = torch.logspace(-4, -1, 5).double()
+    for name in SPECTRA:
+        near, far = (wells.thresholds(record, name, R, epsilon) for R in (0.5, 2.0))
+        for kind in near:
+            assert (near[kind] <= far[kind]).all()
+            assert (near[kind].diff() <= 0).all()
+        assert (far["limit"] <= far["bound"]).all()
+        assert (far["simulated"] - far["limit"]).abs().max() < 12
+    wells.main(["--plot", "--output", str(tmp_path)])
+    assert capsys.readouterr().out == table
+    assert (tmp_path / "plots" / "wells.png").stat().st_size > 10_000
+
+
+def test_dimensions(tmp_path, capsys):
+    dimensions.main(["--D", "60", "--draws", "100", "--runs", "20", "--output", str(tmp_path)])
+    assert "| one axis |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results" / "dimensions.json").read_text())
+    for row in record["widths"]:
+        assert row["low"] - 4 * row["error"] < row["square"] < row["high"] + 4 * row["error"]
+    for row in record["angles"]:
+        median = torch.tensor(row["needed"]).double().median().item()
+        assert median == pytest.approx(60 - row["local"], abs=4)
+    assert (tmp_path / "plots" / "gordon.png").stat().st_size > 10_000
+
+
+def test_affine_subspaces_meet_from_their_threshold_on(tmp_path, capsys):
+    affine.main(["--D", "40", "--runs", "20", "--output", str(tmp_path)])
+    assert "| 20 | 20 | 20 | 100 % | 0 | 0.0000 |" in capsys.readouterr().out
+    for row in json.loads((tmp_path / "results" / "affine.json").read_text())["rows"]:
+        assert row["meets"] == (row["d"] >= 40 - row["n"])
+        assert row["distance"] == pytest.approx(row["formula"], rel=0.5, abs=1e-9)
+
+
+def test_linearized_networks_and_what_is_left_of_a_sweep(tmp_path, capsys):
+    common = "--dataset digits --images 512 --test_images 100 --epochs 4 --optimum_epochs 4 --seed 0"
+    arguments = [*common.split(), "--output", str(tmp_path)]
+    linearized.main([*arguments, "--d", "8"])
+    file = tmp_path / "results" / "linearized.json"
+    record = json.loads(file.read_text())
+    digits = record["datasets"]["digits"]
+    assert digits["D"] == 6090
+    cut = digits["cut"]
+    column, row = (np.abs(np.array(cut[axis]) - at).argmin() for axis, at in zip("xy", cut["points"][1], strict=True))
+    assert cut["full"][row][column] == pytest.approx(cut["linearized"][row][column], abs=0.1)  # the same, at w*
+    linearized.main([*arguments, "--d", "8", "512"])
+    runs = json.loads(file.read_text())["runs"]
+    assert runs[:2] == record["runs"]
+    assert [(run["network"], run["d"]) for run in runs[2:]] == [("full", 512), ("linearized", 512)]
+    assert all(run["accuracy"] > 0.3 for run in runs[2:])
+    capsys.readouterr()
+    linearized.main([*arguments, "--plot"])
+    assert "| digits | linearized |" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "linearized.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="holds runs of .* give another `output`"):
+        linearized.main([*arguments, "--model", "cnn"])
