@@ -17,9 +17,10 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from recipes.grid import read
 from recipes.plots import save
 from recipes.results import Results
-from recipes.settings import Settings, read
+from recipes.settings import Settings
 from recipes.summary import markdown, spread
 
 

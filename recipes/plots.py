@@ -2,7 +2,7 @@
 
     python recipes/plots.py recipes/intrinsic_dimension/mnist.yaml [--output <folder>]
 
-The band is one standard deviation over seeds, open markers are the d_int90 of the papers.
+The band is one standard deviation over seeds, open markers are the d_int90 of the papers, at the absolute threshold.
 """
 
 import argparse
@@ -18,19 +18,22 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import summary
+from recipes.grid import read
 from recipes.results import Results
-from recipes.settings import read
+from recipes.search import made
 
 
 MARKERS = "ov^sDPX*"
 
 
-def plot(runs: pd.DataFrame, published: dict[str, dict[str, int]], file: Path) -> Path:
+def plot(
+    runs: pd.DataFrame, published: dict[str, dict[str, int]], file: Path, absolute: summary.Absolute = summary.ABSOLUTE
+) -> Path:
     """One panel for each data set and model, in `file`."""
     tasks = list(summary.by_d(runs).groupby(summary.TASK))
     figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.8), squeeze=False, layout="constrained")
     for axis, ((dataset, model), table) in zip(axes[0], tasks, strict=True):
-        panel(axis, table, published.get(model, {}))
+        panel(axis, table, published.get(model, {}), 100 * summary.level_of(absolute, model))
         axis.set_title(f"{model} on {dataset}")
     return save(figure, file)
 
@@ -42,20 +45,20 @@ def save(figure: Figure, file: Path) -> Path:
     return file
 
 
-def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int]) -> None:
-    """Mean final accuracy of each projection, of full training, and the threshold at 90 % of the latter."""
+def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int], absolute: float) -> None:
+    """Mean final accuracy (%) of each projection and of full training, and both thresholds."""
     full = table[table.projection == "full"].final
     for marker, (projection, line) in zip(MARKERS, table[table.d > 0].groupby("projection"), strict=False):
         (curve,) = axis.plot(line.d, line.final, marker=marker, label=projection)
         low, high = line.final - line.final_sd, line.final + line.final_sd
         axis.fill_between(line.d, low, high, color=curve.get_color(), alpha=0.15)
-    threshold = summary.ABSOLUTE
     if len(full):
-        threshold = 0.9 * full.iloc[0]
         axis.axhline(full.iloc[0], color="black", linewidth=1, label=f"full, {full.iloc[0]:.1f} %")
-    axis.axhline(threshold, color="grey", linestyle="--", linewidth=1, label=f"threshold, {threshold:.1f} %")
+        relative = 0.9 * full.iloc[0]
+        axis.axhline(relative, color="grey", linestyle="--", linewidth=1, label=f"90 % of full, {relative:.1f} %")
+    axis.axhline(absolute, color="grey", linestyle=":", linewidth=1, label=f"{absolute:g} %")
     for marker, (source, d) in zip(reversed(MARKERS), published.items(), strict=False):
-        axis.plot(d, threshold, marker, color="black", markersize=9, fillstyle="none", label=f"{source}: {d}")
+        axis.plot(d, absolute, marker, color="black", markersize=9, fillstyle="none", label=f"{source}: {d}")
     axis.set(xlabel="d", ylabel="test accuracy after the last epoch, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="best")
@@ -67,5 +70,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     output = options.output or options.file.parent
-    runs, published, _ = read(options.file)
-    print(plot(Results(output / "results").table(runs), published, output / "plots" / f"{options.file.stem}.png"))
+    recipe, results = read(options.file), Results(output / "results")
+    runs = recipe.runs + made(recipe.searches, output)
+    print(plot(results.table(runs), recipe.published, output / "plots" / f"{options.file.stem}.png", recipe.absolute))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from recipes.grid import Search
 from recipes.settings import Settings
 
 
@@ -21,10 +22,10 @@ class Results:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, settings: Settings) -> Path:
+    def path(self, settings: Settings | Search) -> Path:
         return self.folder / f"{settings.name}.json"
 
-    def take(self, settings: Settings) -> bool:
+    def take(self, settings: Settings | Search) -> bool:
         """Whether this process now holds the run: no living process does.
 
         The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
@@ -43,16 +44,16 @@ class Results:
             return False
         return True
 
-    def release(self, settings: Settings) -> None:
+    def release(self, settings: Settings | Search) -> None:
         shutil.rmtree(self._lock(settings))
 
-    def write(self, settings: Settings, result: dict[str, Any]) -> None:
+    def write(self, settings: Settings | Search, result: dict[str, Any]) -> None:
         """All of the result or nothing, whenever the process is stopped."""
         draft = self._lock(settings) / "result"
         draft.write_text(json.dumps({"settings": settings.record(), **result}, indent=1, allow_nan=False) + "\n")
         draft.replace(self.path(settings))
 
-    def load(self, settings: Settings) -> dict[str, Any]:
+    def load(self, settings: Settings | Search) -> dict[str, Any]:
         return json.loads(self.path(settings).read_text()) if self.path(settings).exists() else {}
 
     def table(self, runs: list[Settings]) -> pd.DataFrame:
@@ -69,7 +70,7 @@ class Results:
                 rows.append(run.record() | numbers | {"seconds": result["seconds"]["train"]})
         return pd.DataFrame(rows)
 
-    def _lock(self, settings: Settings) -> Path:
+    def _lock(self, settings: Settings | Search) -> Path:
         return self.folder / f"{settings.name}.lock"
 
 

@@ -10,9 +10,10 @@ on the same global batches.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import environment, methods, summary
+from recipes import compression, environment, methods, phases, search, summary
 from recipes.data import load
+from recipes.grid import SEARCH, TRAJECTORY, Recipe, check_keys, known_keys, read
 from recipes.plots import plot
 from recipes.results import Results
-from recipes.settings import TRAJECTORY, Recipe, Settings, check_keys, known_keys, read
+from recipes.settings import Settings
+from recipes.together import alike, train_together
 from recipes.train import train
 from subspace_peft import Trajectory
 
@@ -45,8 +48,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, lis
     )
     parser.add_argument("file", type=Path, help="the recipe")
     parser.add_argument("--output", type=Path, help="where results, adapters and plots go; the recipe's folder")
-    for key in known_keys():
-        default = getattr(Settings, key.removeprefix(TRAJECTORY))
+    for key in [*known_keys(), *SEARCH]:
+        default = getattr(Settings, key.removeprefix(TRAJECTORY), None)
         parser.add_argument(f"--{key}", nargs="+", default=argparse.SUPPRESS, help=f"{default!r}")
     known, unknown = parser.parse_known_args(arguments)
     check_keys(word.removeprefix("--") for word in unknown)
@@ -58,14 +61,14 @@ def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, lis
 class Sweep:
     """The runs of a recipe, and the trajectories that their bases are made of."""
 
-    def __init__(self, runs: list[Settings], output: Path, accelerator: Accelerator):
+    def __init__(self, runs: list[Settings], output: Path, accelerator: Accelerator, data: Callable | None = None):
         self.accelerator = accelerator
         self.results = Results(output / "results")
         self.adapters, self.trajectories = output / "adapters", output / "trajectories"
         sampled = [run.trajectory for run in runs if run.trajectory]
         self.sampled = {run.name for run in sampled} | {run.name for run in runs if run.save_trajectory}
         self.runs = list({run.name: run for run in [*sampled, *runs]}.values())
-        self.data = cache(lambda *source: [load(*source, s).to(accelerator.device) for s in ("train", "test")])
+        self.data = data or cache(lambda *source: [load(*source, s).to(accelerator.device) for s in ("train", "test")])
 
     def wanted(self, run: Settings) -> bool:
         """Whether it has no result, or its trajectory is not there and is to be, or another run waits for it."""
@@ -119,26 +122,50 @@ class Sweep:
             bar.set_postfix(accuracy=f"{100 * accuracy:.2f}", refresh=False)
             bar.update()
 
-        bar.set_description(str(run), refresh=False)
-        bar.set_postfix()
         if run.threads:
             torch.set_num_threads(run.threads)
+        group = [run]
         try:
-            adapter = self.adapters / run.name if run.save_adapter else None
-            data = self.data(run.dataset, run.data)
-            result = train(run, self.accelerator, *data, adapter, self.trajectory(run), report)
-            if self.accelerator.is_main_process and not self.results.path(run).exists():
-                self.results.write(run, result | environment.record())
+            group.extend(self.company(run))
+            bar.set_description(f"{run}" + (f" and {len(group) - 1} like it" if group[1:] else ""), refresh=False)
+            bar.set_postfix()
+            for one, result in zip(group, self.results_of(group, report), strict=True):
+                if self.accelerator.is_main_process and not self.results.path(one).exists():
+                    self.results.write(one, result | environment.record())
             self.check_trajectory(run)
         finally:
             if self.accelerator.is_main_process:
-                self.results.release(run)
+                for one in group:
+                    self.results.release(one)
         return True
+
+    def company(self, run: Settings) -> Iterator[Settings]:
+        """The runs that are trained together with one, each now with this process too."""
+        shared = alike(run)
+        if run.together < 2 or shared is None or self.accelerator.num_processes > 1:
+            return iter(())
+        others = (other for other in self.runs if other != run and alike(other) == shared)
+        return itertools.islice(filter(self.take, others), run.together - 1)
+
+    def results_of(self, group: list[Settings], report: Callable[[float], None]) -> list[dict[str, Any]]:
+        run, data = group[0], self.data(group[0].dataset, group[0].data)
+        if len(group) > 1:
+            return train_together(group, self.accelerator, *data, report)
+        adapter = self.adapters / run.name if run.save_adapter else None
+        return [train(run, self.accelerator, *data, adapter, self.trajectory(run), report)]
 
     def trajectory(self, run: Settings) -> Path | None:
         """The folder of samples that a run writes or reads."""
         name = run.trajectory.name if run.trajectory else run.name
         return self.trajectories / name if name in self.sampled else None
+
+    def accuracy(self, run: Settings) -> float:
+        """The final test accuracy of a run, which is made unless it has a result; another process may be at it."""
+        while not self.decided(self.results.path(run).exists):
+            Sweep([run], self.results.folder.parent, self.accelerator, self.data).carry_out()
+            if not self.results.path(run).exists():
+                time.sleep(WAIT)
+        return self.decided(lambda: self.results.load(run)["final_accuracy"])
 
     def check_trajectory(self, run: Settings) -> None:
         """Whether the runs that wait for the trajectory just recorded now have their samples."""
@@ -155,26 +182,28 @@ class Sweep:
         return broadcast_object_list([decide() if self.accelerator.is_main_process else None])[0]
 
 
-def conclude(recipe: Recipe, results: Results, adapters: Path, figure: Path) -> None:
+def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> None:
     """Prints what all results so far say, and the proofs of the saved adapters, and draws the figure."""
-    runs = recipe.runs
+    runs = recipe.runs + search.made(recipe.searches, output)
     missing = [run for run in runs if not results.path(run).exists()]
     if missing:
         print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")
     if len(missing) == len(runs):
         return
-    if recipe.report == "methods":
-        print(f"\n{methods.text(runs, results)}\n")
-        methods.plot(runs, results, figure)
+    if recipe.searches:
+        print(f"\n{search.text(recipe.searches, output)}")
+    if report := {"methods": methods, "phases": phases, "compression": compression}.get(recipe.report):
+        print(f"\n{report.text(runs, results)}\n")
+        report.plot(runs, results, figure)
     else:
         table = results.table(runs)
-        print(f"\n{summary.text(table)}\n")
-        plot(table, recipe.published, figure)
+        print(f"\n{summary.text(table, recipe.absolute)}\n")
+        plot(table, recipe.published, figure, recipe.absolute)
     print(f"figure: {figure}")
     for run in runs:
         proof = results.load(run).get("adapter") if run.save_adapter else None
         if proof:
-            print(f"saved adapter: {adapters / run.name}, {proof['bytes']} bytes of weights")
+            print(f"saved adapter: {output / 'adapters' / run.name}, {proof['bytes']} bytes of weights")
             equal = "outputs equal" if proof["max_difference"] == 0 else "OUTPUTS DIFFER"
             print(f"reloaded adapter: {equal} (max difference {proof['max_difference']})")
 
@@ -185,8 +214,9 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     sweep = Sweep(recipe.runs, output, accelerator)
     sweep.carry_out()
+    search.carry_out(recipe.searches, sweep, output)
     if accelerator.is_main_process:
-        conclude(recipe, sweep.results, sweep.adapters, output / "plots" / f"{file.stem}.png")
+        conclude(recipe, sweep.results, output, output / "plots" / f"{file.stem}.png")
     accelerator.end_training()
 
 

@@ -1,37 +1,17 @@
-"""What a run is: a flat record of settings, and the grid of runs that a YAML file and the command line span.
+"""What a run is: a flat record of settings."""
 
-    dataset: mnist
-    seed: [0, 1, 2]
-    runs:
-      - {projection: full, lr: 1.0e-3}
-      - {projection: [dense, fastfood], d: [100, 200], lr: 1.0}
-
-A list is an axis of the grid; `runs`, where there is one, holds sub-grids, each over the values above it. A basis
-comes from the trajectory of another run, whose settings are written `trajectory: {epochs: 50, lr: 0.1}` or
-`trajectory.lr: 0.1`.
-"""
-
-import difflib
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from recipes.models import SHAPES, check
 from recipes.optimizers import OPTIMIZERS, SCHEDULES
 from subspace_peft.projections import PROJECTIONS
 
 
-TRAJECTORY = "trajectory."
-"""Before the name of a setting: that of the run whose trajectory gives the basis."""
 COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "center", "measured", "data", "threads")
 """What a run and the run of its trajectory share."""
-REPORTS = ("dimension", "methods")
 CHOICES = {
     "dataset": SHAPES,
     "projection": ["full", *PROJECTIONS],
@@ -54,6 +34,7 @@ class Settings:
     projection: str = "full"  # full: every weight is trained, without a subspace
     d: int = 0
     seed: int = 0  # of the network, of P and of the order of the batches
+    projection_seed: int = -1  # of P; -1: the seed, so that each run has a P of its own, as probabilities ask for
     normalization: str = "columns"
     nnz_per_row: int = 0  # 0: what the projection takes by itself
     epochs: int = 10
@@ -80,6 +61,7 @@ class Settings:
     trajectory: "Settings | None" = None  # the full training that is sampled for a basis, or gives a lottery ticket
     data: str = _unnamed("")  # a folder of parquet files, or another Hub id
     threads: int = _unnamed(0)  # 0: torch's choice
+    together: int = _unnamed(0)  # runs with one `projection_seed` trained at once, see together.py; 0 or 1: each alone
     save_adapter: bool = _unnamed(False)
     save_trajectory: bool = _unnamed(False)  # of full training: a sample at the start and after each epoch
 
@@ -106,6 +88,8 @@ class Settings:
             self._reset("pruned")
         if self.projection not in ("basis", "coordinate"):
             self._reset("trajectory")
+        if self.projection in ("full", "identity", "basis", "coordinate"):
+            self._reset("projection_seed")  # no P of theirs is drawn from it
         if self.projection == "coordinate" and self.trajectory and self.trajectory.sample_steps:
             raise ValueError(
                 "`sample_steps` must be 0 for a lottery ticket: it is made of the trajectory's last epoch."
@@ -160,71 +144,3 @@ class Settings:
     def __str__(self) -> str:
         optimizer = f" {self.optimizer}" if self.optimizer != Settings.optimizer else ""
         return f"{self.model} {self.projection}" + (f" d={self.d}" if self.d else "") + f"{optimizer} seed={self.seed}"
-
-
-class Recipe(NamedTuple):
-    runs: list[Settings]
-    published: dict[str, dict[str, int]]  # model -> source -> d_int90, marked in the figure
-    report: str  # what is made of the results: "dimension" (accuracy by d) or "methods"
-
-
-def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    recipe = yaml.safe_load(file.read_text()) or {}
-    published, report = recipe.pop("published", {}), recipe.pop("report", "dimension")
-    if report not in REPORTS:
-        raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
-    return Recipe(grid(recipe, overrides), published, report)
-
-
-def grid(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[Settings]:
-    """Every run of a recipe once, in the order of seeds: the first results already cover the whole grid."""
-    shared = _flat({key: value for key, value in recipe.items() if key != "runs"})
-    runs = {}
-    for part in recipe.get("runs", [{}]):
-        part = _flat(part)
-        if any(key.startswith(TRAJECTORY) for key in part):  # it stands in the same recipe
-            part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in known_keys()} | part
-        for settings in _product(shared | part | (overrides or {})):
-            runs.setdefault(settings.name, settings)
-    return sorted(runs.values(), key=lambda settings: settings.seed)
-
-
-def known_keys() -> list[str]:
-    own = [f.name for f in fields(Settings) if f.name != "trajectory"]
-    return own + [TRAJECTORY + name for name in own if name not in COMMON]
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """{"trajectory": {"lr": 0.1}} -> {"trajectory.lr": 0.1}"""
-    nested = values.get("trajectory") or {}
-    own = {key: value for key, value in values.items() if key != "trajectory"}
-    return own | {TRAJECTORY + key: value for key, value in nested.items()}
-
-
-def _product(values: dict[str, Any]) -> Iterable[Settings]:
-    check_keys(values)
-    axes = [value if isinstance(value, list) else [value] for value in values.values()]
-    for point in itertools.product(*axes):
-        typed = {key: _typed(key, value) for key, value in zip(values, point, strict=True)}
-        own = {key: value for key, value in typed.items() if not key.startswith(TRAJECTORY)}
-        trajectory = {k.removeprefix(TRAJECTORY): v for k, v in typed.items() if k not in own}
-        if trajectory:
-            own["trajectory"] = Settings(**{key: own[key] for key in COMMON if key in own} | trajectory)
-        yield Settings(**own)
-
-
-def check_keys(keys: Iterable[str]) -> None:
-    known = known_keys()
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or known
-            raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
-
-
-def _typed(key: str, value: Any) -> Any:
-    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
-    kind = Settings.__annotations__[key.removeprefix(TRAJECTORY)]
-    try:
-        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
-    except (ValueError, KeyError):
-        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None

@@ -44,12 +44,7 @@ def train(
         report: Gets each epoch's test accuracy.
     """
     start = time.perf_counter()
-    if settings.images:
-        training = training.first(settings.images)
-    if settings.standardize:
-        training, test = training.standardized(training), test.standardized(training)
-    if settings.center:
-        training, test = training.centered(training), test.centered(training)
+    training, test = inputs(settings, training, test)
     network = origin(settings, training, trajectory, accelerator.device)
     D = sum(p.numel() for p in network.parameters())
     model = wrap(network, settings, trajectory)
@@ -58,7 +53,8 @@ def train(
     schedule = scheduled(optimizer, settings, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     seconds = {"setup": time.perf_counter() - start, "train": 0.0}
-    at_origin = {"origin": measured(model, settings, training, test)} if settings.measured else {}
+    shown = measured_on(settings, training, test)
+    at_origin = {"origin": measured(shown, [predict(model, s) for s in shown])} if settings.measured else {}
 
     recorder = Trajectory(trajectory) if trajectory and settings.projection == "full" else None
     if recorder is not None:
@@ -70,25 +66,51 @@ def train(
         seconds["train"] += time.perf_counter() - start
         if recorder is not None and not settings.sample_steps:
             recorder.add(model, step=epoch)
-        values = {"train_loss": _finite(loss)} | measured(model, settings, training, test)
+        values = {"train_loss": finite(loss)} | measured(shown, [predict(model, split) for split in shown])
         epochs.append(values | {"seconds": round(seconds["train"], 3)})
         report(values["test_accuracy"])
 
     model = accelerator.unwrap_model(model)
-    result = {
-        "D": D,
-        "d": settings.d if settings.d else sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "final_accuracy": evaluated_accuracy(model, test),
-        "best_accuracy": max(epoch["test_accuracy"] for epoch in epochs),
-        **at_origin,
-        "epochs": epochs,
-        "seconds": {key: round(value, 3) for key, value in seconds.items()},
-        "processes": accelerator.num_processes,
-    }
+    d = settings.d if settings.d else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    final = evaluated_accuracy(predict(model, test), test)
+    result = outcome(D, d, final, at_origin, epochs, seconds, accelerator.num_processes)
     if adapter is not None and accelerator.is_main_process:
         anew = origin(settings, training, trajectory, accelerator.device)
         result["adapter"] = save_and_reload(model, anew, test, adapter)
     return result
+
+
+def inputs(settings: Settings, training: Split, test: Split) -> tuple[Split, Split]:
+    """The two splits as the network sees them."""
+    if settings.images:
+        training = training.first(settings.images)
+    if settings.standardize:
+        training, test = training.standardized(training), test.standardized(training)
+    if settings.center:
+        training, test = training.centered(training), test.centered(training)
+    return training, test
+
+
+def outcome(
+    D: int,
+    d: int,
+    final_accuracy: float,
+    at_origin: dict[str, dict[str, float | None]],
+    epochs: list[dict[str, float | None]],
+    seconds: dict[str, float],
+    processes: int,
+) -> dict[str, Any]:
+    """The result of a run, in its layout."""
+    return {
+        "D": D,
+        "d": d,
+        "final_accuracy": final_accuracy,
+        "best_accuracy": max(epoch["test_accuracy"] for epoch in epochs),
+        **at_origin,
+        "epochs": epochs,
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "processes": processes,
+    }
 
 
 def origin(settings: Settings, training: Split, trajectory: Path | None, device: torch.device | str) -> nn.Module:
@@ -139,7 +161,7 @@ def wrap(network: nn.Module, settings: Settings, trajectory: Path | None = None)
         projection=settings.projection,
         normalization=settings.normalization,
         nnz_per_row=settings.nnz_per_row or None,
-        seed=settings.seed,
+        seed=settings.seed if settings.projection_seed < 0 else settings.projection_seed,
         target_modules="all",
         **given,
     )
@@ -152,14 +174,17 @@ def predict(model: nn.Module, split: Split) -> Tensor:  # [N, classes]
         return torch.cat([model(split.batch(index)[0]) for index in torch.arange(len(split.labels)).split(1000)])
 
 
-def measured(model: nn.Module, settings: Settings, training: Split, test: Split) -> dict[str, float | None]:
-    """Test accuracy and, where training images are to be measured, the loss and the accuracy on those."""
-    values = {"test_accuracy": _share_right(predict(model, test), test)}
-    if settings.measured:
-        training = training.first(settings.measured)
-        logits = predict(model, training)
-        loss = cross_entropy(logits, training.labels).item()
-        values |= {"train_accuracy": _share_right(logits, training), "loss": _finite(loss)}
+def measured_on(settings: Settings, training: Split, test: Split) -> list[Split]:
+    """The test images and, where training images are to be measured, those."""
+    return [test, training.first(settings.measured)] if settings.measured else [test]
+
+
+def measured(shown: list[Split], logits: list[Tensor]) -> dict[str, float | None]:
+    """Test accuracy and, where training images are shown too, the loss and the accuracy on those."""
+    values = {"test_accuracy": _share_right(logits[0], shown[0])}
+    if len(shown) > 1:
+        loss = cross_entropy(logits[1], shown[1].labels).item()
+        values |= {"train_accuracy": _share_right(logits[1], shown[1]), "loss": finite(loss)}
     return values
 
 
@@ -167,9 +192,9 @@ def _share_right(logits: Tensor, split: Split) -> float:
     return (logits.argmax(1) == split.labels).double().mean().item()
 
 
-def evaluated_accuracy(model: nn.Module, split: Split) -> float:
+def evaluated_accuracy(logits: Tensor, split: Split) -> float:
     metric = evaluate.load(str(ACCURACY), keep_in_memory=True)
-    return metric.compute(predictions=predict(model, split).argmax(1).cpu(), references=split.labels.cpu())["accuracy"]
+    return metric.compute(predictions=logits.argmax(1).cpu(), references=split.labels.cpu())["accuracy"]
 
 
 def save_and_reload(model: nn.Module, network: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
@@ -204,6 +229,6 @@ def _epoch(
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no nan."""
     return value if math.isfinite(value) else None

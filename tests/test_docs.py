@@ -6,12 +6,11 @@ import re
 import shlex
 import subprocess
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from recipes.settings import Settings
+from recipes.grid import SEARCH, known_keys
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +46,8 @@ def commands(page: Path) -> list[str]:
 def options(script: Path) -> set[str]:
     """What a script of recipes/ takes: those it declares, and for run.py every setting."""
     declared = set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text(encoding="utf-8")))
-    return declared | ({f"--{f.name}" for f in fields(Settings)} if script.name == "run.py" else set()) | {"--help"}
+    settings = {f"--{key}" for key in [*known_keys(), *SEARCH]} if script.name == "run.py" else set()
+    return declared | settings | {"--help"}
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if commands(page)], ids=name)

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes import environment
 from recipes.data import Split, load
+from recipes.grid import read
 from recipes.models import build
 from recipes.plots import save
-from recipes.settings import Settings, read
+from recipes.settings import Settings
 from recipes.summary import spread
 from recipes.train import predict
 from subspace_peft import Trajectory, coefficients, reconstruct

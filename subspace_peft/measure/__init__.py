@@ -10,8 +10,7 @@ except ModuleNotFoundError as error:
 
 from .dimension import Dimension, intrinsic_dimension, threshold_dimension
 from .probability import success_probability
-from .search import Cost, Search, find_dimension
-from .search_file import RunError
+from .search import Cost, RunError, Search, find_dimension
 from .table import running_maximum
 
 

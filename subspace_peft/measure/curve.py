@@ -53,6 +53,6 @@ class Curve:
         p = self.probability
         odd = min(ODD, p / 4, (1 - p) / 4)
         inner = (p - odd) / (1 - 2 * odd)
-        s = np.geomspace(min(self.resolution / 4, 0.1), 1, WIDTHS)
+        s = np.geomspace(min(self.resolution / 4, 0.1), 0.5, WIDTHS)
         z = (x[:, None, None] - nodes[:, None]) / s + math.log(inner / (1 - inner))
         return odd + (1 - 2 * odd) / (1 + np.exp(-np.clip(z, -40, 40)))

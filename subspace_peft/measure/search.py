@@ -16,8 +16,17 @@ from tqdm.auto import tqdm
 from .curve import Curve
 from .plan import Plan, State
 from .probability import reached
-from .search_file import Run, RunError, append, open_file
+from .search_file import Run, append, open_file
 from .table import check_integer, check_number, check_share
+
+
+class RunError(RuntimeError):
+    """A run of a search raised, or returned no number."""
+
+    def __init__(self, message: str, d: int, seed: int, runs: pd.DataFrame):
+        super().__init__(message)
+        self.d, self.seed = d, seed
+        self.runs = runs  # those before it, as in the result
 
 
 class Cost(NamedTuple):
@@ -159,9 +168,8 @@ class Trials:
         if self.file:
             where = f"{str(self.file)!r}, with which the same call goes on"
         kept = f"The {len(self.runs)} runs before it are kept in {where}"
-        failed = RunError(f"The run of d = {d}, seed = {seed} failed: {type(error).__name__}: {error}. {kept}.")
-        failed.d, failed.seed, failed.runs = d, seed, self.table()
-        return failed
+        message = f"The run of d = {d}, seed = {seed} failed: {type(error).__name__}: {error}. {kept}."
+        return RunError(message, d, seed, self.table())
 
 
 def _check_resolution(resolution: float) -> float:

@@ -21,10 +21,6 @@ class Run(NamedTuple):
     seconds: float
 
 
-class RunError(RuntimeError):
-    """A run of a search raised; `d` and `seed` say which, `runs` holds those before it, as in the result."""
-
-
 def open_file(path: Path, search: dict) -> list[dict]:
     """The runs of a search in its file, which is made if it is not there; half a line at its end is taken off.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -14,6 +14,7 @@ def table(successes: int, n: int) -> pd.DataFrame:
     return pd.DataFrame({"d": 7, "seed": range(n), "final_accuracy": [0.9] * successes + [0.8] * (n - successes)})
 
 
+@settings(max_examples=50)
 @given(n=st.integers(1, 200), share=st.floats(0, 1), confidence=st.floats(0.01, 0.999))
 def test_the_interval_is_scipys(n, share, confidence):
     successes = round(share * n)

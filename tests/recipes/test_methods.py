@@ -3,8 +3,8 @@ import json
 import pytest
 
 from recipes import methods, run
+from recipes.grid import grid
 from recipes.results import Results
-from recipes.settings import grid
 
 
 SGD = {"optimizer": "sgd", "lr": [0.1, 0.2], "epochs": 4}

@@ -1,7 +1,8 @@
 import pytest
 
+from recipes.grid import grid, read
 from recipes.run import parse
-from recipes.settings import Settings, grid, read
+from recipes.settings import Settings
 
 
 def test_names_are_fixed_and_come_from_what_differs_from_the_defaults():

@@ -1,0 +1,165 @@
+"""The grid of runs that a YAML file and the command line span.
+
+    dataset: mnist
+    seed: [0, 1, 2]
+    runs:
+      - {projection: full, lr: 1.0e-3}
+      - {projection: [dense, fastfood], d: [100, 200], lr: 1.0}
+
+A list is an axis of the grid; `runs`, where there is one, holds sub-grids, each over the values above it. A basis
+comes from the trajectory of another run, whose settings are written `trajectory: {epochs: 50, lr: 0.1}` or
+`trajectory.lr: 0.1`. In the place of a grid over d and seed, `d: auto` with a `threshold` of test accuracy, or a
+`fraction` of that of full training in the same recipe, is a search for the smallest d that reaches it.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from recipes.settings import COMMON, Settings
+
+
+TRAJECTORY = "trajectory."
+"""Before the name of a setting: that of the run whose trajectory gives the basis."""
+REPORTS = ("dimension", "methods", "phases", "compression")
+AUTO = "auto"
+SEARCH = {"threshold": float, "fraction": float, "d_max": int, "d_min": int, "seeds": int, "probability": float}
+SEARCH |= {"resolution": float, "max_runs": int}
+"""What belongs to a search, and to nothing else."""
+
+
+class Search(NamedTuple):
+    """The smallest d at which a run with these settings reaches a test accuracy after the last epoch."""
+
+    settings: Settings  # with d and seed replaced
+    threshold: float | None
+    fraction: float | None  # of the mean of full training, in the place of a threshold
+    options: dict[str, Any]  # of `subspace_peft.measure.find_dimension`
+
+    def run(self, d: int, seed: int) -> Settings:
+        trajectory = self.settings.trajectory and replace(self.settings.trajectory, seed=seed)
+        return replace(self.settings, d=d, seed=seed, trajectory=trajectory)
+
+    def record(self) -> dict[str, Any]:
+        return self._asdict() | {"settings": self.settings.record()}
+
+    @property
+    def name(self) -> str:
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Recipe(NamedTuple):
+    runs: list[Settings]
+    published: dict[str, dict[str, int]]  # model -> source -> d_int90, marked in the figure
+    report: str  # what is made of the results, one of REPORTS
+    searches: list[Search]
+    absolute: float | dict[str, float]  # the test accuracy that d_int90 is counted from, of all models or by model
+
+
+def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    recipe = yaml.safe_load(file.read_text()) or {}
+    published, report = recipe.pop("published", {}), recipe.pop("report", "dimension")
+    if report not in REPORTS:
+        raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
+    absolute = recipe.pop("absolute", 0.9)
+    return Recipe(grid(recipe, overrides), published, report, searches(recipe, overrides), absolute)
+
+
+def grid(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[Settings]:
+    """Every run of a recipe once, in the order of seeds: the first results already cover the whole grid."""
+    runs = {}
+    for part in _parts(recipe, overrides):
+        if not _is_search(part):
+            runs |= {run.name: run for run in _product(part) if run.name not in runs}
+    return sorted(runs.values(), key=lambda settings: settings.seed)
+
+
+def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[Search]:
+    """Every `d: auto` of a recipe.
+
+    Raises:
+        ValueError: if one has no threshold, or no d_max.
+    """
+    found = []
+    for part in filter(_is_search, _parts(recipe, overrides)):
+        options = {key: _typed(key, _single(key, part.pop(key))) for key in SEARCH if key in part}
+        threshold, fraction = options.pop("threshold", None), options.pop("fraction", None)
+        if (threshold is None) == (fraction is None):
+            raise ValueError(
+                "`d: auto` needs `threshold`, a test accuracy, or `fraction`, of full training; give one."
+            )
+        if "d_max" not in options:
+            raise ValueError("`d: auto` needs `d_max`, the largest d to be tried; give it.")
+        for settings in _product(part | {"d": options.get("d_min", 1), "seed": 0}):
+            found.append(Search(settings, threshold, fraction, options))
+    return found
+
+
+def _parts(recipe: dict[str, Any], overrides: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The sub-grids, each with the values above it and those of the command line."""
+    shared = _flat({key: value for key, value in recipe.items() if key != "runs"})
+    for part in recipe.get("runs", [{}]):
+        part = _flat(part)
+        if any(key.startswith(TRAJECTORY) for key in part):  # it stands in the same recipe
+            part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in known_keys()} | part
+        yield shared | part | (overrides or {})
+
+
+def _is_search(part: dict[str, Any]) -> bool:
+    return part.get("d") in (AUTO, [AUTO]) and part.get("projection") not in ("full", ["full"])
+
+
+def _single(key: str, value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    if len(values) != 1:
+        raise ValueError(f"`{key}` of `d: auto` must be one value, got {values}; write one search for each.")
+    return values[0]
+
+
+def known_keys() -> list[str]:
+    own = [f.name for f in fields(Settings) if f.name != "trajectory"]
+    return own + [TRAJECTORY + name for name in own if name not in COMMON]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"trajectory": {"lr": 0.1}} -> {"trajectory.lr": 0.1}"""
+    nested = values.get("trajectory") or {}
+    own = {key: value for key, value in values.items() if key != "trajectory"}
+    return own | {TRAJECTORY + key: value for key, value in nested.items()}
+
+
+def _product(values: dict[str, Any]) -> Iterable[Settings]:
+    values = {key: value for key, value in values.items() if key not in SEARCH and value not in (AUTO, [AUTO])}
+    check_keys(values)
+    axes = [value if isinstance(value, list) else [value] for value in values.values()]
+    for point in itertools.product(*axes):
+        typed = {key: _typed(key, value) for key, value in zip(values, point, strict=True)}
+        own = {key: value for key, value in typed.items() if not key.startswith(TRAJECTORY)}
+        trajectory = {k.removeprefix(TRAJECTORY): v for k, v in typed.items() if k not in own}
+        if trajectory:
+            own["trajectory"] = Settings(**{key: own[key] for key in COMMON if key in own} | trajectory)
+        yield Settings(**own)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    known = known_keys()
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3) or known
+            raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
+    kind = SEARCH.get(key) or Settings.__annotations__[key.removeprefix(TRAJECTORY)]
+    try:
+        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+    except (ValueError, KeyError):
+        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None

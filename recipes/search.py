@@ -1,0 +1,81 @@
+"""`d: auto`: the smallest d that reaches a threshold, looked for by runs that each have a result of their own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes import environment
+from recipes.grid import Search
+from recipes.results import Results
+from recipes.settings import Settings
+from recipes.summary import markdown
+from subspace_peft.measure import find_dimension
+
+
+if TYPE_CHECKING:
+    from recipes.run import Sweep
+
+
+def carry_out(searches: list[Search], sweep: "Sweep", output: Path) -> None:
+    """Every search that has no outcome and that no other process holds."""
+    outcomes = Results(output / "searches") if searches else None
+    for search in searches:
+        if not sweep.decided(lambda search=search: not outcomes.path(search).exists() and outcomes.take(search)):
+            continue
+        try:
+            outcome = look_for(search, sweep)
+            if sweep.accelerator.is_main_process:
+                outcomes.write(search, outcome | environment.record())
+        finally:
+            if sweep.accelerator.is_main_process:
+                outcomes.release(search)
+
+
+def look_for(search: Search, sweep: "Sweep") -> dict[str, Any]:
+    """The outcome of a search, by the runs that it needs; those that have a result are not made again."""
+    goal = threshold(search, sweep)
+    found = find_dimension(lambda d, seed: sweep.accuracy(search.run(d, seed)), goal, progress=False, **search.options)
+    made = [(int(d), int(seed)) for d, seed in found.runs[["d", "seed"]].to_numpy()]
+    seconds = sum(sweep.results.load(search.run(d, seed))["seconds"]["train"] for d, seed in made)
+    return {
+        "goal": goal,
+        "d": found.d,
+        "interval": found.interval,
+        "made": made,
+        "seconds": round(seconds, 1),
+        "text": str(found),
+    }
+
+
+def threshold(search: Search, sweep: "Sweep") -> float:
+    if search.threshold is not None:
+        return search.threshold
+    task = search.settings.dataset, search.settings.model
+    full = [run for run in sweep.runs if run.projection == "full" and (run.dataset, run.model) == task]
+    if not full:
+        raise ValueError(
+            f"`fraction` of `d: auto` needs full training of {search.settings.model} on {search.settings.dataset} in "
+            "the same recipe; add {projection: full}, or give `threshold`."
+        )
+    return search.fraction * sum(map(sweep.accuracy, full)) / len(full)
+
+
+def made(searches: list[Search], output: Path) -> list[Settings]:
+    """The runs that the searches made."""
+    outcomes = Results(output / "searches") if searches else None
+    return [search.run(*point) for search in searches for point in outcomes.load(search).get("made", ())]
+
+
+def text(searches: list[Search], output: Path) -> str:
+    """The outcomes as Markdown."""
+    rows = []
+    for search in searches:
+        if found := Results(output / "searches").load(search):
+            settings, above = search.settings, f"above {search.options['d_max']}"
+            low, high = (above if end is None else end for end in found["interval"])
+            rows.append(
+                [settings.dataset, settings.model, settings.projection, f"{100 * found['goal']:.2f}"]
+                + [found["d"] or above, low if low == high else f"{low} to {high}"]
+                + [len(found["made"]), f"{found['seconds']:.0f}"]
+            )
+    header = ["dataset", "model", "projection", "threshold %", "d", "95 % interval", "runs", "s of training"]
+    return "\n".join(markdown(header, rows))

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from recipes import run
+from recipes.grid import grid, read, searches
+from recipes.settings import Settings
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "auto.yaml"
+    file.write_text(
+        "model: fc\nbatch_size: 128\nepochs: 2\nthreads: 1\nruns:\n"
+        "  - {projection: full, lr: 0.003, seed: [0, 1]}\n"
+        "  - {projection: fastjl, lr: 0.5, d: auto, fraction: 0.3, d_max: 64, max_runs: 12, seeds: 3}\n"
+    )
+    return file
+
+
+def outcome(folder):
+    (file,) = (folder / "searches").glob("*.json")
+    return json.loads(file.read_text())
+
+
+def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, capsys):
+    run.main([str(recipe)])
+    found, (search,) = outcome(recipe.parent), read(recipe).searches
+    full = [r["final_accuracy"] for s, r in _results(recipe.parent) if s["projection"] == "full"]
+    assert found["goal"] == pytest.approx(0.3 * sum(full) / 2)
+    low, high = found["interval"]
+    assert low <= found["d"] <= (high or 64)
+    assert len(found["made"]) == len(set(map(tuple, found["made"]))) <= 12
+    assert {search.run(*point).name for point in found["made"]} <= {
+        Settings(**s).name for s, _ in _results(recipe.parent)
+    }
+    printed = capsys.readouterr().out
+    assert f"| fc | fastjl | {100 * found['goal']:.2f} | {found['d']} |" in printed
+    assert (recipe.parent / "plots" / "auto.png").stat().st_size > 10_000
+
+
+def _results(folder):
+    results = [json.loads(file.read_text()) for file in (folder / "results").glob("*.json")]
+    return [(result["settings"], result) for result in results]
+
+
+def test_a_search_that_was_stopped_goes_on_where_it_was(recipe, monkeypatch):
+    train, made = run.train, []
+
+    def failing(settings, *rest):
+        made.append(settings.name)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return train(settings, *rest)
+
+    monkeypatch.setattr(run, "train", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run.main([str(recipe)])
+    assert not list((recipe.parent / "searches").glob("*.json"))
+    run.main([str(recipe)])
+    assert made.count(made[4]) == 2
+    assert len(made) == len(set(made)) + 1
+    run.main([str(recipe)])
+    assert len(made) == len(set(made)) + 1
+
+
+def test_a_d_that_is_given_is_no_search(recipe):
+    found = read(recipe, {"d": ["3"]})
+    assert not found.searches
+    assert [s.d for s in found.runs if s.projection == "fastjl"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"threshold": None}, "`d: auto` needs `threshold`, a test accuracy, or `fraction`, of full training"),
+        ({"fraction": 0.9}, "`d: auto` needs `threshold`, a test accuracy, or `fraction`"),
+        ({"d_max": None}, "`d: auto` needs `d_max`"),
+        ({"threshold": [0.8, 0.9]}, "`threshold` of `d: auto` must be one value"),
+        ({"threshold": "high"}, "`threshold` must be of type float, got 'high'"),
+    ],
+)
+def test_what_cannot_be_searched_is_an_error_before_any_run(wrong, message):
+    values = {"projection": "fastjl", "d": "auto", "threshold": 0.9, "d_max": 8} | wrong
+    with pytest.raises(ValueError, match=message):
+        searches({key: value for key, value in values.items() if value is not None})
+
+
+def test_a_share_of_full_training_needs_full_training(recipe):
+    recipe.write_text("model: fc\nprojection: fastjl\nd: auto\nfraction: 0.9\nd_max: 8\n")
+    with pytest.raises(ValueError, match="`fraction` of `d: auto` needs full training of fc on digits"):
+        run.main([str(recipe)])
+
+
+def test_the_same_search_has_the_same_name():
+    values = {"projection": ["fastjl", "dense"], "d": "auto", "threshold": 0.9, "d_max": 8}
+    first, second = searches(values)
+    assert first.name == searches(values)[0].name
+    assert first.name != second.name
+    assert not grid(values)
