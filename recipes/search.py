@@ -8,6 +8,7 @@ from recipes.grid import Search
 from recipes.results import Results
 from recipes.settings import Settings
 from recipes.summary import markdown
+from subspace_peft.measure import Search as DimensionSearch
 from subspace_peft.measure import find_dimension
 
 
@@ -22,20 +23,23 @@ def carry_out(searches: list[Search], sweep: "Sweep", output: Path) -> None:
         if not sweep.decided(lambda search=search: not outcomes.path(search).exists() and outcomes.take(search)):
             continue
         try:
-            outcome = look_for(search, sweep)
+            goal = threshold(search, sweep)
+            found = look_for(search, goal, sweep)
             if sweep.accelerator.is_main_process:
-                outcomes.write(search, outcome | environment.record())
+                outcomes.write(search, outcome(search, goal, found, sweep.results) | environment.record())
         finally:
             if sweep.accelerator.is_main_process:
                 outcomes.release(search)
 
 
-def look_for(search: Search, sweep: "Sweep") -> dict[str, Any]:
-    """The outcome of a search, by the runs that it needs; those that have a result are not made again."""
-    goal = threshold(search, sweep)
-    found = find_dimension(lambda d, seed: sweep.accuracy(search.run(d, seed)), goal, progress=False, **search.options)
+def look_for(search: Search, goal: float, sweep: "Sweep") -> DimensionSearch:
+    """By the runs that it needs; those that have a result are not made again."""
+    return find_dimension(lambda d, seed: sweep.accuracy(search.run(d, seed)), goal, progress=False, **search.options)
+
+
+def outcome(search: Search, goal: float, found: DimensionSearch, results: Results) -> dict[str, Any]:
     made = [(int(d), int(seed)) for d, seed in found.runs[["d", "seed"]].to_numpy()]
-    seconds = sum(sweep.results.load(search.run(d, seed))["seconds"]["train"] for d, seed in made)
+    seconds = sum(results.load(search.run(d, seed))["seconds"]["train"] for d, seed in made)
     return {
         "goal": goal,
         "d": found.d,
