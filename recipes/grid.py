@@ -77,6 +77,7 @@ def grid(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> lis
     runs = {}
     for part in _parts(recipe, overrides):
         if not _is_search(part):
+            _check_no_search(part, recipe, overrides)
             runs |= {run.name: run for run in _product(part) if run.name not in runs}
     return sorted(runs.values(), key=lambda settings: settings.seed)
 
@@ -87,7 +88,7 @@ def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) ->
     Raises:
         ValueError: if one has no threshold, or no d_max.
     """
-    found = []
+    found = {}
     for part in filter(_is_search, _parts(recipe, overrides)):
         options = {key: _typed(key, _single(key, part.pop(key))) for key in SEARCH if key in part}
         threshold, fraction = options.pop("threshold", None), options.pop("fraction", None)
@@ -97,9 +98,21 @@ def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) ->
             )
         if "d_max" not in options:
             raise ValueError("`d: auto` needs `d_max`, the largest d to be tried; give it.")
+        _check_search(threshold if fraction is None else fraction, options)
         for settings in _product(part | {"d": options.get("d_min", 1), "seed": 0}):
-            found.append(Search(settings, threshold, fraction, options))
-    return found
+            search = Search(settings, threshold, fraction, options)
+            found.setdefault(search.name, search)
+    return list(found.values())
+
+
+def _check_search(share: float, options: dict[str, Any]) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"`threshold` and `fraction` of `d: auto` must be above 0 and at most 1, got {share}.")
+    if not 1 <= options.get("d_min", 1) <= options["d_max"]:
+        raise ValueError(
+            f"`d_max` of `d: auto` must be at least `d_min`, and that at least 1, got d_min = "
+            f"{options.get('d_min', 1)} and d_max = {options['d_max']}."
+        )
 
 
 def _parts(recipe: dict[str, Any], overrides: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -110,6 +123,14 @@ def _parts(recipe: dict[str, Any], overrides: dict[str, Any] | None) -> Iterator
         if any(key.startswith(TRAJECTORY) for key in part):  # it stands in the same recipe
             part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in known_keys()} | part
         yield shared | part | (overrides or {})
+
+
+def _check_no_search(part: dict[str, Any], recipe: dict[str, Any], overrides: dict[str, Any] | None) -> None:
+    """What belongs to searches stands beside a grid only where a search is meant elsewhere."""
+    lost = [key for key in SEARCH if key in part]
+    auto = any(map(_is_search, _parts(recipe, None))) or any(map(_is_search, _parts(recipe, overrides)))
+    if lost and not auto:
+        raise ValueError(f"`{lost[0]}` belongs to `d: auto`, got it beside a grid; write `d: auto`, or leave it out.")
 
 
 def _is_search(part: dict[str, Any]) -> bool:

@@ -120,7 +120,8 @@ def text(runs: list[Settings], results: Results) -> str:
 def _runs(diagram: Diagram) -> str:
     sizes = diagram.runs.groupby(["burn_in", "d"]).size()
     n = f"{sizes.min()} to {sizes.max()}" if sizes.min() < sizes.max() else str(sizes.max())
-    enough = "all but one" if diagram.seeds > 1 else "each"
+    even = "all but one" if diagram.seeds > 1 else "each"
+    enough = even if sizes.min() == sizes.max() else "a share of 1 - δ"
     return f"{n} runs of each d and t, {enough} must succeed (δ = {diagram.delta:.2f})"
 
 

@@ -71,5 +71,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     output = options.output or options.file.parent
     recipe, results = read(options.file), Results(output / "results")
-    runs = recipe.runs + made(recipe.searches, output)
+    runs = list({run.name: run for run in [*recipe.runs, *made(recipe.searches, output)]}.values())
     print(plot(results.table(runs), recipe.published, output / "plots" / f"{options.file.stem}.png", recipe.absolute))

@@ -65,6 +65,8 @@ class Results:
         for run in runs:
             if result := self.load(run):
                 numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
+                if result["epochs"][-1]["train_loss"] is None:  # logits of nan have a first class, too
+                    numbers |= {"final_accuracy": math.nan}
                 if run.measured:
                     numbers |= _measured(result["epochs"])
                 rows.append(run.record() | numbers | {"seconds": result["seconds"]["train"]})

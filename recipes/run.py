@@ -65,6 +65,7 @@ class Sweep:
         self.accelerator = accelerator
         self.results = Results(output / "results")
         self.adapters, self.trajectories = output / "adapters", output / "trajectories"
+        self.asked = runs
         sampled = [run.trajectory for run in runs if run.trajectory]
         self.sampled = {run.name for run in sampled} | {run.name for run in runs if run.save_trajectory}
         self.runs = list({run.name: run for run in [*sampled, *runs]}.values())
@@ -74,7 +75,10 @@ class Sweep:
         """Whether it has no result, or its trajectory is not there and is to be, or another run waits for it."""
         if not self.results.path(run).exists():
             return True
-        if run.save_trajectory and run.epochs not in Trajectory(self.trajectories / run.name).steps:
+        if (
+            run.save_trajectory
+            and len(Trajectory(self.trajectories / run.name)) <= (not run.sample_steps) * run.epochs
+        ):
             return True
         followers = (other for other in self.runs if other.trajectory and other.trajectory.name == run.name)
         return any(not self.results.path(other).exists() and not self.ready(other) for other in followers)
@@ -184,7 +188,7 @@ class Sweep:
 
 def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> None:
     """Prints what all results so far say, and the proofs of the saved adapters, and draws the figure."""
-    runs = recipe.runs + search.made(recipe.searches, output)
+    runs = list({run.name: run for run in [*recipe.runs, *search.made(recipe.searches, output)]}.values())
     missing = [run for run in runs if not results.path(run).exists()]
     if missing:
         print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")

@@ -1,5 +1,6 @@
 """`d: auto`: the smallest d that reaches a threshold, looked for by runs that each have a result of their own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,12 @@ def threshold(search: Search, sweep: "Sweep") -> float:
     if search.threshold is not None:
         return search.threshold
     task = search.settings.dataset, search.settings.model
-    full = [run for run in sweep.runs if run.projection == "full" and (run.dataset, run.model) == task]
+    full = [run for run in sweep.asked if run.projection == "full" and (run.dataset, run.model) == task]
+    if len({replace(run, seed=0) for run in full}) > 1:
+        raise ValueError(
+            f"`fraction` of `d: auto` needs full trainings of {search.settings.model} that differ in seed alone, got "
+            f"{len({replace(run, seed=0) for run in full})} kinds; leave one, or give `threshold`."
+        )
     if not full:
         raise ValueError(
             f"`fraction` of `d: auto` needs full training of {search.settings.model} on {search.settings.dataset} in "
@@ -71,15 +77,16 @@ def made(searches: list[Search], output: Path) -> list[Settings]:
 
 def text(searches: list[Search], output: Path) -> str:
     """The outcomes as Markdown."""
-    rows = []
+    rows, said = [], []
     for search in searches:
         if found := Results(output / "searches").load(search):
             settings, above = search.settings, f"above {search.options['d_max']}"
             low, high = (above if end is None else end for end in found["interval"])
+            said.append(found["text"])
             rows.append(
                 [settings.dataset, settings.model, settings.projection, f"{100 * found['goal']:.2f}"]
-                + [found["d"] or above, low if low == high else f"{low} to {high}"]
+                + [found["d"] or "none", low if low == high else f"{low} to {high}"]
                 + [len(found["made"]), f"{found['seconds']:.0f}"]
             )
     header = ["dataset", "model", "projection", "threshold %", "d", "95 % interval", "runs", "s of training"]
-    return "\n".join(markdown(header, rows))
+    return "\n".join([*markdown(header, rows), "", *said])

@@ -23,13 +23,24 @@ def apart(runs: pd.DataFrame) -> pd.DataFrame:
     """
     tables = []
     for (*_, projection), table in runs.groupby([*TASK, "projection"], sort=False):
+        table = table.assign(
+            trajectory=[run and {k: v for k, v in run.items() if k != "seed"} for run in trajectories(table)]
+        )
         differing = [key for key in SETTINGS if key in table and table[key].astype(str).nunique() > 1]
-        if projection != "full" and differing:
+        if projection == "full" and differing:
+            raise ValueError(
+                f"Full trainings of one network must differ in seed alone, got several `{differing[0]}`; leave one."
+            )
+        if differing:
             words = [f"{key.replace('_', ' ')} " + table[key].astype(str) for key in differing]
             names = pd.concat(words, axis=1).agg(", ".join, axis=1)
             table = table.assign(projection=f"{projection}, " + names)
         tables.append(table)
     return pd.concat(tables)
+
+
+def trajectories(runs: pd.DataFrame) -> list[dict | None]:
+    return list(runs.trajectory) if "trajectory" in runs else [None] * len(runs)
 
 
 def by_d(runs: pd.DataFrame) -> pd.DataFrame:
@@ -83,8 +94,9 @@ def dimension(found: Dimension | None) -> str:
     """d, and its interval where that is more than this d; where there is none, the best that was seen."""
     if found is None:
         return ""
+    nan = f", {found.nan} runs without a number" if found.nan else ""
     best = f", {100 * found.best[0]:.2f} % at best" if found.best else ""
-    d = str(found.d) if found.d else f"none{best}"
+    d = (str(found.d) if found.d else f"none{best}") + nan
     if not found.interval or found.interval == (found.d, found.d):
         return d
     low, high = (end or f"above {found.largest}" for end in found.interval)

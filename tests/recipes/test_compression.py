@@ -31,7 +31,7 @@ TABLE_1 += ["random affine", "burn-in affine, t = 16", "lottery subspace", "lott
 
 
 def finish(results, run, accuracy, best=None):
-    epoch = {"test_accuracy": accuracy, "train_loss": None, "train_accuracy": accuracy, "loss": None}
+    epoch = {"test_accuracy": accuracy, "train_loss": 0.1, "train_accuracy": accuracy, "loss": None}
     accuracies = {"final_accuracy": accuracy, "best_accuracy": accuracy if best is None else best}
     results.take(run)
     results.write(run, {"D": 64, **accuracies, "epochs": [epoch], "seconds": {"train": 1.0}})

@@ -77,6 +77,8 @@ def test_a_d_that_is_given_is_no_search(recipe):
         ({"fraction": 0.9}, "`d: auto` needs `threshold`, a test accuracy, or `fraction`"),
         ({"d_max": None}, "`d: auto` needs `d_max`"),
         ({"threshold": [0.8, 0.9]}, "`threshold` of `d: auto` must be one value"),
+        ({"threshold": 85}, "must be above 0 and at most 1, got 85.0"),
+        ({"d_min": 9}, "`d_max` of `d: auto` must be at least `d_min`"),
         ({"threshold": "high"}, "`threshold` must be of type float, got 'high'"),
     ],
 )
@@ -98,3 +100,33 @@ def test_the_same_search_has_the_same_name():
     assert first.name == searches(values)[0].name
     assert first.name != second.name
     assert not grid(values)
+
+
+def test_parts_that_come_to_one_search_are_one():
+    recipe = {"projection": "fastjl", "d": "auto", "threshold": 0.9, "d_max": 8}
+    assert len(searches(recipe | {"runs": [{"lr": 0.3}, {"lr": 0.3}, {"lr": 0.1}]})) == 2
+
+
+def test_what_belongs_to_a_search_is_an_error_beside_a_grid():
+    with pytest.raises(ValueError, match="`seeds` belongs to `d: auto`, got it beside a grid"):
+        grid({"projection": "fastjl", "d": 3, "seeds": 5})
+
+
+def test_a_search_and_a_grid_may_share_runs_and_what_is_not_reached_is_said(recipe, capsys):
+    recipe.write_text(
+        "model: fc\nbatch_size: 128\nepochs: 1\nthreads: 1\nprojection: fastjl\nlr: 0.3\nruns:\n"
+        "  - {d: [1, 2], seed: 0}\n  - {d: auto, threshold: 0.99, d_max: 2, max_runs: 3, seeds: 1}\n"
+    )
+    run.main([str(recipe)])
+    printed = capsys.readouterr().out
+    assert "| fc | fastjl | 99.00 | none |" in printed
+    assert "best seen 0." in printed
+
+
+def test_a_share_is_of_full_trainings_that_are_alike(recipe):
+    recipe.write_text(
+        "model: fc\nbatch_size: 128\nepochs: 1\nruns:\n  - {projection: full, lr: [0.1, 0.2]}\n"
+        "  - {projection: fastjl, d: auto, fraction: 0.9, d_max: 8}\n"
+    )
+    with pytest.raises(ValueError, match="full trainings of fc that differ in seed alone, got 2 kinds"):
+        run.main([str(recipe)])

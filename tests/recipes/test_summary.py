@@ -42,6 +42,16 @@ def test_runs_that_differ_in_more_than_d_and_seed_are_never_averaged(runs):
     assert [(f.projection, f.absolute.d) for f in found] == [("fastjl, lr 0.1", None), ("fastjl, lr 0.3", 40)]
 
 
+def test_full_trainings_that_differ_are_an_error(runs):
+    with pytest.raises(ValueError, match="must differ in seed alone, got several `lr`"):
+        summary.dimensions(runs.assign(lr=[0.1, 0.2] + [0.3] * 6))
+
+
+def test_a_run_without_a_number_is_a_failure_and_is_shown(runs):
+    runs.loc[runs.d == 40, "final_accuracy"] = float("nan")
+    assert "none, 89.50 % at best, 2 runs without a number" in summary.text(runs)
+
+
 def test_the_figure_is_drawn(runs, tmp_path):
     file = plots.plot(runs, {"lenet": {"Gargiulo 2023": 30}}, tmp_path / "figure.png", {"lenet": 0.9})
     assert file.stat().st_size > 10_000
