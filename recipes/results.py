@@ -54,26 +54,52 @@ class Results:
         draft.replace(self.path(settings))
 
     def load(self, settings: Settings | Search) -> dict[str, Any]:
-        return json.loads(self.path(settings).read_text()) if self.path(settings).exists() else {}
+        """The result, empty if there is none.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        path = self.path(settings)
+        if not path.exists():
+            return {}
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"A result must be JSON, got {str(path)!r}: {error}; delete it, to run it again."
+            ) from None
 
     def table(self, runs: list[Settings]) -> pd.DataFrame:
         """One row for each run that has a result: its settings, D, accuracies and seconds of training.
 
         Where training images were measured, also the loss and the accuracy on those, after the last epoch and at best.
+
+        Raises:
+            ValueError: if a file is damaged, or was written by another version.
         """
         rows = []
         for run in runs:
             if result := self.load(run):
-                numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
-                if result["epochs"][-1]["train_loss"] is None:  # logits of nan have a first class, too
-                    numbers |= {"final_accuracy": math.nan}
-                if run.measured:
-                    numbers |= _measured(result["epochs"])
-                rows.append(run.record() | numbers | {"seconds": result["seconds"]["train"]})
+                try:
+                    rows.append(run.record() | _numbers(run, result))
+                except (KeyError, IndexError, TypeError) as error:
+                    raise ValueError(
+                        f"A result must be in the layout of this version, {str(self.path(run))!r} is not: "
+                        f"{type(error).__name__} {error}; delete it, to run it again, or use its own version."
+                    ) from None
         return pd.DataFrame(rows)
 
     def _lock(self, settings: Settings | Search) -> Path:
         return self.folder / f"{settings.name}.lock"
+
+
+def _numbers(run: Settings, result: dict[str, Any]) -> dict[str, float]:
+    numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
+    if result["epochs"][-1]["train_loss"] is None:  # logits of nan have a first class, too
+        numbers |= {"final_accuracy": math.nan}
+    if run.measured:
+        numbers |= _measured(result["epochs"])
+    return numbers | {"seconds": result["seconds"]["train"]}
 
 
 def _measured(epochs: list[dict[str, Any]]) -> dict[str, float]:

@@ -203,3 +203,14 @@ def test_losses_that_are_no_numbers_are_recorded_as_none(recipe):
 def test_accuracy_is_evaluates():
     metric = evaluate.load(str(train.ACCURACY), keep_in_memory=True)
     assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "A result must be JSON, got .*delete it"), ('{"D": 1}', "in the layout of this version, .*delete it")],
+)
+def test_a_result_that_cannot_be_read_is_named(recipe, text, message):
+    (settings, *_), folder = read(recipe).runs, Results(recipe.parent / "results")
+    folder.path(settings).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        folder.table([settings])
