@@ -72,9 +72,11 @@ def labels(
         alike.setdefault((words(run), run.dataset, run.model), []).append(run)
     for (own, *_), members in alike.items():
         records = [_flat(run, set(besides)) for run in members]
-        varying = [key for key in records[0] if len({record[key] for record in records}) > 1]
+        keys = dict.fromkeys(key for record in records for key in record)  # some have a trajectory, some have none
+        varying = [key for key in keys if len({record.get(key) for record in records}) > 1]
         for run, record in zip(members, records, strict=True):
-            found[run.name] = ", ".join([own, *(f"{key.replace('_', ' ')} {record[key]}" for key in varying)])
+            said = [f"{key.replace('_', ' ')} {record[key]}" for key in varying if key in record]
+            found[run.name] = ", ".join([own, *said])
     return found
 
 

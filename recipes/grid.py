@@ -173,7 +173,7 @@ def check_keys(keys: Iterable[str]) -> None:
     known = known_keys()
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or known
+            near = difflib.get_close_matches(key, [*known, *SEARCH], n=3) or [*known, *SEARCH]
             raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
 
 

@@ -192,6 +192,8 @@ def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> No
     missing = [run for run in runs if not results.path(run).exists()]
     if missing:
         print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")
+    if pending := search.pending(recipe.searches, output):
+        print(f"\n{pending} of {len(recipe.searches)} searches are still held by other processes.")
     if len(missing) == len(runs):
         return
     if recipe.searches:
@@ -201,7 +203,8 @@ def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> No
         report.plot(runs, results, figure)
     else:
         table = results.table(runs)
-        print(f"\n{summary.text(table, recipe.absolute)}\n")
+        if recipe.runs:  # a d that a search chose is no grid to read d_int90 off
+            print(f"\n{summary.text(results.table(recipe.runs), recipe.absolute)}\n")
         plot(table, recipe.published, figure, recipe.absolute)
     print(f"figure: {figure}")
     for run in runs:

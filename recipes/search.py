@@ -75,6 +75,11 @@ def made(searches: list[Search], output: Path) -> list[Settings]:
     return [search.run(*point) for search in searches for point in outcomes.load(search).get("made", ())]
 
 
+def pending(searches: list[Search], output: Path) -> int:
+    """How many have no outcome yet."""
+    return sum(not Results(output / "searches").path(search).exists() for search in searches)
+
+
 def text(searches: list[Search], output: Path) -> str:
     """The outcomes as Markdown."""
     rows, said = [], []

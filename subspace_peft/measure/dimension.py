@@ -186,7 +186,10 @@ def _threshold(
         return check_number("absolute", absolute)
     if not larger_is_better:
         raise ValueError("`fraction` is of an accuracy; give `absolute` for a metric of which less is better.")
-    return check_number("fraction", 0.9 if fraction is None else fraction) * _baseline(runs, baseline, metric)
+    fraction = check_number("fraction", 0.9 if fraction is None else fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}; 0.9 is 90 % of full training.")
+    return fraction * _baseline(runs, baseline, metric)
 
 
 def _baseline(runs: pd.DataFrame, baseline: float | pd.DataFrame | None, metric: str) -> float:

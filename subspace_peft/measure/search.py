@@ -93,7 +93,8 @@ def find_dimension(
         seeds: At least so many runs are made at the d that is returned.
         resolution: The search ends when the interval is no wider than from d to d (1 + resolution)^2.
         max_runs: The search ends then at the latest, however wide the interval is.
-        file: JSON lines; a search that was stopped goes on from its file and repeats no run. With more `max_runs` or
+        file: JSON lines, of one process and one `train`: a changed one needs another file. A search that was stopped
+            goes on from its file and repeats no run. With more `max_runs` or
             a finer resolution, a search that had ended goes on too.
 
     Raises:

@@ -37,6 +37,11 @@ def open_file(path: Path, search: dict) -> list[dict]:
     header, *lines = whole.splitlines()
     _check(path, _parse(path, 1, header, {KIND}), search)
     runs = [_parse(path, at, line, {"d", "seed", "metric", "seconds"}) for at, line in enumerate(lines, 2)]
+    if [run["seed"] for run in runs] != list(range(len(runs))):
+        raise ValueError(
+            f"`file` must hold the runs of one search in turn, {str(path)!r} does not: two processes wrote to it at once; "
+            "give another `file`, and each process its own."
+        )
     if whole != text:
         os.truncate(path, len(whole))
     return [run | {"metric": math.nan if run["metric"] is None else run["metric"]} for run in runs]

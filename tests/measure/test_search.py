@@ -360,3 +360,12 @@ def test_a_folder_that_is_not_there_is_an_error_before_any_run(tmp_path):
     with pytest.raises(FileNotFoundError):
         find(flaky, d_max=10, file=tmp_path / "nowhere" / "search.jsonl")
     assert not flaky.calls
+
+
+def test_a_file_that_two_processes_wrote_is_an_error(tmp_path):
+    file = tmp_path / "search.jsonl"
+    find_dimension(lambda d, seed: float(d >= 5), 0.5, d_max=20, file=file, progress=False)
+    header, *runs = file.read_text().splitlines()
+    file.write_text("\n".join([header, *runs, *runs]) + "\n")
+    with pytest.raises(ValueError, match="two processes wrote to it at once"):
+        find_dimension(lambda d, seed: float(d >= 5), 0.5, d_max=20, file=file, progress=False)
