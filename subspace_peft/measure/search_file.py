@@ -39,8 +39,8 @@ def open_file(path: Path, search: dict) -> list[dict]:
     runs = [_parse(path, at, line, {"d", "seed", "metric", "seconds"}) for at, line in enumerate(lines, 2)]
     if [run["seed"] for run in runs] != list(range(len(runs))):
         raise ValueError(
-            f"`file` must hold the runs of one search in turn, {str(path)!r} does not: two processes wrote to it at once; "
-            "give another `file`, and each process its own."
+            f"`file` must hold the runs of one search in turn, {str(path)!r} does not: two processes wrote to it at "
+            "once; give another `file`, and each process its own."
         )
     if whole != text:
         os.truncate(path, len(whole))
