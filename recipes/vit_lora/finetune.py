@@ -1,0 +1,109 @@
+"""Full fine-tuning, LoRA, AdaLoRA and subspaces of a ViT by transformers' Trainer: the runs of a YAML.
+
+    accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/vit_lora/finetune.py \\
+        recipes/vit_lora/mnist.yaml [--data <folder or Hub id>] [--seed 0 1 2] [--d 100 1000] [--output <folder>]
+
+The command line wins over the file; several values are an axis of the grid in both. A run that has a result is not run
+again, and several of these commands, on any machines that share the folder, share the work.
+"""
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes import environment
+from recipes.results import Results
+from recipes.vit_lora import report
+from recipes.vit_lora.images import splits, whole
+from recipes.vit_lora.settings import KEYS, Settings, read
+from recipes.vit_lora.training import train
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, list[str]]]:
+    """The YAML, the output folder, and the settings that the command line overrides."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("file", type=Path, help="the YAML")
+    parser.add_argument("--output", type=Path, help="where results, checkpoints and plots go; the YAML's folder")
+    parser.add_argument("--data", nargs="+", default=argparse.SUPPRESS, help="a folder of parquet files, or a Hub id")
+    parser.add_argument("--seed", nargs="+", default=argparse.SUPPRESS)
+    for key in KEYS:
+        if key not in ("data", "seed"):
+            parser.add_argument(f"--{key}", nargs="+", default=argparse.SUPPRESS, help=f"{getattr(Settings, key)!r}")
+    overrides = vars(parser.parse_args(arguments))
+    file, output = overrides.pop("file"), overrides.pop("output")
+    return file, output or file.parent, overrides
+
+
+class Sweep:
+    def __init__(self, runs: list[Settings], output: Path):
+        self.runs, self.output = runs, output
+        self.state = PartialState(cpu=not torch.accelerator.is_available())
+        self.results = Results(output / "results")
+        self.whole = cache(lambda *source: [split.to(self.state.device) for split in whole(*source)])
+
+    def wanted(self, run: Settings) -> bool:
+        """Whether it has no result, or its checkpoint is not there."""
+        kept = not run.checkpoint or (self.output / "checkpoints" / run.checkpoint).is_dir()
+        return not (self.results.path(run).exists() and kept)
+
+    def take(self, run: Settings) -> bool:
+        """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
+        if not self.wanted(run) or not self.results.take(run):
+            return False
+        wanted = self.wanted(run)
+        if not wanted:
+            self.results.release(run)
+        return wanted
+
+    def carry_out(self) -> None:
+        """Every run that is wanted and that no other process holds."""
+        for run in tqdm(self.runs, unit="run", disable=not self.state.is_main_process):
+            if self.decided(lambda run=run: self.take(run)):
+                try:
+                    self.carry_out_one(run)
+                finally:
+                    if self.state.is_main_process:
+                        self.results.release(run)
+
+    def carry_out_one(self, run: Settings) -> None:
+        result, model = train(run, *splits(run, self.whole(run.dataset, run.data)), self.output)
+        if not self.state.is_main_process:
+            return
+        if run.checkpoint:
+            model.save_pretrained(self.output / "checkpoints" / run.checkpoint)
+        if not self.results.path(run).exists():
+            self.results.write(run, result | environment.record())
+        tqdm.write(f"{run}: {100 * result['final_accuracy']:.2f} % in {result['seconds']['train']:.0f} s")
+
+    def decided(self, decide: Any) -> Any:
+        """What the main process decides, on every process."""
+        return broadcast_object_list([decide() if self.state.is_main_process else None])[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    file, output, overrides = parse(arguments)
+    recipe = read(file, overrides)
+    sweep = Sweep(recipe.runs, output)
+    sweep.carry_out()
+    if sweep.state.is_main_process:
+        report.conclude(recipe, sweep.results, output, file.stem)
+    sweep.state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped: the same command does what is missing.")

@@ -1,0 +1,155 @@
+"""What a run of this recipe is, and the grid of them that a YAML spans.
+
+    dataset: mnist
+    base: fashion_mnist
+    seed: [0, 1, 2]
+    runs:
+      - {method: lora, rank: [1, 2, 8], lr: 3.0e-3}
+      - {method: subspace, projection: [fastfood, fastjl], d: [100, 1000], lr: 1.0e-2}
+
+A list is an axis of the grid; `runs` holds sub-grids, each over the values above it; the command line wins over both.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from subspace_peft.coordinates import COORDINATES
+from subspace_peft.projections import PROJECTIONS
+
+
+METHODS = ("full", "head", "lora", "adalora", "subspace")
+REPORTS = ("methods", "rates", "pretraining")
+CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTIONS}
+SHAPE = ("patch_size", "hidden_size", "layers", "heads")
+
+
+def _unnamed(default: Any) -> Any:
+    """A setting of how a run is carried out, which changes neither its name nor its record."""
+    return field(default=default, metadata={"unnamed": True})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training. Its name is the hash of what differs from these defaults, so a default is never changed."""
+
+    dataset: str = "mnist"
+    base: str = ""  # a Hub id, or the `checkpoint` of another run; "": no pretrained weights, a ViT of this shape:
+    patch_size: int = 7
+    hidden_size: int = 64  # the MLP is four times as wide
+    layers: int = 4
+    heads: int = 4
+    image_size: int = 0  # pixels that images are resized to; 0: as they are
+    method: str = "full"  # full, head (the new classifier alone), lora, adalora, subspace (ours)
+    coordinates: str = "weight"
+    projection: str = "fastfood"
+    d: int = 0
+    rank: int = 0  # of lora and of low_rank coordinates; of adalora the mean rank that is left at the end
+    seed: int = 0  # of the new classifier, of P or of LoRA's factors, and of the order of the batches
+    epochs: int = 2
+    batch_size: int = 64  # of all processes together
+    lr: float = 1e-3
+    head_lr: float = 1e-3  # of the classifier, whatever is trained beside it
+    warmup: float = 0.05  # of all steps; the rate then falls as a cosine to zero
+    augment: bool = False  # flips and crops
+    images: int = 0  # of the training set: the first so many; 0: all
+    validation: int = 0  # accuracy is of the last so many training images; 0: of the test set
+    bf16: bool = False
+    checkpoint: str = _unnamed("")  # the trained model is kept under this name in checkpoints/
+    data: str = _unnamed("")  # a folder of parquet files, or another Hub id
+    save_adapter: bool = _unnamed(False)
+
+    def __post_init__(self):
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
+        for key in ("epochs", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`{key}` must be at least 1, got {getattr(self, key)}.")
+        if self.method != "subspace":
+            self._reset("coordinates", "projection", "d")
+        elif self.projection == "identity":
+            self._reset("d")
+        elif self.d < 1:
+            raise ValueError(f"`d` must be at least 1 for projection {self.projection!r}, got {self.d}; give `d`.")
+        if self.method in ("full", "head") or (self.method == "subspace" and self.coordinates == "weight"):
+            self._reset("rank")
+        elif self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1 for {self.label}, got {self.rank}; give `rank`.")
+        if self.method == "head":
+            self._reset("lr")
+        if self.base:
+            self._reset(*SHAPE)
+        if self.checkpoint and self.method != "full":
+            raise ValueError(f"`checkpoint` keeps a whole model: give `method` 'full', got {self.method!r}.")
+
+    def _reset(self, *keys: str) -> None:
+        for key in keys:
+            object.__setattr__(self, key, getattr(Settings, key))
+
+    @property
+    def label(self) -> str:
+        """The method in words, without d and rank."""
+        if self.method == "subspace":
+            return f"{'low rank' if self.coordinates == 'low_rank' else self.coordinates}, {self.projection}"
+        return {"full": "full fine-tuning", "head": "head alone", "lora": "LoRA", "adalora": "AdaLoRA"}[self.method]
+
+    def record(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
+
+    @property
+    def name(self) -> str:
+        changed = {key: value for key, value in self.record().items() if value != getattr(Settings, key)}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        size = (f" d={self.d}" if self.d else "") + (f" rank={self.rank}" if self.rank else "")
+        return f"{self.label}{size} lr={self.lr:g} seed={self.seed}"
+
+
+KEYS = [f.name for f in fields(Settings)]
+
+
+class Recipe(NamedTuple):
+    runs: list[Settings]  # each once, in the order of seeds: the first results already cover the whole grid
+    report: str  # what is made of the results, one of REPORTS
+
+
+def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Every run of a YAML.
+
+    Raises:
+        ValueError: for an unknown setting, a value of another type, and all that `Settings` refuses.
+    """
+    recipe = yaml.safe_load(file.read_text()) or {}
+    parts, report = recipe.pop("runs", [{}]), recipe.pop("report", "methods")
+    if report not in REPORTS:
+        raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
+    runs = {run.name: run for part in parts for run in _product(recipe | part | (overrides or {}))}
+    return Recipe(sorted(runs.values(), key=lambda run: run.seed), report)
+
+
+def _product(values: dict[str, Any]) -> Iterator[Settings]:
+    for key in values:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=3) or KEYS
+            raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
+    axes = [value if isinstance(value, list) else [value] for value in values.values()]
+    for point in itertools.product(*axes):
+        yield Settings(**{key: _typed(key, value) for key, value in zip(values, point, strict=True)})
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
+    kind = Settings.__annotations__[key]
+    try:
+        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+    except (ValueError, KeyError):
+        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None
