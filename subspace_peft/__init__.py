@@ -9,6 +9,7 @@ from .groups import parameter_groups
 from .model import SubspaceModel
 from .projections import PROJECTIONS
 from .register import register
+from .spectra import Spectra, SpectraCallback
 from .trajectory import Trajectory, TrajectoryCallback, coefficients, reconstruct
 
 
@@ -16,6 +17,8 @@ register()
 
 __all__ = [
     "PROJECTIONS",
+    "Spectra",
+    "SpectraCallback",
     "SubspaceConfig",
     "SubspaceModel",
     "SubspaceTrainer",

@@ -20,19 +20,24 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by the names of the model inside DDP, FSDP, torch.compile; wide dtypes first, which aligns a file.
-
-    Raises:
-        ValueError: if nothing does, or DeepSpeed's ZeRO-3 has left empty tensors in the place of its parameters.
-    """
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._orig_mod
         else:
-            break
+            return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by the names of the model inside DDP, FSDP, torch.compile; wide dtypes first, which aligns a file.
+
+    Raises:
+        ValueError: if nothing does, or DeepSpeed's ZeRO-3 has left empty tensors in the place of its parameters.
+    """
+    model = unwrapped(model)
     found = {WRAPPERS.sub("", name).lstrip("."): p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError(

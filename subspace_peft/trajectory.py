@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from .components import Components
 from .plain_model import gathered, is_main_process, trained, wait_for_all, whole
+from .recording import RecordingCallback
 from .samples import DTYPES, Samples, read_header, write_tensors
 
 
@@ -248,7 +247,7 @@ def _check_tensors(basis: dict[str, Tensor], *others: dict[str, Tensor]) -> None
                 raise ValueError(f"`{name}` must be of shape {list(columns.shape[:-1])} as in the basis, got {found}.")
 
 
-class TrajectoryCallback(TrainerCallback):
+class TrajectoryCallback(RecordingCallback):
     """Records a trajectory while transformers' Trainer trains: before the first step, then every epoch or n steps.
 
     A training resumed from a checkpoint goes on with the samples up to that step, and later ones are deleted: it makes
@@ -264,26 +263,13 @@ class TrajectoryCallback(TrainerCallback):
     """
 
     def __init__(self, folder: str | os.PathLike, every: str | int = "epoch", initial: bool = True):
-        if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ValueError(f"`every` must be 'epoch' or a number of steps of at least 1, got {every!r}.")
-        self.trajectory, self.every, self.initial = Trajectory(folder), every, initial
-        self._progress = None
+        super().__init__("trajectory", every, initial)
+        self.trajectory = Trajectory(folder)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.is_world_process_zero:
-            self._keep_until(state.global_step)
-        total = state.num_train_epochs if self.every == "epoch" else state.max_steps // self.every
-        self._progress = tqdm(
-            desc="trajectory",
-            unit="sample",
-            total=int(total) + self.initial,
-            initial=len(self.trajectory) if state.is_world_process_zero else 0,
-            disable=args.disable_tqdm or not state.is_world_process_zero,
-        )
-        if self.initial and state.global_step == 0:
-            self._sample(model, state)
+    def recorded(self) -> list[int]:
+        return list(self.trajectory._files())
 
-    def _keep_until(self, step: int) -> None:
+    def keep_until(self, step: int) -> None:
         files = self.trajectory._files()
         if files and step == 0:
             raise ValueError(
@@ -294,17 +280,5 @@ class TrajectoryCallback(TrainerCallback):
         for later in (path for other, path in files.items() if other > step):
             later.unlink()
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        if self.every == "epoch":
-            self._sample(model, state)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every != "epoch" and state.global_step % self.every == 0:
-            self._sample(model, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._progress.close()
-
-    def _sample(self, model: nn.Module, state) -> None:
-        self.trajectory.add(model, state.global_step)
-        self._progress.update()
+    def record(self, model: nn.Module, step: int) -> None:
+        self.trajectory.add(model, step)

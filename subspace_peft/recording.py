@@ -1,0 +1,72 @@
+"""RecordingCallback: when a Trainer records something, and what a resumed training makes of that."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class RecordingCallback(TrainerCallback, ABC):
+    """Records before the first step, then every epoch or n steps, and at steps of its own.
+
+    Args:
+        name: Of what is recorded, beside the progress bar.
+        every: "epoch", or a number of optimiser steps.
+        initial: Record the initial point, step 0, too.
+        also: Steps to record besides.
+    """
+
+    def __init__(self, name: str, every: str | int, initial: bool, also: frozenset[int] = frozenset()):
+        if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"`every` must be 'epoch' or a number of steps of at least 1, got {every!r}.")
+        self.name, self.every, self.initial, self.also = name, every, initial, also
+        self._last, self._progress = None, None
+
+    @abstractmethod
+    def recorded(self) -> list[int]:
+        """The steps that are there."""
+
+    @abstractmethod
+    def keep_until(self, step: int) -> None:
+        """Delete later steps: the training makes them again. At step 0, refuse what another training has left."""
+
+    @abstractmethod
+    def record(self, model: nn.Module, step: int) -> None:
+        """Called on every process."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            self.keep_until(state.global_step)
+        total = state.num_train_epochs if self.every == "epoch" else state.max_steps // self.every
+        self._last = None
+        self._progress = tqdm(
+            desc=self.name,
+            unit="sample",
+            total=int(total) + self.initial,
+            initial=len(self.recorded()) if state.is_world_process_zero else 0,
+            disable=args.disable_tqdm or not state.is_world_process_zero,
+        )
+        if self.initial and state.global_step == 0:
+            self._record(model, state)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        if self.every == "epoch":
+            self._record(model, state)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        step = state.global_step
+        if (self.every != "epoch" and step % self.every == 0) or step in self.also:
+            self._record(model, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._progress.close()
+
+    def _record(self, model: nn.Module, state) -> None:
+        if state.global_step == self._last:  # of its own, and the end of an epoch
+            return
+        self._last = state.global_step
+        self.record(model, state.global_step)
+        self._progress.update()

@@ -1,0 +1,43 @@
+"""Spectra in transformers' Trainer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..recording import RecordingCallback
+from .record import Spectra
+
+
+class SpectraCallback(RecordingCallback):
+    """Records `Spectra` while transformers' Trainer trains: before the first step, then every epoch or n steps.
+
+    And at the reference step. A training resumed from a checkpoint goes on with the steps up to that one, if `spectra`
+    has a folder.
+
+    Args:
+        spectra: What is recorded, and where.
+        every: "epoch", or a number of optimiser steps.
+        initial: Record the initial point, step 0, too.
+
+    Raises:
+        ValueError: when training starts at step 0 and steps are recorded already.
+    """
+
+    def __init__(self, spectra: Spectra, every: str | int = "epoch", initial: bool = True):
+        super().__init__("spectra", every, initial, frozenset({spectra.reference} - {None, 0}))
+        self.spectra = spectra
+
+    def recorded(self) -> list[int]:
+        return self.spectra.steps
+
+    def keep_until(self, step: int) -> None:
+        if len(self.spectra) and step == 0:
+            raise ValueError(
+                f"A training from the start must be recorded where nothing is, {len(self.spectra)} steps are here "
+                f"(folder: {self.spectra.folder}); resume that training with "
+                "trainer.train(resume_from_checkpoint=True), or take a new Spectra and another folder."
+            )
+        self.spectra.keep_until(step)
+
+    def record(self, model: nn.Module, step: int) -> None:
+        self.spectra.add(model, step)

@@ -1,0 +1,131 @@
+"""The features of a model's layers over a data loader, by forward hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .features import ClassFeatures
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a layer returns, or the first tensor in it: of a tuple, a list, a dictionary, a ModelOutput."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, Mapping):
+            output = tuple(output.values())
+        if not isinstance(output, (tuple, list)) or not output:
+            raise ValueError(f"A layer must return a tensor first, got {type(output).__name__}; give `read`.")
+        output = output[0]
+    return output
+
+
+@torch.no_grad()
+def class_features(
+    model: nn.Module,
+    batches: Iterable,
+    layers: Iterable[str],
+    inputs: bool = False,
+    read: Callable[[Any], Tensor] = first_tensor,
+) -> dict[str, ClassFeatures]:
+    """The class means and spreads of what these layers return, in one pass over a data loader, in eval mode.
+
+        D_l = tr Sigma_W / tr Sigma_B,    S_l = 1 - max_{k != k'} |<mu_k, mu_k'>| / (|mu_k| |mu_k'|)
+
+    are `.compression` and `.separation` of each (Qu's slides, after He and Su 2022, Tirer et al. 2022). Samples are
+    those of this process; features are flattened. Hooks and modes of the model are left as they were.
+
+    Args:
+        batches: Pairs (inputs, labels), inputs a tensor, a tuple of arguments or a dictionary of them; or dictionaries
+            with "labels". They are moved to the model's device.
+        layers: Names of modules, as in `named_modules`.
+        inputs: Take what goes into the layers, its first argument, in place of what comes out.
+        read: Makes [B, ...], one sample a row, of that; `lambda output: output[0].mean(1)` over tokens, say.
+
+    Raises:
+        ValueError: if a layer is unknown, or does not run exactly once a batch, or features and labels do not fit.
+    """
+    modules, names = dict(model.named_modules(remove_duplicate=False)), list(layers)
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"`layers` must be modules of the model, {name!r} is none of {', '.join(modules)[:500]}.")
+    found = {name: ClassFeatures() for name in names}
+    device = next((parameter.device for parameter in model.parameters()), None)
+    with _evaluating(model), _hooked({name: modules[name] for name in names}, inputs, read) as seen:
+        for batch in batches:
+            seen.clear()
+            arguments, labels = _split(batch)
+            _run(model, _moved(arguments, device))
+            for name in names:
+                if len(seen.get(name, ())) != 1:
+                    raise ValueError(
+                        f"A layer must run once a batch for its features to be clear, {name!r} ran "
+                        f"{len(seen.get(name, ()))} times; name another."
+                    )
+                found[name].add(seen[name][0], labels)
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _hooked(modules: dict[str, nn.Module], inputs: bool, read: Callable[[Any], Tensor]) -> Iterator[dict[str, list]]:
+    """What is read of the modules since the last clear, by name; copied, since the next module may work in place."""
+    seen: dict[str, list] = {}
+
+    def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+        value = (args[0] if args else next(iter(kwargs.values()))) if inputs else output
+        seen.setdefault(name, []).append(read(value).clone())
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            register = module.register_forward_pre_hook if inputs else module.register_forward_hook
+            handles.append(register(partial(hook, name), with_kwargs=True))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(batch: Any) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        f"A batch must be a pair (inputs, labels) or a dictionary with 'labels', got {type(batch).__name__}; wrap the "
+        "loader in a generator that makes these."
+    )
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(each, device) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_moved(each, device) for each in value)
+    return value
+
+
+def _run(model: nn.Module, arguments: Any) -> None:
+    if isinstance(arguments, Mapping):
+        model(**arguments)
+    elif isinstance(arguments, tuple):
+        model(*arguments)
+    else:
+        model(arguments)
