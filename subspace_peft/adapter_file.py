@@ -24,6 +24,8 @@ VECTORS = "subspace_vectors"
 
 IDENTITY = ("fingerprint", "D", "d", "projection", "coordinates", "rank", "alpha", "seed", "normalization")
 IDENTITY += ("nnz_per_row", "projection_version")
+LATER = ("replace_weight", "start", "factors", "gamma")
+"""Named where they differ from their defaults alone: files are marked that were written before there were any."""
 
 
 def find_vectors(model: nn.Module) -> SubspaceVectors:
@@ -48,7 +50,8 @@ def unique_coordinates(model: nn.Module, adapter: str) -> dict[str, Coordinates]
 
 def identity(config: PeftConfig) -> str:
     """All that P and its use depend on."""
-    return json.dumps({field: getattr(config, field) for field in IDENTITY})
+    later = [field for field in LATER if getattr(config, field) != getattr(type(config), field)]
+    return json.dumps({field: getattr(config, field) for field in (*IDENTITY, *later)})
 
 
 def mark(config: PeftConfig) -> Tensor:
@@ -89,6 +92,9 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
                 drawn = projection.state(torch.device("cpu")) if given is None else given
                 for path, tensor in _flatten(drawn):
                     kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
+    for coordinates in unique_coordinates(model, adapter).values():
+        for suffix, tensor in coordinates.start_state().items():
+            kept[f"{root}start.{coordinates.name}/{suffix}.{adapter}"] = tensor
     for key in [key for key in state_dict if key.rpartition(".")[0].endswith(".base_layer")]:
         # PEFT adds the base's embeddings to the file where a target is called lm_head or embed_tokens; it looks for
         # them in this dictionary, a copy of its own. They belong to the base.
@@ -109,6 +115,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
         remapped |= dict.fromkeys(keys, base.detach().clone())
         places |= {plain(key): keys for key in keys}
     saved: dict[str, dict[str, Tensor]] = {}
+    starts: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
         if not vectors:
@@ -129,6 +136,9 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
         elif rest.startswith("P."):
             name, _, path = rest.removeprefix("P.").rpartition("/")
             saved.setdefault(name, {})[path] = value
+        elif rest.startswith("start."):
+            name, _, path = rest.removeprefix("start.").rpartition("/")
+            starts.setdefault(name, {})[path] = value
         else:
             raise ValueError(
                 f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
@@ -136,6 +146,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
     if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}") for key in remapped):
         raise ValueError("The adapter file must hold theta_d, and does not; it is damaged.")
     _install(model, config, adapter, saved)
+    _install_starts(model, adapter, starts)
     return remapped
 
 
@@ -197,3 +208,21 @@ def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str
         column += len(given) if config.projection == "coordinate" else 0
     if saved:
         find_vectors(model).factors[adapter] = factor(config, coordinates)
+
+
+def _install_starts(model: nn.Module, adapter: str, saved: dict[str, dict[str, Tensor]]) -> None:
+    """Start the factors where those of the file started, whatever the base's weights say."""
+    owners = {c.name: c for c in unique_coordinates(model, adapter).values() if c.start_shapes()}
+    if set(saved) != set(owners):
+        name = min(set(saved) ^ set(owners))
+        raise ValueError(
+            f"The adapter file must hold where the factors of each replaced weight start, for `{name}` it "
+            f"{'has no place' if name in saved else 'does not'}; it is damaged, or of another base model."
+        )
+    for name, tensors in saved.items():
+        wanted, found = owners[name].start_shapes(), {path: tuple(tensor.shape) for path, tensor in tensors.items()}
+        if found != wanted:
+            raise ValueError(
+                f"The start of `{name}` in the adapter file must be {wanted}, got {found}; it is damaged."
+            )
+        owners[name].start.load({path: tensor.clone() for path, tensor in tensors.items()})

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from .coordinates import COORDINATES
 from .given import GIVEN, stored_apart
 from .projections import PROJECTIONS
+from .starts import STARTS
 
 
 NORMALIZATIONS = ("rows", "columns")
@@ -54,6 +55,13 @@ class SubspaceConfig(PeftConfig):
         coordinates (`str`): What theta is: `weight`, the target tensors themselves, or `low_rank`, the factors of
             W_0 + alpha / rank (B_0 + P_B theta_d)(A_0 + P_A theta_d) with B_0 = 0.
         rank (`int`), alpha (`float`): Of `low_rank` only; alpha is the rank if left out.
+        replace_weight (`bool`): Of `low_rank` only: the weight is the product itself, without W_0, and a layer runs
+            as two smaller ones. The model starts elsewhere than its base.
+        start (`str`): Of `replace_weight` only, where the factors start: `svd`, the best approximation of the weight
+            (the default), or `orthogonal` or `random` factors of its Frobenius norm.
+        factors (`int`): Of `low_rank` only: 2, or 3 for U W V with W of rank x rank.
+        gamma (`float`): Of three factors only: a step of theta_d moves U and V by gamma times as much as W; 1 if left
+            out. Under Adam that is a learning rate of gamma times W's, under SGD of gamma^2 times.
         seed (`int`): What a random P is drawn from.
         normalization (`str`): `rows`: the rows of P that move have mean square norm 1, so a step of Adam moves a
             weight by about the learning rate, whatever d and D. `columns`: unit columns over all of D, as in the
@@ -88,6 +96,10 @@ class SubspaceConfig(PeftConfig):
     coordinates: str = "weight"
     rank: int | None = None
     alpha: float | None = None
+    replace_weight: bool = False
+    start: str | None = None
+    factors: int = 2
+    gamma: float | None = None
     seed: int = 0
     normalization: str = "rows"
     nnz_per_row: int | None = None
@@ -169,11 +181,39 @@ class SubspaceConfig(PeftConfig):
             self.alpha = float(self.rank) if self.alpha is None else float(self.alpha)
             if not isfinite(self.alpha) or self.alpha == 0:
                 raise ValueError(f"`alpha` must be finite and not 0, got {self.alpha}; leave it out for the rank.")
+            self._check_factors()
         elif self.rank is not None or self.alpha is not None:
             raise ValueError(
                 f"`rank` and `alpha` belong to coordinates='low_rank', got coordinates={self.coordinates!r} with rank="
                 f"{self.rank} and alpha={self.alpha}; set coordinates='low_rank' or leave them out."
             )
+        elif (self.replace_weight, self.start, self.factors, self.gamma) != (False, None, 2, None):
+            raise ValueError(
+                "`replace_weight`, `start`, `factors` and `gamma` belong to coordinates='low_rank', got coordinates="
+                f"{self.coordinates!r}; set coordinates='low_rank' or leave them out."
+            )
+
+    def _check_factors(self):
+        if not isinstance(self.replace_weight, bool):
+            raise ValueError(f"`replace_weight` must be True or False, got {self.replace_weight!r}.")
+        if self.start is not None and not self.replace_weight:
+            raise ValueError(
+                f"`start` belongs to replace_weight=True, got {self.start!r}: an increment starts at zero; set "
+                "replace_weight=True or leave `start` out."
+            )
+        if self.replace_weight:
+            self.start = self.start or next(iter(STARTS))
+            if self.start not in STARTS:
+                raise ValueError(f"`start` must be one of {', '.join(STARTS)}; got {self.start!r}.")
+        if self.factors not in (2, 3) or isinstance(self.factors, bool):
+            raise ValueError(f"`factors` must be 2 (B A) or 3 (U W V), got {self.factors!r}.")
+        if self.gamma is None:
+            return
+        if self.factors == 2:
+            raise ValueError(f"`gamma` belongs to factors=3, got {self.gamma!r}; set factors=3 or leave it out.")
+        self.gamma = float(self.gamma)
+        if not isfinite(self.gamma) or self.gamma < 0:
+            raise ValueError(f"`gamma` must be finite and at least 0, got {self.gamma}; 0 holds U and V still.")
 
     def _check_targets(self):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import prod, sqrt
 
-import torch
 from torch import Tensor
 
-from .philox import Philox
 from .projections import Projection
 from .projections.base import full_precision
+from .starts import Shape, Start
 
 
 class Coordinates(ABC):
@@ -28,18 +26,29 @@ class Coordinates(ABC):
         self.shape = tuple(shape)
         self.projections = projections
 
+    replaces = False
+    """Whether the increment counts from zero, in place of the tensor as it is in the base."""
+
     @staticmethod
     @abstractmethod
-    def parts(shape: Sequence[int], rank: int | None) -> dict[str, tuple[int, ...]]:
+    def parts(shape: Sequence[int], rank: int | None, factors: int = 2) -> dict[str, tuple[int, ...]]:
         """Suffix and shape of the tensors that are projected; empty where these coordinates do not fit."""
 
     @abstractmethod
     def increment(self, z: Tensor) -> Tensor:
-        """What is added to the tensor. [..., d] -> [..., *shape]"""
+        """What is added to the tensor, or to zero. [..., d] -> [..., *shape]"""
 
     @abstractmethod
     def moved_from(self, origin: Tensor, z: Tensor) -> Tensor:
         """The tensor: origin plus increment. [..., d] -> [..., *shape]"""
+
+    def start_state(self) -> dict[str, Tensor]:
+        """What the adapter's file must hold of the start, beside theta_d."""
+        return {}
+
+    def start_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of `start_state`."""
+        return {}
 
     @property
     def moves(self) -> int:
@@ -51,7 +60,7 @@ class Weight(Coordinates):
     """theta is the tensor itself: W = W_0 + P z."""
 
     @staticmethod
-    def parts(shape, rank):
+    def parts(shape, rank, factors=2):
         return {"": tuple(shape)}
 
     def increment(self, z):
@@ -62,51 +71,59 @@ class Weight(Coordinates):
 
 
 class LowRank(Coordinates):
-    """theta is a pair of factors: W = W_0 + alpha / rank (B_0 + P_B z)(A_0 + P_A z), with B_0 = 0.
+    """theta are the factors of a matrix of low rank: the tensor's first dimension by the rest.
 
-    The tensor is read as a matrix of its first dimension by the rest. A_0 is drawn from the seed, uniform in
-    +-1 / sqrt(columns), as LoRA's (Hu et al. 2021) is; so at z = 0 the increment is zero and its gradient is not.
+        B A = alpha / rank (B_0 + P_B z)(A_0 + P_A z)
+        U W V = alpha / rank (U_0 + gamma P_U z)(W_0 + P_W z)(V_0 + gamma P_V z)
+
+    It is added to the tensor, or replaces it: that is where the factors start.
+
+    Args:
+        start: The factors at z = 0.
+        gamma: Of three factors: how far the outer two move when the inner one moves by 1 (Qu 2023, the discrepant
+            learning rate of the compressed network).
     """
 
-    def __init__(self, name, shape, projections, rank: int, alpha: float, seed: int, version: int):
+    def __init__(self, name, shape, projections, start: Start, gamma: float = 1.0):
         super().__init__(name, shape, projections)
-        self.rank = rank
-        self.scaling = alpha / rank
-        self._philox = Philox(seed, name, "LowRank:A", version)
-        self._origin_A: Tensor | None = None
+        self.start, self.gamma = start, gamma
+
+    @property
+    def replaces(self):
+        return self.start.replaces
 
     @staticmethod
-    def parts(shape, rank):
-        if len(shape) < 2:
-            return {}
-        return {".B": (shape[0], rank), ".A": (rank, prod(shape[1:]))}
+    def parts(shape, rank, factors=2):
+        return Shape.of(shape, rank, factors).parts if len(shape) > 1 else {}
 
-    def __getstate__(self):
-        return {**self.__dict__, "_origin_A": None}
+    def start_state(self):
+        return self.start.state
 
-    def origin_A(self, device: torch.device) -> Tensor:
-        """A_0: float32 [rank, columns]."""
-        if self._origin_A is None or self._origin_A.device != device:
-            with torch.inference_mode(False), torch.no_grad():
-                columns = prod(self.shape[1:])
-                uniforms = self._philox.uniforms(0, self.rank * columns, device)
-                self._origin_A = (2 * uniforms - 1).view(self.rank, columns) / sqrt(columns)
-        return self._origin_A
+    def start_shapes(self):
+        return self.start.state_shapes()
 
     def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled B: [..., rows, rank], and A: [..., rank, columns]."""
-        batch, columns = z.shape[:-1], prod(self.shape[1:])
-        B = self.projections[".B"](z).reshape(*batch, self.shape[0], self.rank)
-        A = self.projections[".A"](z).reshape(*batch, self.rank, columns)
-        return B * self.scaling, self.origin_A(z.device).to(z.dtype) + A
+        """The left one, scaled: [..., rows, rank], and the right one: [..., rank, columns]; of three, U W and V."""
+        moved, outer = [], (0, self.start.shape.factors - 1)
+        for i, (suffix, shape) in enumerate(self.start.shape.parts.items()):
+            factor = self.projections[suffix](z).reshape(*z.shape[:-1], *shape)
+            if self.gamma != 1 and len(self.projections) == 3 and i in outer:
+                factor = factor * self.gamma
+            start = self.start(z.device)[i]
+            moved.append(factor if start is None else start.to(z.dtype) + factor)
+        left, *inner, right = moved
+        if inner:
+            with full_precision(z):
+                left = left @ inner[0]
+        return left if self.start.scaling == 1 else left * self.start.scaling, right
 
     def increment(self, z):
-        B, A = self.factors(z)
+        left, right = self.factors(z)
         with full_precision(z):
-            return (B @ A).reshape(*z.shape[:-1], *self.shape)
+            return (left @ right).reshape(*z.shape[:-1], *self.shape)
 
     def moved_from(self, origin, z):
-        return origin + self.increment(z)
+        return self.increment(z) if self.replaces else origin + self.increment(z)
 
 
 COORDINATES: dict[str, type[Coordinates]] = {"weight": Weight, "low_rank": LowRank}

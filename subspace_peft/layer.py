@@ -14,9 +14,9 @@ from accelerate.utils import align_module_device
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from . import factored
 from .coordinates import Coordinates, LowRank
 from .vectors import SubspaceVectors
 
@@ -53,6 +53,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_statistics: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
         self.register_forward_pre_hook(_no_fast_path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # none is, here
@@ -112,7 +113,21 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             self.subspace_peft_theta_d[adapter_name] = theta_d.to(device)
 
     def _here(self, adapters) -> list[str]:
-        return [adapter for adapter in adapters if adapter in self.coordinates]
+        here = [adapter for adapter in adapters if adapter in self.coordinates]
+        replacing = [adapter for adapter in here if any(c.replaces for c in self.coordinates[adapter].values())]
+        if len(replacing) > 1:
+            raise ValueError(
+                f"At most one active adapter can replace a weight, got {replacing}; activate one with set_adapter."
+            )
+        return here
+
+    def origin(self, path: str) -> Tensor:
+        """The base's own parameter, also while an adapter that replaces it is merged."""
+        return self._replaced[path] if path in self._replaced else attrgetter(path)(self.base_layer)
+
+    def _increment(self, path: str, coordinates: Coordinates, z: Tensor) -> Tensor:
+        increment = coordinates.increment(z)
+        return increment - self.origin(path) if coordinates.replaces else increment
 
     def increments(self, adapters: list[str], skip=()) -> dict[str, Tensor]:
         """The sum of the increments of these adapters to each parameter, by its path inside the base module."""
@@ -121,7 +136,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             z = self._z(adapter)
             for path, coordinates in self.coordinates[adapter].items():
                 if path not in skip:
-                    increment = coordinates.increment(z)
+                    increment = self._increment(path, coordinates, z)
                     total[path] = total[path] + increment if path in total else increment
         return total
 
@@ -132,21 +147,27 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             z = self._z(adapter)
             for path, coordinates in self.coordinates[adapter].items():
                 origin = tensors[path] if path in tensors else attrgetter(path)(self.base_layer)
-                tensors[path] = coordinates.moved_from(origin, z.to(torch.promote_types(z.dtype, origin.dtype)))
+                z = z.to(torch.promote_types(z.dtype, origin.dtype))
+                if coordinates.replaces and path in tensors:
+                    tensors[path] = origin + self._increment(path, coordinates, z)
+                else:
+                    tensors[path] = coordinates.moved_from(origin, z)
         return {path: tensor.to(attrgetter(path)(self.base_layer).dtype) for path, tensor in tensors.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """P theta_d of the weight, in the shape of the weight."""
-        return self.coordinates[adapter]["weight"].increment(self._z(adapter))
+        """What the adapter adds to the weight, in the shape of the weight."""
+        return self._increment("weight", self.coordinates[adapter]["weight"], self._z(adapter))
 
     def _z(self, adapter: str) -> Tensor:
         """theta_d normalised, on the device of this layer: a model may be spread over several. [d]"""
         return self.vectors.normalised(adapter).to(_device(self.base_layer))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether LoRA can hold the adapter here: it moves the weight of a linear module and nothing else."""
-        paths = self.coordinates.get(adapter_name, {"weight": None})
-        return isinstance(self.base_layer, (nn.Linear, Conv1D)) and set(paths) == {"weight"}
+        """Whether LoRA can hold the adapter here: it adds to the weight of a linear module and does nothing else."""
+        if not isinstance(self.base_layer, (nn.Linear, Conv1D)):
+            return False
+        coordinates = self.coordinates.get(adapter_name)
+        return coordinates is None or (set(coordinates) == {"weight"} and not coordinates["weight"].replaces)
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is not None:
@@ -162,9 +183,9 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             return self._adapted(adapters, *args, **kwargs)
 
     def _adapted(self, adapters: list[str], *args, **kwargs):
-        factored = [a for a in adapters if self._runs_factored(a)]
-        if self._adds_to_output() or len(factored) == len(adapters):
-            return self._added(adapters, factored, *args, **kwargs)
+        through = [a for a in adapters if self._runs_factored(a)]
+        if self._adds_to_output() or len(through) == len(adapters):
+            return self._added(adapters, through, *args, **kwargs)
         with _in_place_of(self.base_layer, self.moved(adapters) | self._statistics(adapters[0])):
             return self.base_layer(*args, **kwargs)
 
@@ -176,25 +197,27 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         )
 
     def _runs_factored(self, adapter: str) -> bool:
-        """Whether x can go through A and B in turn, without their product."""
+        """Whether x can go through the factors in turn, without their product."""
         coordinates = self.coordinates[adapter].get("weight")
-        return isinstance(coordinates, LowRank) and type(self.base_layer).forward in (
-            nn.Linear.forward,
-            Conv1D.forward,
-        )
+        return isinstance(coordinates, LowRank) and factored.operation(self.base_layer) is not None
 
-    def _added(self, adapters: list[str], factored: list[str], *args, **kwargs):
-        """op(x, W_0) + op(x, P theta_d), for an op that is linear in its parameters."""
+    def _added(self, adapters: list[str], through: list[str], *args, **kwargs):
+        """op(x, W_0) + op(x, P theta_d), for an op that is linear in its parameters; without W_0 where it is replaced.
+
+        Args:
+            through: The adapters among them that run through their factors.
+        """
         base = self.base_layer
-        output = base(*args, **kwargs)
-        for adapter in factored:
-            x = args[0] if args else kwargs["input"]
-            B, A = self.coordinates[adapter]["weight"].factors(self._z(adapter))
-            if isinstance(base, Conv1D):
-                A, B = B.mT, A.mT
-            dtype = output.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-            output = output + F.linear(F.linear(x, A.to(dtype)), B.to(dtype)).to(output.dtype)
-        rest = [adapter for adapter in adapters if adapter not in factored]
+        x = args[0] if args else next(iter(kwargs.values()))
+        factors = {adapter: self.coordinates[adapter]["weight"].factors(self._z(adapter)) for adapter in through}
+        replacing = next((a for a in through if self.coordinates[a]["weight"].replaces), None)
+        if replacing is None:
+            output = base(*args, **kwargs)
+        else:
+            output = factored.run(base, x, *factors.pop(replacing), getattr(base, "bias", None))
+        for left, right in factors.values():
+            output = output + factored.run(base, x, left, right).to(output.dtype)
+        rest = [adapter for adapter in adapters if adapter not in through]
         if rest:
             increments = self.increments(rest)
             tensors = {
@@ -246,7 +269,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged parameter would not be finite; nothing is changed then.
         """
-        for adapter in self._here(check_adapters_to_merge(self, adapter_names)):
+        here = self._here(check_adapters_to_merge(self, adapter_names))
+        self._here([*self.merged_adapters, *here])
+        for adapter in here:
+            self._keep_replaced(adapter)
             merged = {
                 parameter: parameter + increment.to(parameter.device)
                 for parameter, increment in self._owned_increments(adapter)
@@ -267,9 +293,19 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             adapter = self.merged_adapters.pop()
             for parameter, increment in self._owned_increments(adapter):
                 parameter.data = (parameter - increment.to(parameter.device)).to(parameter.dtype)
+        for path, origin in self._replaced.items():  # subtracting gives it back but for its last digits
+            attrgetter(path)(self.base_layer).data = origin
+        self._replaced = {}
         for name, statistic in self._unmerged_statistics.items():
             getattr(self.base_layer, name).copy_(statistic)
         self._unmerged_statistics = {}
+
+    def _keep_replaced(self, adapter: str) -> None:
+        for path, coordinates in self.coordinates[adapter].items():
+            if coordinates.replaces:
+                parameter = attrgetter(path)(self.base_layer)
+                added = self.increments(self.merged_adapters).get(path, torch.zeros_like(parameter))
+                self._replaced[path] = (parameter - added.to(parameter.device)).to(parameter.dtype)
 
     def _owned_increments(self, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for path, increment in self.increments([adapter], skip=self.shared[adapter]).items():

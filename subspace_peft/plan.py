@@ -5,13 +5,17 @@ from __future__ import annotations
 from math import prod, sqrt
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PeftConfig
 from torch import Tensor
 
 from .coordinates import COORDINATES, Coordinates, LowRank
+from .factored import operation
 from .given import GIVEN, read_given
 from .layer import SubspaceLayer
 from .projections import PROJECTIONS, Block
+from .projections.identity import Pieces
+from .starts import STARTS, Increment, Shape, Start, TruncatedSVD
 from .targets import Target, check_fingerprint, fingerprint
 from .vectors import SubspaceVectors
 
@@ -30,9 +34,11 @@ class Plan:
         for target in targets:
             for path, name in target.tensors.items():
                 shape = tuple(target.module.get_parameter(path).shape)
-                if parts := COORDINATES[config.coordinates].parts(shape, config.rank):
+                if parts := COORDINATES[config.coordinates].parts(shape, config.rank, config.factors):
                     self.shapes[name], self.parts[name] = shape, parts
         self._check_coordinates()
+        if config.replace_weight:
+            self._check_replaced()
         if config.expected_fingerprint is not None:
             check_fingerprint(config.expected_fingerprint, self.shapes)
         projected = {name + suffix: part for name, parts in self.parts.items() for suffix, part in parts.items()}
@@ -55,6 +61,18 @@ class Plan:
                     f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {list(shape)}, got "
                     f"{self.config.rank}; lower `rank` or exclude that module."
                 )
+
+    def _check_replaced(self) -> None:
+        for target in self.targets:
+            for path, name in target.tensors.items():
+                if name in self.shapes and (path != "weight" or operation(target.module) is None):
+                    groups = getattr(target.module, "groups", 1)
+                    kind = f"{type(target.module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
+                    raise ValueError(
+                        "`replace_weight` must be given modules that run as two smaller ones (Linear, Conv1D, Conv1d "
+                        f"to Conv3d without groups, Embedding): `{name}` is of {kind}; leave that module out, or add "
+                        "an increment with replace_weight=False."
+                    )
 
     def _dimension(self) -> int:
         config, d = self.config, self.config.d
@@ -98,6 +116,7 @@ class Plan:
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
+        pieces = Pieces([prod(part) for parts in self.parts.values() for part in parts.values()])
         offset = column = 0
         for name, parts in self.parts.items():
             projections = {}
@@ -114,6 +133,7 @@ class Plan:
                     version=config.projection_version,
                     cache=config.cache_projection,
                     given=given,
+                    pieces=pieces if config.projection == "identity" else None,
                 )
                 projections[suffix] = PROJECTIONS[config.projection](block)
                 offset += block.n
@@ -136,15 +156,19 @@ class Plan:
         choice = COORDINATES[config.coordinates]
         if choice is not LowRank:
             return choice(name, self.shapes[name], projections)
-        return LowRank(
-            name,
-            self.shapes[name],
-            projections,
-            rank=config.rank,
-            alpha=config.alpha,
-            seed=config.seed,
-            version=config.projection_version,
-        )
+        gamma = 1.0 if config.gamma is None else config.gamma
+        return LowRank(name, self.shapes[name], projections, self._start(name), gamma)
+
+    def _start(self, name: str) -> Start:
+        config = self.config
+        kind = STARTS[config.start] if config.replace_weight else Increment
+        shape = Shape.of(self.shapes[name], config.rank, config.factors)
+        start = kind(name, shape, config.alpha / config.rank, config.seed, config.projection_version)
+        if config.expected_fingerprint is None or kind is not TruncatedSVD:  # of a saved adapter that is in its file
+            owner, path = next((t, p) for t in self.targets for p, of in t.tensors.items() if of == name)
+            with align_module_device(owner.module):
+                start.measure(owner.module.get_parameter(path))
+        return start
 
 
 def factor(config: PeftConfig, coordinates: dict[str, Coordinates]) -> Tensor | float:

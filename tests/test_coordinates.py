@@ -35,7 +35,7 @@ def test_low_rank_outputs_are_those_of_the_product(name):
             rows, columns = c.shape[0], c.shape[1:].numel() if isinstance(c.shape, torch.Size) else None
             columns = columns or plain.get_parameter(path)[0].numel()
             B = c.projections[".B"](z).view(rows, 2)
-            A = c.origin_A(z.device) + c.projections[".A"](z).view(2, columns)
+            A = c.start(z.device)[-1] + c.projections[".A"](z).view(2, columns)
             plain.get_parameter(path).add_((4.0 / 2 * B @ A).view(c.shape))
     torch.testing.assert_close(outputs(model, case), outputs(plain, case), rtol=1e-4, atol=1e-5)
     plain = model.merge_and_unload()
@@ -72,7 +72,7 @@ def test_A_is_drawn_in_LoRAs_range():
     model = wrap(BY_NAME["llama"], **LOW_RANK, target_modules="all-linear")
     for c in coordinates(model).values():
         bound = c.shape[1] ** -0.5
-        A = c.origin_A(torch.device("cpu"))
+        A = c.start(torch.device("cpu"))[-1]
         assert A.abs().max() <= bound
         assert A.abs().max() > bound / 4
         assert A.unique().numel() > A.numel() / 2

@@ -18,12 +18,17 @@ from tests.cases import ConvNet, theta_d
 
 FOLDER = Path(__file__).parent / "golden" / "adapter"
 LOW_RANK = {"coordinates": "low_rank", "rank": 2, "alpha": 4.0}
+REPLACED = {**LOW_RANK, "replace_weight": True, "target_modules": ["conv1", "head"]}
 ADAPTERS = {
     "dense": {"projection": "dense", "d": 11, "seed": 1},
     "sparse": {"projection": "sparse", "d": 11, "seed": 2**62, "nnz_per_row": 2},
     "fastfood": {"projection": "fastfood", "d": 70, "seed": 3, "normalization": "columns"},
     "fastjl": {"projection": "fastjl", "d": 70, "seed": 4},
     "low_rank": {"projection": "fastfood", "d": 11, "seed": 5, **LOW_RANK},
+    "three_factors": {"projection": "fastjl", "d": 11, "seed": 6, **LOW_RANK, "factors": 3, "gamma": 0.5},
+    "svd": {"projection": "sparse", "d": 11, "seed": 7, **REPLACED},
+    "orthogonal": {"projection": "fastfood", "d": 11, "seed": 8, "start": "orthogonal", **REPLACED},
+    "random": {"projection": "fastjl", "d": 11, "seed": 9, "start": "random", "factors": 3, **REPLACED},
 }
 
 
@@ -47,8 +52,10 @@ def inputs() -> torch.Tensor:
 
 @torch.no_grad()
 def write(name: str) -> None:
-    model = get_peft_model(base(), SubspaceConfig(target_modules="all", **ADAPTERS[name])).eval()
-    theta_d(model).copy_(exact(theta_d(model).shape, 7) / (2 if name in ("fastfood", "low_rank") else 16))
+    model = get_peft_model(base(), SubspaceConfig(**{"target_modules": "all", **ADAPTERS[name]})).eval()
+    theta_d(model).copy_(
+        exact(theta_d(model).shape, 7) / (2 if name in ("fastfood", "low_rank", "three_factors") else 16)
+    )
     model.save_pretrained(FOLDER / name)
     os.remove(FOLDER / name / "README.md")
     save_file({"outputs": model(inputs()), "base": base()(inputs())}, FOLDER / name / "outputs.safetensors")

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Block:
     version: int = 1  # projection_version of the adapter's config
     cache: bool = True
     given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; else: a saved state
+    pieces: object = field(default=None, repr=False)  # identity: theta_d cut for all tensors at once
 
 
 def full_precision(x: Tensor):

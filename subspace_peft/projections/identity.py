@@ -1,9 +1,39 @@
 """Identity: every weight moves by its own number."""
 
+from __future__ import annotations
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Block, Projection
+
+
+class Pieces:
+    """theta_d cut for all tensors at once.
+
+    The derivative of one cut is one vector of D; that of a cut for each tensor is a vector of D for each tensor.
+    """
+
+    def __init__(self, sizes: list[int]):
+        self.sizes = sizes
+        self._cut_at: tuple[int, ...] = ()
+        self._pieces: dict[int, Tensor] = {}
+
+    def piece(self, theta_d: Tensor, offset: int) -> Tensor | None:
+        """The entries from `offset`; None where theta_d is not the vector that trains, as in torch.func."""
+        if type(theta_d) is not nn.Parameter or not (theta_d.requires_grad and torch.is_grad_enabled()):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        now = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # another after each step of an optimiser
+        if now != self._cut_at:
+            pieces = theta_d.split(self.sizes)
+            offsets = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+            self._cut_at, self._pieces = now, dict(zip(offsets, pieces, strict=False))
+        return self._pieces[offset]
+
+    def __getstate__(self) -> dict:
+        return {"sizes": self.sizes, "_cut_at": (), "_pieces": {}}
 
 
 class Identity(Projection):
@@ -15,6 +45,12 @@ class Identity(Projection):
             raise ValueError(
                 f"`identity` has d = D: {block.name} ends at entry {block.offset + block.n}, but d = {block.d}."
             )
+
+    def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
+        piece = self.block.pieces and self.block.pieces.piece(theta_d, self.block.offset)
+        if piece is None:
+            return super().__call__(theta_d, origin)
+        return piece if origin is None else origin + piece.view(origin.shape)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         # a copy: the output of a Function must not be a view of its input
