@@ -118,6 +118,7 @@ def config(settings: Settings, targets: list[str], steps: int) -> PeftConfig:
         coordinates=settings.coordinates,
         rank=rank or None,
         seed=settings.seed,
+        parameters=["weight"],  # as LoRA: no biases
         **common,
     )
 

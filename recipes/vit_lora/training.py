@@ -32,14 +32,15 @@ EVALUATED_TOGETHER = 500
 
 
 class Steps(TrainerCallback):
-    """Seconds of each step, forward to update, and AdaLoRA's reallocation, which wants the gradients of the step."""
+    """Milliseconds of each step, forward to update, and AdaLoRA's reallocation, which wants its gradients."""
 
     def __init__(self, adalora: nn.Module | None):
         self.adalora = adalora
-        self.seconds: list[float] = []
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_begin(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
     def on_optimizer_step(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
         if self.adalora is not None:
@@ -48,7 +49,8 @@ class Steps(TrainerCallback):
     def on_step_end(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        self.wall.append(1e3 * (time.perf_counter() - self.started[0]))
+        self.cpu.append(1e3 * (time.process_time() - self.started[1]))
 
 
 def arguments(settings: Settings, folder: str, steps: int, shorter: int = 0) -> TrainingArguments:
@@ -126,7 +128,7 @@ def train(
         result |= {
             "parameters": sum(p.numel() for p in (origin or model).parameters()),
             "trainable": trainable(model),
-            "step_ms": 1e3 * statistics.median(callback.seconds),
+            "step_ms": {"wall": statistics.median(callback.wall), "cpu": statistics.median(callback.cpu)},
             "seconds": {"setup": set_up - started, "train": trained - set_up},
         }
         if shorter:
