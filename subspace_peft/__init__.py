@@ -3,6 +3,7 @@
 Importing this package makes the adapter type SUBSPACE_PEFT known to PEFT.
 """
 
+from .compress import compress
 from .config import SubspaceConfig
 from .fold import fold
 from .groups import parameter_groups
@@ -25,6 +26,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryCallback",
     "coefficients",
+    "compress",
     "fold",
     "parameter_groups",
     "reconstruct",

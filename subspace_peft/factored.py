@@ -63,3 +63,26 @@ def run(module: nn.Module, x: Tensor, left: Tensor, right: Tensor, bias: Tensor 
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     return operation(module)(module, x, left.to(dtype), right.to(dtype), bias)
+
+
+def smaller(module: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
+    """Two modules that run one after the other as `module` with left @ right as its weight."""
+    bias, rank = getattr(module, "bias", None), len(right)
+    if isinstance(module, nn.Embedding):
+        first = nn.Embedding(module.num_embeddings, rank, module.padding_idx)
+        second = nn.Linear(rank, module.embedding_dim, bias=False)
+        weights = left, right.mT
+    elif isinstance(module, nn.Linear | Conv1D):
+        weights = (left.mT, right.mT) if isinstance(module, Conv1D) else (right, left)
+        first = nn.Linear(weights[0].shape[1], rank, bias=False)
+        second = nn.Linear(rank, len(weights[1]), bias=bias is not None)
+    else:
+        options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+        first = type(module)(module.in_channels, rank, module.kernel_size, bias=False, **options)
+        second = type(module)(rank, module.out_channels, 1, bias=bias is not None)
+        weights = right, left
+    for part, weight in zip((first, second), weights, strict=True):
+        part.weight = nn.Parameter(weight.detach().reshape(part.weight.shape).to(module.weight.dtype).clone())
+    if bias is not None:
+        second.bias = nn.Parameter(bias.detach().clone())
+    return nn.Sequential(first, second).train(module.training)
