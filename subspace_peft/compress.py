@@ -14,8 +14,8 @@ from .factored import smaller
 def compress(model: PeftModel, adapter_name: str = "default") -> nn.Module:
     """The plain model in which a module of weight B A is an nn.Sequential of two: rank (rows + columns) entries.
 
-    Without adapters, without the weights W_0 that were replaced, with the adapter's outputs to rounding. The model that
-    was given is taken apart for it, as by `merge_and_unload`.
+    It has no adapters, none of the weights W_0 that were replaced, and the adapter's outputs to rounding. The model
+    that was given is taken apart for it, as by `merge_and_unload`.
 
     Raises:
         ValueError: if the adapter replaces no weight, a replaced weight is tied, or an adapter is merged.
