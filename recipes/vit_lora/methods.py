@@ -6,6 +6,7 @@ by `modules_to_save`, at the learning rate `head_lr`.
 
 import hashlib
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def saved(model: nn.Module, settings: Settings, base: nn.Module, inputs: Tensor,
         base: The model before it was trained, to load the adapter into.
         folder: Where the file stays; None: it does not.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        # AdaLoRA may leave a layer no rank, and files its ranks under names of its own: PEFT warns of both
+        warnings.filterwarnings("ignore", ".* LoRA tensor\\(s\\) have invalid shape")
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
         path = folder or Path(temporary)
         path.mkdir(parents=True, exist_ok=True)
         if settings.method == "head":
