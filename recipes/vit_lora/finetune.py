@@ -29,10 +29,10 @@ from recipes.vit_lora.settings import KEYS, Settings, read
 from recipes.vit_lora.training import train
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, list[str]]]:
-    """The YAML, the output folder, and the settings that the command line overrides."""
+def parser(description: str) -> argparse.ArgumentParser:
+    """The YAML, the output folder, and every setting that the command line overrides."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", type=Path, help="the YAML")
     parser.add_argument("--output", type=Path, help="where results, checkpoints and plots go; the YAML's folder")
@@ -41,9 +41,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, lis
     for key in KEYS:
         if key not in ("data", "seed"):
             parser.add_argument(f"--{key}", nargs="+", default=argparse.SUPPRESS, help=f"{getattr(Settings, key)!r}")
-    overrides = vars(parser.parse_args(arguments))
-    file, output = overrides.pop("file"), overrides.pop("output")
-    return file, output or file.parent, overrides
+    return parser
 
 
 class Sweep:
@@ -93,7 +91,9 @@ class Sweep:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    file, output, overrides = parse(arguments)
+    overrides = vars(parser(__doc__).parse_args(arguments))
+    file, output = overrides.pop("file"), overrides.pop("output")
+    output = output or file.parent
     recipe = read(file, overrides)
     sweep = Sweep(recipe.runs, output)
     sweep.carry_out()

@@ -4,15 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.vit_lora import finetune
-from recipes.vit_lora.settings import read
+from recipes.data import Split
+from recipes.vit_lora import cost, finetune
+from recipes.vit_lora.images import Batches, splits
+from recipes.vit_lora.methods import base_model, trainable, wrap
+from recipes.vit_lora.settings import Settings, read
 
 
 FOLDER = Path(finetune.__file__).parent
 TINY = {"dataset": "digits", "data": "", "images": 32, "epochs": 1, "batch_size": 16, "seed": 0, "image_size": 8}
 TINY |= {"lr": 0.01, "head_lr": 0.01, "bf16": False, "validation": 0}
 SHAPE = {"patch_size": 4, "hidden_size": 16, "layers": 1, "heads": 2}
+SMALLEST = {"d": 5, "rank": 1, "projection": "sparse"}
 
 
 def options(values: dict, output: Path) -> list[str]:
@@ -41,10 +47,126 @@ def folder(pretrained, tmp_path) -> Path:
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_yaml_runs_tiny(file, folder, capsys):
     adapted = any(run.base for run in read(file).runs)
-    tiny = TINY | ({"base": "tiny", "d": 5, "rank": 1} if adapted else SHAPE | {"checkpoint": "mine"})
+    tiny = TINY | ({"base": "tiny", **SMALLEST} if adapted else SHAPE | {"checkpoint": "mine"})
     finetune.main([str(file), *options(tiny, folder)])
     found = results(folder)
     assert {result["settings"]["method"] for result in found} == {run.method for run in read(file).runs}
     for result in found:
         if result["settings"]["method"] not in ("full", "head"):
             assert result["adapter"]["max_difference"] <= 1e-6
+    printed = capsys.readouterr().out
+    if adapted:
+        assert "| LoRA | 1 |  | " in printed
+    if "plots" in printed:
+        assert (folder / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def recipe(folder) -> Path:
+    file = folder / "ours.yaml"
+    file.write_text(
+        "runs:\n  - {method: full}\n  - {method: lora, rank: 1}\n"
+        "  - {method: subspace, projection: fastjl, d: [5, 20]}\n"
+    )
+    return file
+
+
+def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, capsys):
+    command = [str(recipe), *options(TINY | {"base": "tiny", "images": 256}, folder)]
+    finetune.main(command)
+    printed = capsys.readouterr().out
+    found = {(r["settings"]["method"], r["settings"]["d"]): r for r in results(folder)}
+    assert found["subspace", 20]["trainable"] == {"adapter": 20, "head": 170}
+    assert found["lora", 0]["trainable"] == {"adapter": 4 * 32 + 2 * 80, "head": 170}
+    assert len({r["base_digest"] for r in found.values()}) == 1
+    assert found["subspace", 20]["adapter"]["bytes"] < found["full", 0]["adapter"]["bytes"] / 4
+    assert "d_int90, weight, fastjl: " in printed
+    before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
+    finetune.main(command)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
+
+
+def test_lora_of_rank_two_trains_the_published_number():
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(num_labels=10))
+        count = trainable(wrap(model, Settings(method="lora", rank=2), steps=100))
+    assert count == {"adapter": 331_776, "head": 7690}
+
+
+def test_adalora_regularises_and_prunes(folder, recipe):
+    finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "adalora", "rank": 2}, folder)])
+    (result,) = results(folder)
+    assert result["trainable"]["adapter"] == 3 * (4 * 33 + 2 * 81)  # starts from rank 3
+    (with_regularisation,) = result["train_loss"]
+    finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "lora", "rank": 3}, folder)])
+    (without,) = (r["train_loss"][0] for r in results(folder) if r["settings"]["method"] == "lora")
+    assert with_regularisation > without + 0.1
+
+
+def test_costs_are_measured_in_processes_of_their_own(recipe, folder, capsys):
+    tiny = {key: value for key, value in TINY.items() if key not in ("data", "images")} | {"base": "tiny"}
+    cost.main([str(recipe), "--steps", "2", "--rounds", "1", *options(tiny | {"method": "lora", "rank": 1}, folder)])
+    (row,) = json.loads((folder / "results" / "costs_ours.json").read_text())["runs"]
+    assert row["trained"] == 288 + 170
+    assert row["step_ms"] > 0
+    assert row["peak_mb"] > 0
+    assert "| LoRA rank=1 lr=0.01 seed=0 | 458 | " in capsys.readouterr().out
+
+
+def test_images_are_scaled_and_resized():
+    split = Split(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.tensor([3, 4]))
+    batch = Batches(split, Settings(image_size=8))([1, 0])
+    assert batch["labels"].tolist() == [4, 3]
+    torch.testing.assert_close(batch["pixel_values"], torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8))
+
+
+def test_what_is_held_out_is_not_trained_on():
+    whole = Split(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10))
+    training, measured = splits(Settings(batch_size=2, validation=4), (whole, whole))
+    assert (training.labels.tolist(), measured.labels.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
+    with pytest.raises(ValueError, match="`images` must be .* at most the 10 of mnist, got 7"):
+        splits(Settings(batch_size=2, validation=4, images=7), (whole, whole))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "dora"}, "`method` must be one of full, head, lora, adalora, subspace, got"),
+        ({"method": "subspace"}, "`d` must be at least 1"),
+        ({"method": "lora"}, "`rank` must be at least 1 for LoRA"),
+        ({"method": "subspace", "coordinates": "low_rank", "d": 3}, "`rank` must be at least 1 for low rank"),
+        ({"method": "lora", "rank": 1, "checkpoint": "mine"}, "`checkpoint` keeps a whole model"),
+        ({"epochs": 0}, "`epochs` must be at least 1"),
+    ],
+)
+def test_bad_settings_are_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**values)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ranks: 2", "got `ranks`; near: rank"),
+        ("epochs: 1.5", "`epochs` must be of type int"),
+        ("report: all", "`report` must be one of methods"),
+    ],
+)
+def test_a_bad_yaml_is_an_error(line, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base": "nowhere"}, "`base` must be a Hub id or a checkpoint in .*run the YAML that"),
+        ({"base": "tiny", "image_size": 16}, "channels and pixels of the base 'tiny'"),
+        ({"patch_size": 5}, "`patch_size` must divide `image_size` = 8"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_an_error(values, message, folder):
+    split = Split(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.arange(2))
+    with pytest.raises(ValueError, match=message):
+        base_model(Settings(**values), split, 10, folder / "checkpoints")
