@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import warnings
 from collections.abc import Iterator
 from operator import attrgetter
@@ -18,14 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from . import factored
 from .coordinates import Coordinates, LowRank
+from .modules import device_of, in_place_of, is_linear_in_parameters
 from .vectors import SubspaceVectors
 
-
-LINEAR_IN_PARAMETERS = {
-    *(kind.forward for kind in (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)),
-    *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
-}
-"""The forward methods whose output is a linear function of weight and bias; a subclass with its own may be none."""
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -108,7 +101,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """The device only: PEFT's would also round theta_d to the dtype of the base."""
         theta_d = self.subspace_peft_theta_d.get(adapter_name)
-        device = device or _device(self.base_layer)
+        device = device or device_of(self.base_layer)
         if theta_d is not None and theta_d.device.type != "meta" and theta_d.device != device:
             self.subspace_peft_theta_d[adapter_name] = theta_d.to(device)
 
@@ -160,7 +153,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _z(self, adapter: str) -> Tensor:
         """theta_d normalised, on the device of this layer: a model may be spread over several. [d]"""
-        return self.vectors.normalised(adapter).to(_device(self.base_layer))
+        return self.vectors.normalised(adapter).to(device_of(self.base_layer))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether LoRA can hold the adapter here: it adds to the weight of a linear module and does nothing else."""
@@ -186,12 +179,12 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         through = [a for a in adapters if self._runs_factored(a)]
         if self._adds_to_output() or len(through) == len(adapters):
             return self._added(adapters, through, *args, **kwargs)
-        with _in_place_of(self.base_layer, self.moved(adapters) | self._statistics(adapters[0])):
+        with in_place_of(self.base_layer, self.moved(adapters) | self._statistics(adapters[0])):
             return self.base_layer(*args, **kwargs)
 
     def _adds_to_output(self) -> bool:
         """Where origin + P theta_d would round the increment away, and the output is linear in the parameters."""
-        return _is_linear_in_parameters(self.base_layer) and self.base_layer.weight.dtype in (
+        return is_linear_in_parameters(self.base_layer) and self.base_layer.weight.dtype in (
             torch.float16,
             torch.bfloat16,
         )
@@ -224,7 +217,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
                 path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)
                 for path, parameter in base.named_parameters(recurse=False)
             }
-            with _in_place_of(base, tensors):
+            with in_place_of(base, tensors):
                 output = output + base(*args, **kwargs)
         return output
 
@@ -320,43 +313,3 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
     """nn.TransformerEncoderLayer in eval mode reads its parts' weights and calls no part, unless one has a hook."""
-
-
-def _is_linear_in_parameters(module: nn.Module) -> bool:
-    if isinstance(module, nn.EmbeddingBag):
-        return type(module).forward is nn.EmbeddingBag.forward and module.mode != "max"
-    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
-        return True  # transformers has a class of this name in many models: the embedding times a constant
-    return type(module).forward in LINEAR_IN_PARAMETERS
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(itertools.chain(module.parameters(), module.buffers())).device
-
-
-@contextlib.contextmanager
-def _in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
-    """Run `module` with these tensors, by path, in place of its parameters and buffers.
-
-    An instance attribute hides a parameter of that name. `torch.func.functional_call` exchanges the parameters, which
-    has no effect where FSDP has put views of its own into the instance.
-    """
-    hidden = []
-    for path, tensor in tensors.items():
-        prefix, _, name = path.rpartition(".")
-        owner = module.get_submodule(prefix).__dict__
-        hidden.append((owner, name, owner.get(name)))
-        owner[name] = tensor
-    if isinstance(module, nn.RNNBase):  # reads its parameters from a list of its own
-        names = module._flat_weights_names
-        flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
-        hidden.append((module.__dict__, "_flat_weights", module._flat_weights))
-        module.__dict__["_flat_weights"] = flat
-    try:
-        yield
-    finally:
-        for owner, name, before in hidden:
-            if before is None:
-                del owner[name]
-            else:
-                owner[name] = before

@@ -24,7 +24,8 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "given": ({"trajectory"}, {"torch", "peft", "safetensors"}),
     "config": ({"coordinates", "given", "projections", "starts"}, {"peft"}),
     "vectors": (set(), {"torch", "peft", "accelerate"}),
-    "layer": ({"coordinates", "factored", "vectors"}, PEFT),
+    "modules": (set(), {"torch", "transformers"}),
+    "layer": ({"coordinates", "factored", "modules", "vectors"}, PEFT),
     "targets": ({"layer"}, PEFT),
     "plan": (
         {"coordinates", "factored", "given", "layer", "projections", "starts", "targets", "vectors"},
