@@ -39,7 +39,7 @@ class Dimension:
             d += f" ({100 * self.confidence:.3g} % interval: {span})"
         else:
             d += " (no interval: a d around it was run once)"
-        nan = f"; {self.nan} runs gave no number and count as failures" if self.nan else ""
+        nan = f"; {self.nan} runs gave no number and count as the worst" if self.nan else ""
         return f"{d}: {self.rule}; {best}{nan}"
 
 
@@ -212,4 +212,10 @@ def _baseline(runs: pd.DataFrame, baseline: float | pd.DataFrame | None, metric:
                     f"Full training and runs in a subspace must be of one `{column}`, got "
                     f"{', '.join(map(repr, values))}; take the runs of one."
                 )
+    missing = int(np.isnan(numbers(baseline[metric])).sum())
+    if missing:
+        raise ValueError(
+            f"Full training must have given a number in every run, {missing} of {len(baseline)} gave none; give "
+            "`baseline`, a number or the table of the runs that count."
+        )
     return check_number("baseline", baseline[metric].mean())

@@ -59,7 +59,8 @@ class Plan:
         if runs < self.max_runs:
             return ""
         return (
-            f"`max_runs` = {self.max_runs} ended it before the interval was {within} and {self.seeds} runs were at d"
+            f"`max_runs` = {self.max_runs} ended it before the interval was {within} and {self.seeds} runs were at d: "
+            "raise it to go on, or `resolution`"
         )
 
     def _step(self, d: float, rounding: Callable[[float], int]) -> int:

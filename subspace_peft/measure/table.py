@@ -52,6 +52,10 @@ def checked(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     wrong = ~((d >= 1) & (d % 1 == 0))
     if wrong.any():
         raise ValueError(f"`d` must be an integer of at least 1 in every row, got {rows.d[wrong].tolist()[0]!r}.")
+    if rows.seed.isna().any():
+        raise ValueError(
+            f"`seed` must be given in every row, {int(rows.seed.isna().sum())} of {len(rows)} have none; number them."
+        )
     if not pd.api.types.is_numeric_dtype(rows[metric]):
         raise ValueError(f"`{metric}` must be numbers, got {rows[metric].dtype}; convert it, with NaN for no number.")
     return rows.assign(d=d.astype(int))

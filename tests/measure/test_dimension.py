@@ -83,7 +83,7 @@ def test_runs_without_a_number_count_as_the_worst_and_are_shown():
     runs = table({10: [0.1, 0.1], 20: [0.95, np.nan], 40: [0.95, 0.96]})
     for found in (intrinsic_dimension(runs, absolute=0.9), threshold_dimension(runs, 0.9)):
         assert (found.d, found.nan) == (40, 1)
-        assert "1 runs gave no number and count as failures" in str(found)
+        assert "1 runs gave no number and count as the worst" in str(found)
     assert intrinsic_dimension(runs, absolute=0.525).d == 20
     nothing = intrinsic_dimension(table({10: [np.nan] * 2, 20: [np.inf] * 2}), absolute=0.5, method="isotonic")
     assert (nothing.d, nothing.best) == (None, None)
@@ -191,3 +191,15 @@ def test_full_training_of_another_model_is_no_baseline():
     full = table({0: [0.9]}, projection="full", model="fc")
     with pytest.raises(ValueError, match="Full training and runs in a subspace must be of one `model`"):
         intrinsic_dimension(pd.concat([PUBLISHED.assign(projection="dense", model="lenet"), full]))
+
+
+def test_full_training_that_gave_no_number_is_no_baseline():
+    full = pd.DataFrame({"final_accuracy": [0.9, np.nan]})
+    with pytest.raises(ValueError, match="1 of 2 gave none; give `baseline`"):
+        intrinsic_dimension(PUBLISHED, baseline=full)
+
+
+def test_runs_without_a_seed_are_told_apart_by_nobody():
+    runs = table({10: [0.1, 0.2]})
+    with pytest.raises(ValueError, match="`seed` must be given in every row, 1 of 2 have none"):
+        intrinsic_dimension(runs.assign(seed=[0, np.nan]), absolute=0.5)
