@@ -19,6 +19,7 @@ HUB = {
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
+    "usps": "flwrlabs/usps",
 }
 
 
@@ -70,8 +71,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def load(dataset: str, source: str, split: str) -> Split:
     """`split` ("train" or "test") of a data set of HUB or of "digits", which needs no network.
 
-    `source`: "" for the Hub's copy, another Hub id, or a folder that holds train.parquet and test.parquet.
+    `source`: "" for the Hub's copy, another Hub id, or a folder that holds train.parquet and test.parquet, in which
+    {dataset} stands for the name of the data set.
     """
+    source = source.replace("{dataset}", dataset)
     if dataset == "digits":
         return _digits(split)
     if source and Path(source).is_dir():

@@ -28,7 +28,7 @@ from recipes.settings import COMMON, Settings
 
 TRAJECTORY = "trajectory."
 """Before the name of a setting: that of the run whose trajectory gives the basis."""
-REPORTS = ("dimension", "methods", "phases", "compression")
+REPORTS = ("dimension", "methods", "phases", "compression", "low_rank")
 AUTO = "auto"
 SEARCH = {"threshold": float, "fraction": float, "d_max": int, "d_min": int, "seeds": int, "probability": float}
 SEARCH |= {"resolution": float, "max_runs": int}

@@ -16,10 +16,12 @@
     resnet32            463 866                       463 866          464 154           470 004
     cnn                     120                           408              638             5 228
     resnet9           6 571 968                     6 571 968        6 573 120         6 619 200
+    mlp               5 588 000                     5 588 000       10 164 000        10 344 000
 
 fc to resnet: Li et al. 2018 and Gargiulo 2023. conv2 to resnet20v1: Larsen et al. 2021; conv2_average, conv3_average
-pool as their code does. lenet5 to resnet32: Li et al. 2021 (DLDR). cnn, resnet9: Tuddenham et al. 2020. ReLU after
-every layer but the last; torch's default initialisation where nothing else is said.
+pool as their code does. lenet5 to resnet32: Li et al. 2021 (DLDR). cnn, resnet9: Tuddenham et al. 2020. mlp: Qu 2023,
+for usps (16x16) as for mnist. ReLU after every layer but the last; torch's default initialisation where nothing else
+is said.
 """
 
 import difflib
@@ -28,7 +30,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from recipes.networks.plain import cnn, conv, fc, lenet
+from recipes.networks.plain import cnn, conv, fc, lenet, mlp
 from recipes.networks.residual import resnet, resnet9, resnet20v1, resnet_dldr
 from recipes.networks.variants import fc_lenet, fc_tied_lenet, untied_lenet
 
@@ -39,6 +41,7 @@ SHAPES = {
     "fashion_mnist": (1, 28, 28),
     "cifar10": (3, 32, 32),
     "cifar100": (3, 32, 32),
+    "usps": (1, 16, 16),
 }
 CLASSES = dict.fromkeys(SHAPES, 10) | {"cifar100": 100}
 
@@ -61,6 +64,7 @@ MODELS = {
     "resnet32": partial(resnet_dldr, blocks=5),
     "resnet20v1": resnet20v1,
     "resnet9": resnet9,
+    "mlp": mlp,
 }
 
 

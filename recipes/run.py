@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import compression, environment, methods, phases, search, summary
+from recipes import compression, environment, low_rank, methods, phases, search, summary
 from recipes.data import load
 from recipes.grid import SEARCH, TRAJECTORY, Recipe, check_keys, known_keys, read
 from recipes.plots import plot
@@ -198,7 +198,8 @@ def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> No
         return
     if recipe.searches:
         print(f"\n{search.text(recipe.searches, output)}")
-    if report := {"methods": methods, "phases": phases, "compression": compression}.get(recipe.report):
+    reports = {"methods": methods, "phases": phases, "compression": compression, "low_rank": low_rank}
+    if report := reports.get(recipe.report):
         print(f"\n{report.text(runs, results)}\n")
         report.plot(runs, results, figure)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from recipes.models import SHAPES, check
 from recipes.optimizers import OPTIMIZERS, SCHEDULES
 from subspace_peft.projections import PROJECTIONS
+from subspace_peft.starts import STARTS
 
 
 COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "center", "measured", "data", "threads")
@@ -17,6 +18,7 @@ CHOICES = {
     "projection": ["full", *PROJECTIONS],
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "start": STARTS,
 }
 
 
@@ -58,6 +60,8 @@ class Settings:
     increments: bool = False  # of basis: it spans the differences of successive samples instead: a lottery subspace
     sample_steps: int = 0  # of a trajectory: a sample each so many steps; 0: after each epoch
     pruned: bool = False  # of coordinate: weights that do not move are zero: random pruning, or lottery tickets
+    rank: int = 0  # of identity: linear layers between others are two factors of this inner width, the rest is whole
+    start: str = "svd"  # of rank: where the factors start
     trajectory: "Settings | None" = None  # the full training that is sampled for a basis, or gives a lottery ticket
     data: str = _unnamed("")  # a folder of parquet files, or another Hub id
     threads: int = _unnamed(0)  # 0: torch's choice
@@ -73,11 +77,15 @@ class Settings:
         if isinstance(self.trajectory, dict):  # as in the record
             object.__setattr__(self, "trajectory", Settings(**self.trajectory))
         if self.projection == "full":
-            self._reset("d", "normalization", "nnz_per_row", "save_adapter", "burn_in")
+            self._reset("d", "normalization", "nnz_per_row", "save_adapter", "burn_in", "rank")
         elif self.d < 1 and self.projection != "identity":
             raise ValueError(f"`d` must be at least 1 for projection {self.projection!r}, got {self.d}; give `d`.")
         if self.projection != "full":
             self._reset("save_trajectory", "sample_steps")
+        if self.rank:
+            self._check_rank()
+        else:
+            self._reset("start")
         if not self.burn_in:
             self._reset("burn_in_lr")
         if self.projection == "basis":
@@ -112,6 +120,16 @@ class Settings:
         for key in keys:
             object.__setattr__(self, key, getattr(Settings, key))
 
+    def _check_rank(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"`rank` must be at least 1, or 0 for weights that are no product, got {self.rank}.")
+        if self.projection != "identity":
+            raise ValueError(
+                f"`rank` belongs to projection 'identity', whose d is the size of the factors, got "
+                f"{self.projection!r}; leave one of them out."
+            )
+        self._reset("d")
+
     def _check_trajectory(self) -> None:
         if self.trajectory is None:
             raise ValueError(
@@ -143,4 +161,5 @@ class Settings:
 
     def __str__(self) -> str:
         optimizer = f" {self.optimizer}" if self.optimizer != Settings.optimizer else ""
-        return f"{self.model} {self.projection}" + (f" d={self.d}" if self.d else "") + f"{optimizer} seed={self.seed}"
+        size = f" d={self.d}" if self.d else f" rank={self.rank}" if self.rank else ""
+        return f"{self.model} {self.projection}{size}{optimizer} seed={self.seed}"

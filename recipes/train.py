@@ -162,10 +162,34 @@ def wrap(network: nn.Module, settings: Settings, trajectory: Path | None = None)
         normalization=settings.normalization,
         nnz_per_row=settings.nnz_per_row or None,
         seed=settings.seed if settings.projection_seed < 0 else settings.projection_seed,
-        target_modules="all",
+        **(factored(network, settings) if settings.rank else {"target_modules": "all"}),
         **given,
     )
     return get_peft_model(network, config)
+
+
+def factored(network: nn.Module, settings: Settings) -> dict[str, Any]:
+    """Of low-rank training: the linear layers but the first and the last as W = B A, all other modules whole.
+
+    Raises:
+        ValueError: if the network has no linear layer between two others.
+    """
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    hidden = layers[1:-1]
+    if not hidden:
+        raise ValueError(
+            f"`rank` needs a linear layer between the first and the last, {settings.model!r} has {len(layers)}; "
+            "take another `model`, such as 'mlp' or 'fc'."
+        )
+    own = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    return {
+        "coordinates": "low_rank",
+        "rank": settings.rank,
+        "replace_weight": True,
+        "start": settings.start,
+        "target_modules": hidden,
+        "modules_to_save": sorted(own.difference(hidden)),
+    }
 
 
 def predict(model: nn.Module, split: Split) -> Tensor:  # [N, classes]

@@ -23,6 +23,18 @@ def fc(shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(hidden[-1], classes))
 
 
+def mlp(shape: Shape, classes: int) -> nn.Module:
+    """784-2000-2000-10 without biases; smaller images are resized to 28x28, so that one network serves them all."""
+    channels, height, width = shape
+    resized = [nn.Upsample(size=28, mode="bilinear")] if height < 28 else []
+    return nn.Sequential(
+        *resized, nn.Flatten(),
+        nn.Linear(channels * max(height, 28) * max(width, 28), 2000, bias=False), nn.ReLU(),
+        nn.Linear(2000, 2000, bias=False), nn.ReLU(),
+        nn.Linear(2000, classes, bias=False),
+    )  # fmt: skip
+
+
 def lenet(shape: Shape, classes: int, first_padding: int = 0) -> nn.Module:
     """LeNet: two 5x5 convolutions without padding, each pooled by 2, then 120-84-10. LeNet-5 pads the first by 2."""
     channels, height, _ = shape

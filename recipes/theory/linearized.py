@@ -56,7 +56,6 @@ FOLDER = Path(__file__).parent
 @cache
 def split(dataset: str, source: str, images: int, test_images: int) -> tuple[Split, Split]:
     """The first images of each, less the mean image of those trained on."""
-    source = source.format(dataset=dataset)
     training = load(dataset, source, "train").first(images)
     return training.centered(training), load(dataset, source, "test").first(test_images).centered(training)
 

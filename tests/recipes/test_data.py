@@ -18,6 +18,7 @@ def test_a_folder_of_parquet_files(tmp_path, shape, names):
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "test.parquet")
 
     images, labels, *_ = load("mnist", str(tmp_path), "test")
+    assert torch.equal(load(tmp_path.name, f"{tmp_path.parent}/{{dataset}}", "test").images, images)
 
     assert images.dtype == torch.uint8
     expected = pixels[:, None] if len(shape) == 2 else pixels.transpose(0, 3, 1, 2)

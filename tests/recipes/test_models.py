@@ -3,7 +3,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import get_peft_model
-from torch.nn.functional import avg_pool2d, cross_entropy, max_pool2d
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, max_pool2d
 
 from recipes.models import CLASSES, MODELS, SHAPES, build
 from subspace_peft import SubspaceConfig
@@ -50,6 +50,11 @@ COUNTS = {
     ("resnet20", "cifar10"): 269_722,
     ("resnet32", "cifar100"): 470_004,
     ("resnet9", "cifar10"): 6_573_120,
+    ("mlp", "digits"): 5_588_000,
+    ("mlp", "mnist"): 5_588_000,
+    ("mlp", "fashion_mnist"): 5_588_000,
+    ("mlp", "usps"): 5_588_000,
+    ("mlp", "cifar10"): 10_164_000,
 }
 
 
@@ -116,6 +121,13 @@ def test_resnet20v1_normalises_by_the_batch_at_hand():
     assert torch.equal(network.eval()(x), trained)
     assert not torch.allclose(network(x[:4]), trained[:4])
     assert not list(network.buffers())
+
+
+def test_the_mlp_resizes_smaller_images():
+    networks = {name: build("mlp", name) for name in ("usps", "mnist")}
+    x = torch.rand(2, *SHAPES["usps"])
+    resized = interpolate(x, size=28, mode="bilinear")
+    assert torch.equal(networks["usps"](x), networks["mnist"](resized))
 
 
 def test_unknown_names_are_errors():

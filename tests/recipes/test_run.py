@@ -62,6 +62,7 @@ def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     trajectories = {settings.trajectory.name for settings in runs if settings.trajectory}
     assert results(tmp_path).keys() == {settings.name for settings in runs} | trajectories
     words = {"dimension": "d_int90", "methods": "s with sampling", "phases": "d*", "compression": "lottery"}
+    words |= {"low_rank": "inner width"}
     assert words[report] in capsys.readouterr().out
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 

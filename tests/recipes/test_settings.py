@@ -34,6 +34,20 @@ def test_full_training_has_no_subspace():
     assert Settings(projection="full", d=7, normalization="rows") == Settings()
 
 
+def test_the_inner_width_of_factors_belongs_to_the_identity():
+    run = Settings(model="mlp", projection="identity", rank=20, d=5, start="orthogonal")
+    assert run == Settings(model="mlp", projection="identity", rank=20, start="orthogonal")
+    assert Settings(projection="identity", start="random") == Settings(projection="identity")
+    assert Settings(rank=20, start="random") == Settings()
+    assert str(run) == "mlp identity rank=20 seed=0"
+    with pytest.raises(ValueError, match="`rank` belongs to projection 'identity', .* got 'fastjl'"):
+        Settings(projection="fastjl", d=5, rank=2)
+    with pytest.raises(ValueError, match="`rank` must be at least 1, or 0 .*, got -1"):
+        Settings(projection="identity", rank=-1)
+    with pytest.raises(ValueError, match="`start` must be one of svd, orthogonal, random, got 'zero'"):
+        Settings(projection="identity", rank=2, start="zero")
+
+
 def test_a_list_is_an_axis_and_a_sub_grid_wins_over_what_is_shared():
     recipe = {"seed": [0, 1], "lr": "1e-3", "runs": [{"lr": 0.1}, {"projection": ["dense", "fastjl"], "d": [3, 4]}]}
     runs = grid(recipe)

@@ -1,0 +1,109 @@
+"""What low-rank training keeps of the accuracy: hidden layers W = B A beside the network as it is (Qu 2023).
+
+    python recipes/low_rank.py recipes/low_rank_training/mlp.yaml [--output <folder>]
+
+The table has a column for each data set, and their average, as the paper's "Avg Acc."; the figure shows the accuracy
+against the inner width of the factors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.compression import labels, legend_below
+from recipes.grid import read
+from recipes.plots import MARKERS, save
+from recipes.results import Results
+from recipes.settings import Settings
+from recipes.summary import markdown, spread
+
+
+NORMAL = "normal training"
+AVERAGE = "average"
+
+
+def method(run: Settings) -> str:
+    return "low rank" if run.rank else NORMAL
+
+
+def table(runs: list[Settings], results: Results) -> pd.DataFrame:
+    """A row a run that has a result: method, model, dataset, rank, seed, accuracy (%), seconds, and what is trained.
+
+    `rank` is the inner width, `trained` how many numbers are. Data sets are averaged for each seed
+    that all of them have.
+    """
+    names, rows = labels(runs, method, besides=("seed", "rank")), []
+    for run in runs:
+        if not (result := results.load(run)):
+            continue
+        own = {key: getattr(run, key) for key in ("model", "dataset", "rank", "seed")}
+        numbers = {"accuracy": 100 * result["final_accuracy"], "seconds": result["seconds"]["train"]}
+        rows.append({"method": names[run.name], **own, "trained": result["d"], **numbers})
+    found = pd.DataFrame(rows)
+    if not rows:
+        return found
+    keys = ["model", "method", "rank", "trained", "seed"]
+    groups = found.groupby(keys)
+    whole = groups.dataset.nunique() == found.groupby("model").dataset.nunique().max()
+    average = groups[["accuracy", "seconds"]].mean()[whole].reset_index().assign(dataset=AVERAGE)
+    return pd.concat([found, average]) if found.dataset.nunique() > 1 else found
+
+
+def text(runs: list[Settings], results: Results) -> str:
+    """Mean and standard deviation over seeds of the test accuracy after the last epoch."""
+    found = table(runs, results)
+    columns = list(dict.fromkeys(found.dataset))
+    rows = []
+    for (model, words, rank, trained), group in found.groupby(["model", "method", "rank", "trained"], sort=False):
+        percent = group.groupby("dataset").accuracy.agg(["mean", "std"]).apply(lambda row: spread(*row), axis=1)
+        seconds = group.groupby("dataset").seconds.mean().round().astype(int)
+        shown = [f"{percent[name]} ({seconds[name]} s)" if name in percent else "" for name in columns]
+        rows.append([model, words, rank or "", f"{trained:,}", group.seed.nunique(), *shown])
+    header = ["model", "method", "inner width", "numbers trained", "seeds", *(f"{name} %" for name in columns)]
+    return "\n".join(["Test accuracy after the last epoch (seconds of training a run):", "", *markdown(header, rows)])
+
+
+def plot(runs: list[Settings], results: Results, file: Path) -> Path:
+    """A panel for each data set, and one for their average: accuracy against the inner width."""
+    found = table(runs, results)
+    panels = list(found.groupby(["model", "dataset"], sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.6), squeeze=False, layout="constrained")
+    for axis, ((model, dataset), runs_here) in zip(axes[0], panels, strict=True):
+        _panel(axis, runs_here)
+        axis.set(title=f"{model}, {dataset}", xlabel="inner width", xscale="log")
+    axes[0][0].set_ylabel("test accuracy after the last epoch, %")
+    legend_below(figure, columns=4)
+    return save(figure, file)
+
+
+def _panel(axis: Axes, found: pd.DataFrame) -> None:
+    for style, (words, series) in zip(("-", "--", ":"), found[found["rank"] == 0].groupby("method"), strict=False):
+        mean, deviation = series.accuracy.mean(), series.accuracy.std()
+        axis.axhline(mean, color="black", linestyle=style, linewidth=1, label=words)
+        axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.1, linewidth=0)
+    for marker, (words, series) in zip(MARKERS, found[found["rank"] > 0].groupby("method"), strict=False):
+        of_width = series.groupby("rank").accuracy.agg(["mean", "std"])
+        axis.errorbar(of_width.index, of_width["mean"], of_width["std"], marker=marker, capsize=3, label=words)
+    widths = sorted({width for width in found["rank"] if width})
+    axis.set_xticks(widths, [str(width) for width in widths], minor=False)
+    axis.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    output = options.output or options.file.parent
+    runs, results = read(options.file).runs, Results(output / "results")
+    if table(runs, results).empty:
+        sys.exit(f"No run of {options.file} has a result in {results.folder} yet; recipes/run.py makes them.")
+    print(text(runs, results))
+    print(plot(runs, results, output / "plots" / f"{options.file.stem}.png"))
