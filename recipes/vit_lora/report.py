@@ -89,14 +89,16 @@ def text(recipe: Recipe, results: Results, measured: dict[str, dict[str, float]]
 def rates(recipe: Recipe, results: Results) -> str:
     """The table of a search for learning rates: accuracy by rate, the best in bold."""
     runs = table(recipe.runs, results)
-    runs = runs.assign(rate=runs.lr.where(runs.label != "head alone", runs.head_lr))
-    grid = runs.pivot_table(index=["label", "rank", "d"], columns="rate", values="accuracy", sort=False)
+    alone = runs.label == "head alone"  # its only rate is the classifier's
+    runs = runs.assign(rate=runs.lr.where(~alone, runs.head_lr), head_lr=runs.head_lr.where(~alone, 0))
+    grid = runs.pivot_table(index=["label", "rank", "d", "head_lr"], columns="rate", values="accuracy", sort=False)
     grid = grid[sorted(grid)]
-    lines = ["| method | rank | d | " + " | ".join(f"{rate:g}" for rate in grid) + " |"]
-    lines.append("|" + " --- |" * (3 + len(grid.columns)))
-    for (label, rank, d), row in grid.iterrows():
+    lines = ["| method | rank | d | rate of the classifier | " + " | ".join(f"{rate:g}" for rate in grid) + " |"]
+    lines.append("|" + " --- |" * (4 + len(grid.columns)))
+    for (label, rank, d, head_lr), row in grid.iterrows():
         cells = ["" if pd.isna(v) else f"**{v:.1f}**" if v == row.max() else f"{v:.1f}" for v in row]
-        lines.append(f"| {label} | {rank or ''} | {d or ''} | " + " | ".join(cells) + " |")
+        beside = f"{head_lr:g}" if head_lr else ""
+        lines.append(f"| {label} | {rank or ''} | {d or ''} | {beside} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
