@@ -1,0 +1,115 @@
+"""Deep matrix factorisation and completion: the whole network, the compressed one, a narrow one (Qu 2023).
+
+    python recipes/deep_linear/completion.py [<settings>.yaml] [--set KEY=VALUE ...] [--output <folder>]
+    python recipes/deep_linear/completion.py recipes/deep_linear/settings/factorisation.yaml --plot
+
+min 1/2 |Omega (W_{L:1} - Phi)|_F^2 by gradient descent from an eps-orthogonal start, Phi [d, d] of rank r, of which
+the share `seen` is seen (1: factorisation). "whole" has L weights of [d, d]; "compressed" U W~_L ... W~_1 V^T starts
+from the invariant subspace of that same network, W~_l [2r, 2r], and moves U and V at `gamma` times the rate; "narrow"
+has weights of `width`. The error is |W_{L:1} - Phi|_F / |Phi|_F over all entries, seen or not.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.deep_linear.networks import compressed, descend, product, start
+from recipes.deep_linear.runs import Settings, digits, main
+from recipes.plots import save
+from recipes.summary import markdown
+
+
+LEVELS = (1e-1, 1e-2, 1e-3)
+
+
+def problem(settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Phi = A B^T of Gaussian factors, of norm 1, and Omega, independent entries. [d, d]"""
+    d, r = settings["d"], settings["rank"]
+    A, B = torch.randn(2, d, r, generator=generator, dtype=torch.float64)
+    Phi = A @ B.mT
+    seen = torch.rand(d, d, generator=generator, dtype=torch.float64) < settings["seen"]
+    return Phi / torch.linalg.matrix_norm(Phi, 2), seen.double()
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    device = settings.get("device", "cpu")
+    d, L, eps, network = (settings[key] for key in ("d", "depth", "eps", "network"))
+    Phi, seen = problem(settings, torch.Generator().manual_seed(settings["seed"]))
+    width = d if network == "compressed" else settings.get("width", d)
+    generator = torch.Generator().manual_seed(1000 + settings["seed"])  # of the start alone: one for all kinds
+    weights, rates = start([d] + [width] * (L - 1) + [d], "orthogonal", eps, generator), None
+    if network == "compressed":
+        weights = compressed(weights, seen * Phi, settings["estimate"], eps)
+        rates = [settings["gamma"], *[1.0] * L, settings["gamma"]]
+    Phi, seen, weights = Phi.to(device), seen.to(device), [w.to(device) for w in weights]
+    curve = {"step": [], "seconds": [], "loss": [], "error": []}
+
+    def watch(step: int, seconds: float, loss: float) -> None:
+        error = ((product(weights) - Phi).norm() / Phi.norm()).item()
+        for key, value in zip(curve, (step, seconds, loss, error), strict=True):
+            curve[key].append(value)
+
+    descent = descend(
+        weights, lambda w: (seen * (product(w) - Phi)).square().sum() / 2, settings["lr"], settings["iterations"],
+        settings["every"], watch, rates, tolerance=settings["tolerance"] * settings["seen"], name=network,
+    )  # fmt: skip
+    return {
+        "parameters": sum(w.numel() for w in weights),
+        "iterations": descent.iterations,
+        "converged": descent.loss <= settings["tolerance"] * settings["seen"],
+        "seconds": round(descent.seconds, 2),
+        "error": digits(curve["error"][-1]),
+        "curve": {key: each if key == "step" else digits(each) for key, each in curve.items()},
+    }
+
+
+def reached(run: dict[str, Any], level: float) -> tuple[int, float] | None:
+    """Iterations and seconds to the first recorded error below a level."""
+    curve = run["curve"]
+    at = next((i for i, error in enumerate(curve["error"]) if error <= level), None)
+    return None if at is None else (curve["step"][at], curve["seconds"][at])
+
+
+def label(settings: Settings) -> str:
+    if settings["network"] == "compressed":
+        return f"compressed, 2r̂ = {2 * settings['estimate']}, γ = {settings['gamma']:g}"
+    return f"{settings['network']}, width {settings.get('width', settings['d'])}"
+
+
+def text(runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for run in runs:
+        settings = run["settings"]
+        levels = [reached(run, level) for level in LEVELS]
+        rows.append(
+            [settings["d"], settings["seen"], settings["seed"], label(settings), f"{run['parameters']:,}"]
+            + ["-" if at is None else f"{at[0]} its, {at[1]:.1f} s" for at in levels]
+            + [f"{run['error']:.1e} after {run['iterations']} its, {run['seconds']:.1f} s"]
+        )
+    header = ["d", "seen", "seed", "network", "numbers", *(f"error {level:g}" for level in LEVELS), "at the end"]
+    return "\n".join(markdown(header, rows))
+
+
+def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+    """The error over iterations and over seconds, of the first seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    shown = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
+    for axis, key, unit in zip(axes, ("step", "seconds"), ("iterations", "seconds of one core"), strict=True):
+        for run in shown:
+            axis.plot(run["curve"][key], run["curve"]["error"], label=label(run["settings"]), linewidth=1.5)
+        axis.set(yscale="log", xlabel=unit, ylabel="‖W − Φ‖ / ‖Φ‖")
+        axis.grid(alpha=0.3)
+    axes[1].set_xscale("symlog", linthresh=0.1)
+    axes[0].legend(fontsize="small")
+    return save(figure, file)
+
+
+if __name__ == "__main__":
+    main(measure, text, plot, "completion", __doc__)

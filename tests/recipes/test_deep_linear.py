@@ -1,0 +1,185 @@
+"""The scripts of recipes/deep_linear, small: what the theorem says, what a compressed network is, and resuming."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recipes.deep_linear import collapse, completion, depth, dynamics
+from recipes.deep_linear.networks import compressed, descend, product, start
+from recipes.deep_linear.runs import FOLDER, Results, digits, spanned
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def first(name: str) -> dict:
+    """The settings of the first run of a YAML."""
+    return spanned(FOLDER / "settings" / f"{name}.yaml", {})[0]
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "normal", "uniform"])
+def test_starts(kind):
+    for w, (m, n) in zip(start([40, 40, 30, 50], kind, 0.1, generator()), [(40, 40), (30, 40), (50, 30)], strict=True):
+        assert w.shape == (m, n)
+        k = min(m, n)
+        assert w.norm().item() == pytest.approx(0.1 * k**0.5, rel=1e-12 if kind == "orthogonal" else 0.1)
+        if kind == "orthogonal":
+            gram = w @ w.mT if m <= n else w.mT @ w
+            torch.testing.assert_close(gram, 0.01 * torch.eye(k, dtype=torch.float64))
+    with pytest.raises(ValueError, match="`start` must be one of orthogonal, normal, uniform, got 'xavier'"):
+        start([2, 2], "xavier", 1.0, generator())
+
+
+@pytest.mark.parametrize("widths", [[5, 3, 4], [4, 3, 5], [4, 4, 4], [6, 2, 2, 1]])
+def test_a_product_is_the_product(widths):
+    weights = [normal(m, n, seed=m) for n, m in pairwise(widths)]
+    expected = torch.linalg.multi_dot(weights[::-1])
+    torch.testing.assert_close(product(weights), expected)
+
+
+def test_descent_is_that_of_torch():
+    weights, target = start([6, 6, 6], "normal", 1.0, generator()), normal(6, 6)
+    copies = [w.clone().requires_grad_() for w in weights]
+    optimizer = torch.optim.SGD(copies, lr=0.01, momentum=0.9, weight_decay=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((product(copies) - target).square().sum() / 2).backward()
+        optimizer.step()
+    seen = []
+    descend(
+        weights, lambda w: (product(w) - target).square().sum() / 2, 0.01, 20, 8, lambda *at: seen.append(at[0]),
+        momentum=0.9, weight_decay=0.1,
+    )  # fmt: skip
+    assert seen == [0, 8, 16, 20]
+    for w, copy in zip(weights, copies, strict=True):
+        torch.testing.assert_close(w, copy.detach())
+    with pytest.raises(ValueError, match="must stay finite, it is (inf|nan) at iteration .*; lower `lr`"):
+        descend(weights, lambda w: product(w).square().sum(), 1e9, 50, 1)
+
+
+def test_a_compressed_network_learns_what_the_whole_one_does():
+    """Inside the invariant subspace the two are one trajectory, and outside it rho^L is all there is."""
+    d, r, L, eps = 12, 2, 3, 0.1
+    Phi = normal(d, r) @ normal(r, d, seed=1) / 4
+    whole = start([d] * (L + 1), "orthogonal", eps, generator(2))
+    small, loss = compressed(whole, Phi, r, eps), lambda w: (product(w) - Phi).square().sum() / 2
+    assert [tuple(w.shape) for w in small] == [(4, 12), (4, 4), (4, 4), (4, 4), (12, 4)]
+    descend(whole, loss, 0.05, 300)
+    descend(small, loss, 0.05, 300, rates=[0.0, 1.0, 1.0, 1.0, 0.0])
+    rho = eps
+    for _ in range(300):
+        rho -= 0.05 * rho**5
+    apart = torch.linalg.svdvals(product(whole) - product(small))
+    torch.testing.assert_close(apart[: d - 2 * r], torch.full((d - 2 * r,), rho**L, dtype=torch.float64))
+    assert apart[d - 2 * r :].max() < 1e-12
+    assert (product(small) - Phi).norm() < 0.1 * Phi.norm()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth": 4},
+        {"weight_decay": 1.0},
+        {"momentum": 0.9, "lr": 0.0003},
+        {"case": 2},
+        {"case": 2, "weight_decay": 1.0},
+    ],
+    ids=str,
+)
+def test_the_law_of_parsimony(changes):
+    run = dynamics.measure(first("dynamics") | {"d": 12, "rank": 2, "lr": 0.003, "iterations": 100} | changes)
+    assert run["loss"][-1] < 0.5 * run["loss"][0]
+    assert max(run["deviation"]) < 1e-13
+    assert max(run["values"]) < 1e-13
+    assert max(each for layer in run["layers"].values() for each in (layer["middle"]["left"] or [0]) if each) < 1e-10
+    assert (run["rho"][-1] < run["rho"][0]) == (changes.get("case") != 2 or "weight_decay" in changes)
+
+
+def test_the_law_needs_whitened_data():
+    run = dynamics.measure(first("dynamics") | {"d": 12, "rank": 2, "case": 2, "whitened": False, "iterations": 100})
+    assert max(run["deviation"]) > 1e-3
+
+
+def test_dynamics_and_resuming(tmp_path, capsys):
+    arguments = ["--set", "d=8", "rank=2", "iterations=20", "lr=0.002", "--output", str(tmp_path)]
+    dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", arguments)
+    table = capsys.readouterr().out
+    file = tmp_path / "results" / "dynamics.json"
+    record = json.loads(file.read_text())
+    assert len(record["runs"]) == len(spanned(FOLDER / "settings" / "dynamics.yaml", {"iterations": 20}))
+    assert {"settings", "versions", "hardware", "commit"} <= record["runs"][0].keys()
+    del record["runs"][3]
+    file.write_text(json.dumps(record))
+    dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", arguments)
+    again = capsys.readouterr().out
+    assert again.count("run ") == 1
+    assert [line for line in again.splitlines() if line.startswith("|")] == [
+        line for line in table.splitlines() if line.startswith("|")
+    ]
+    assert (tmp_path / "plots" / "dynamics.png").stat().st_size > 10_000
+    dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", [*arguments, "--plot"])
+
+
+@pytest.mark.parametrize("name", ["factorisation", "completion"])
+def test_completion(name, tmp_path, capsys):
+    common = ["d=24", "rank=1", "estimate=1", "eps=0.05", "iterations=1500", "seed=0", "lr=0.4", "seen=1.0"]
+    common = common[:-2] + ["seen=0.5", "lr=0.8"] if name == "completion" else common
+    file = str(FOLDER / "settings" / f"{name}.yaml")
+    arguments = [file, "--set", *common, "--output", str(tmp_path)]
+    completion.main(completion.measure, completion.text, completion.plot, "completion", "", arguments)
+    assert "| compressed, 2r̂ = 2" in capsys.readouterr().out
+    runs = Results(tmp_path / "results" / f"{name}.json").runs
+    whole, small = (next(r for r in runs if r["settings"]["network"] == kind) for kind in ("whole", "compressed"))
+    assert whole["error"] < 0.1
+    assert small["parameters"] < whole["parameters"]
+    assert completion.reached(whole, 0.5)[0] > 0
+    assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_depth(tmp_path, capsys):
+    arguments = ["--set", "d=16", "rank=1", "width=[4, 16]", "seen=[0.5, 0.8]", "eps=0.05", "iterations=600", "seed=0"]
+    depth.main(depth.measure, depth.text, depth.plot, "depth", "", [*arguments, "--output", str(tmp_path)])
+    assert capsys.readouterr().out.count("| 3 | 16 |") == 2
+    assert (tmp_path / "plots" / "depth.png").stat().st_size > 10_000
+
+
+def test_collapse(tmp_path, capsys):
+    arguments = ["--set", "K=3", "n=4", "d=12", "seed=0", "iterations=300", "depth=[4, 5]", "--output", str(tmp_path)]
+    collapse.main(collapse.measure, collapse.text, collapse.plot, "collapse", "", arguments)
+    assert "| 5 | relu |" in capsys.readouterr().out
+    run = collapse.measure(first("collapse") | {"K": 3, "n": 4, "d": 20, "depth": 4, "eps": 0.2, "iterations": 3000})
+    ratio, r2 = collapse.fit(run)
+    assert ratio == pytest.approx(0.2**2 / 4 ** (1 / 4), rel=0.05)
+    assert r2 > 0.999
+    assert run["S"][0] == pytest.approx(0.5, abs=0.02)  # a simplex of three
+    assert (tmp_path / "plots" / "collapse.png").stat().st_size > 10_000
+
+
+def test_every_settings_file_is_of_a_script():
+    for file in (FOLDER / "settings").glob("*.yaml"):
+        runs = spanned(file, {})
+        assert runs
+        assert runs[0].keys() >= yaml.safe_load(file.read_text()).keys() - {"runs"}
+
+
+def test_grids(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("a: 1\nb: [1, 2]\nruns:\n  - {a: [3, 4]}\n  - {c: 5}\n")
+    assert spanned(file, {"b": 7}) == [{"a": 3, "b": 7}, {"a": 4, "b": 7}, {"a": 1, "b": 7, "c": 5}]
+    assert len(spanned(file, {})) == 6
+    with pytest.raises(ValueError, match=r"must name settings of grid.yaml, got \['e'\]; it has \['a', 'b', 'c'\]"):
+        spanned(file, {"e": 1})
+    assert digits([1.23456, float("nan")], 2) == [1.2, None]
+    (tmp_path / "damaged.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged.json' is damaged; delete it"):
+        Results(Path(tmp_path / "damaged.json"))
