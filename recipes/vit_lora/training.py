@@ -122,6 +122,8 @@ def train(
             optimizers=(torch.optim.AdamW(groups(model, settings)), None),
         )
         trainer.remove_callback(PrinterCallback)
+        # batches are equal: a mean needs no count, by which AdaLoRA's regularisation grows with the processes
+        trainer.model_accepts_loss_kwargs = False
         set_up = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
@@ -134,6 +136,7 @@ def train(
         if shorter:
             return result, model
         trainer.data_collator = Batches(measured, settings)
+        trainer.args.dataloader_drop_last = False  # it would drop images of the evaluation too
         result["final_accuracy"] = trainer.evaluate()["eval_accuracy"]
     inputs = trainer.data_collator(range(min(64, len(measured.labels))))["pixel_values"].to(trainer.args.device)
     result["train_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

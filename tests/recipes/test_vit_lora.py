@@ -81,6 +81,8 @@ def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, cap
     assert len({r["base_digest"] for r in found.values()}) == 1
     assert found["subspace", 20]["adapter"]["bytes"] < found["full", 0]["adapter"]["bytes"] / 4
     assert "d_int90, weight, fastjl: " in printed
+    right = 360 * found["full", 0]["final_accuracy"]  # of all test images
+    assert right == pytest.approx(round(right), abs=1e-6)
     before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
     finetune.main(command)
     assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
