@@ -3,30 +3,29 @@
     python recipes/low_rank_training/cost.py [--rank 20 2 10 1] [--steps 30] [--output <folder>]
 
 For each inner width two lines: the adapter, beside which the base weights stay in memory, frozen, and the plain
-network of two thinner layers that `compress` makes of it, without them. Each is measured in a process of its own, one
-after the other, with one thread:
+network of two thinner layers that `compress` makes of it, without them. With one thread, of a batch of 128:
 
 - the numbers trained, and the FLOPs of a step, forward and backward, as torch counts them (matrix products; a
   multiply-add is two);
-- what is held between steps: weights, gradients and Adam's two moments;
-- peak: resident memory during steps above that before the network was built (Linux's VmHWM);
+- what is held between steps: weights and Adam's two moments;
+- the peak of a step: that, and what torch's allocations of a step reach besides: activations, gradients, temporaries;
 - the time of a step, by the wall and by the processor: beside other work the second tells more.
 """
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -44,7 +43,6 @@ from subspace_peft import compress
 BATCH = 128
 EPOCH = 60_000  # images of MNIST
 MIB = 2**20
-STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def network(model: str, dataset: str, rank: int, plain: bool) -> nn.Module:
@@ -56,73 +54,61 @@ def network(model: str, dataset: str, rank: int, plain: bool) -> nn.Module:
     return compress(wrapped).requires_grad_() if plain else wrapped
 
 
-def resident(field: str) -> float:
-    """MiB of this process: now (VmRSS), or at its highest since `forget_peak` (VmHWM)."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def forget_peak() -> None:
-    REFERENCES.write_text("5")
-
-
-def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """MiB of weights, gradients and the optimiser's state."""
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of weights, trained or not, and of the optimiser's state."""
 
     def tensors() -> Iterator[Tensor]:
-        yield from model.buffers()
-        for parameter in model.parameters():
-            yield parameter
-            if parameter.grad is not None:
-                yield parameter.grad
+        yield from itertools.chain(model.parameters(), model.buffers())
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}.values()) / MIB
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}.values())
 
 
-def measure(model: str, dataset: str, rank: int, plain: bool, steps: int) -> dict[str, float]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    images, labels = torch.rand(BATCH, *SHAPES[dataset]), torch.randint(0, CLASSES[dataset], (BATCH,))
-    nn.Linear(8, 8)(torch.rand(8, 8)).sum().backward()  # what torch loads at its first use is no cost of a method
-    before = resident("VmRSS")
-    trained = network(model, dataset, rank, plain).train()
-    parameters = [p for p in trained.parameters() if p.requires_grad]
+def allocated(step: Callable[[], None]) -> int:
+    """The most bytes that a step holds at once of those it allocates itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+def measure(model: nn.Module, shape: tuple[int, ...], classes: int, steps: int) -> dict[str, float]:
+    images, labels = torch.rand(BATCH, *shape), torch.randint(0, classes, (BATCH,))
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
-    def backward() -> None:
-        cross_entropy(trained(images), labels).backward()
-
-    forget_peak()
-    wall, cpu = [], []
-    for _ in range(steps + 2):
-        at = time.perf_counter(), time.process_time()
-        optimizer.zero_grad()
-        backward()
+    def step() -> None:
+        cross_entropy(model(images), labels).backward()
         optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # Adam makes its moments, and torch loads what it needs
+    wall, cpu = [], []
+    for _ in range(steps):
+        at = time.perf_counter(), time.process_time()
+        step()
         wall.append(time.perf_counter() - at[0])
         cpu.append(time.process_time() - at[1])
-    peak = resident("VmHWM") - before
+    between = held(model, optimizer)
     with FlopCounterMode(display=False) as counter:
-        backward()
+        step()
     return {
         "trained": sum(p.numel() for p in parameters),
         "flops": counter.get_total_flops(),
-        "held_mib": round(held(trained, optimizer), 1),
-        "peak_mib": round(peak, 1),
-        "wall_ms": round(1e3 * statistics.median(wall[2:]), 1),
-        "cpu_ms": round(1e3 * statistics.median(cpu[2:]), 1),
+        "held_mib": round(between / MIB, 2),
+        "peak_mib": round((between + allocated(step)) / MIB, 2),
+        "wall_ms": round(1e3 * statistics.median(wall), 1),
+        "cpu_ms": round(1e3 * statistics.median(cpu), 1),
     }
 
 
 def costs(model: str, dataset: str, ranks: list[int], steps: int) -> list[dict]:
-    """One row for each method, from a fresh process."""
-    methods = [(0, False), *((rank, plain) for rank in ranks for plain in (False, True))]
-    spawn, rows = multiprocessing.get_context("spawn"), []
-    for rank, plain in tqdm(methods, unit="method"):
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            result = process.submit(measure, model, dataset, rank, plain, steps).result()
+    """One row for each method."""
+    rows = []
+    for rank, plain in tqdm([(0, False), *itertools.product(ranks, (False, True))], unit="method"):
+        result = measure(network(model, dataset, rank, plain), SHAPES[dataset], CLASSES[dataset], steps)
         rows.append({"rank": rank, "plain": plain} | result)
     return rows
 
@@ -147,8 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", choices=SHAPES, default="mnist", help="gives the shape; the pixels are random")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args(arguments)
-    if not REFERENCES.exists():
-        sys.exit(f"Peak memory is read from {STATUS.parent}, which only Linux has.")
+    torch.set_num_threads(1)
     load = os.getloadavg()[0]
     rows = costs(options.model, options.dataset, options.rank, options.steps)
     own = {"model": options.model, "dataset": options.dataset, "batch": BATCH, "steps": options.steps}
