@@ -6,6 +6,8 @@ from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .plain_model import whole
+
 
 class SubspaceVectors(AuxiliaryTrainingWrapper):
     """theta_d of every adapter of a model, and the factors that normalise their P.
@@ -32,7 +34,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
 
     def normalised(self, adapter: str) -> Tensor:
         """z, the theta_d that the unnormalised P is applied to. [d]"""
-        theta_d, factor = self.subspace_peft_theta_d[adapter], self.factors[adapter]
+        theta_d, factor = whole(self.subspace_peft_theta_d[adapter]), self.factors[adapter]  # between two forwards too
         if factor is None:
             raise ValueError(
                 f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' "

@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 
-from subspace_peft import Trajectory
+from subspace_peft import Spectra, Trajectory
+from subspace_peft.spectra import matrices
 from tests.cases import BY_NAME, wrap
 
 
@@ -69,9 +70,30 @@ def recorded(accelerator: Accelerator) -> dict:
     return found
 
 
+def watched(accelerator: Accelerator) -> dict:
+    """How many processes have the singular values of a sharded model, and have those of the plain one."""
+    plain, parts, adapted = BY_NAME["mlp"].model(), BY_NAME["mlp"].model(), wrap(BY_NAME["mlp"])
+    with torch.no_grad():
+        next(p for p in adapted.parameters() if p.requires_grad).fill_(0.1)
+    expected = {"sharded": dict(matrices(plain)), "adapted": dict(matrices(adapted))}
+    for module in (parts.fc1, parts, adapted.base_model.model.fc1, adapted):
+        fully_shard(module)
+    found = {}
+    for name, model in {"sharded": parts, "adapted": adapted}.items():
+        spectra = Spectra(rank=2)
+        spectra.add(model)
+        same = spectra.weights == list(expected[name]) and all(
+            torch.allclose(spectra.singular_values(n)[0], torch.linalg.svdvals(w.double()))
+            for n, w in expected[name].items()
+        )
+        counts = accelerator.reduce(torch.tensor([len(spectra), int(same)]))
+        found[name] = dict(zip(("recorded", "same"), counts.tolist(), strict=True))
+    return found
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded)}
+    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded, watched)}
     if accelerator.is_main_process:
         print("FOUND " + json.dumps({"processes": accelerator.num_processes, **found}))
     accelerator.end_training()

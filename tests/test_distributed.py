@@ -49,5 +49,10 @@ def test_one_process_records_the_whole_model_and_all_find_it(together):
         assert together["recorded"][sharding] == {"wrote": 1, "whole": 2, "samples": 2}
 
 
+def test_one_process_has_the_spectra_of_the_whole_model(together):
+    for kind in ("sharded", "adapted"):
+        assert together["watched"][kind] == {"recorded": 1, "same": 1}
+
+
 def test_sharded_training_is_that_of_one_process(alone, together):
     assert together["sharded"]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)

@@ -97,11 +97,12 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _layer(spectra: Spectra, name: str) -> dict[str, Any]:
-    """Singular values; of each side all single angles, and the largest of the middle block."""
+    """Singular values; of each side the angles of the first and last r vectors, and the largest of the middle."""
+    outer = [*range(spectra.rank), *range(-spectra.rank, 0)]  # single vectors of the middle are arbitrary
     middle = {side: spectra.angles(name, side, "middle") for side in SIDES}
     return {
         "singular_values": digits(spectra.singular_values(name)),
-        "vector_angles": {side: digits(spectra.vector_angles(name, side)) for side in SIDES},
+        "vector_angles": {side: digits(spectra.vector_angles(name, side)[:, outer]) for side in SIDES},
         "middle": {side: digits(each.amax(1)) if each.shape[1] else None for side, each in middle.items()},
     }
 
