@@ -27,8 +27,7 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
     rows = [
         run.record()
         | {"label": run.label, "accuracy": 100 * result["final_accuracy"], "base_digest": result["base_digest"]}
-        | {**result["trainable"], "bytes": result["adapter"]["bytes"], "ms": result["step_ms"]["cpu"]}
-        | {"seconds": result["seconds"]["train"]}
+        | {**result["trainable"], "bytes": result["adapter"]["bytes"], "ms": milliseconds(result)}
         for run, result in found
         if result
     ]
@@ -38,10 +37,15 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def milliseconds(result: dict) -> float:
+    """Of a step: on a CPU its own time, whatever else the machine does."""
+    return result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]
+
+
 def means(runs: pd.DataFrame) -> pd.DataFrame:
     groups = runs.groupby(METHOD, sort=False)
-    means = groups[["accuracy", "adapter", "head", "bytes", "seconds"]].mean()
-    return means.assign(sd=groups.accuracy.std(), seeds=groups.seed.nunique()).reset_index()
+    means = groups[["accuracy", "adapter", "head", "bytes"]].mean()
+    return means.assign(sd=groups.accuracy.std(), seeds=groups.seed.nunique(), ms=groups.ms.min()).reset_index()
 
 
 def curves(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -80,7 +84,7 @@ def text(recipe: Recipe, results: Results, measured: dict[str, dict[str, float]]
         cells = [row.label, row.rank or "", f"{row.d:,}" if row.d else "", f"{row.adapter:,.0f}; "]
         cells[3] += f"{row.adapter + row.head:,.0f}"
         cells += [f"{row.accuracy:.2f}{spread}", row.seeds, f"{row.bytes:,.0f}"]
-        cells += [f"{cost['step_ms']:.0f}", f"{cost['peak_mb']:.0f}"] if cost else ["", ""]
+        cells += [f"{row.ms:.0f}", f"{cost['peak_mb']:.1f}" if cost else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     found = dimensions(runs)
     return "\n".join([*lines, "", *(f"d_int90, {label}: {dimension}" for label, dimension in found.items())])

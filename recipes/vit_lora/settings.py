@@ -111,7 +111,7 @@ class Settings:
 
     def __str__(self) -> str:
         size = (f" d={self.d}" if self.d else "") + (f" rank={self.rank}" if self.rank else "")
-        return f"{self.label}{size} lr={self.lr:g} seed={self.seed}"
+        return f"{self.label}{size} lr={self.head_lr if self.method == 'head' else self.lr:g} seed={self.seed}"
 
 
 KEYS = [f.name for f in fields(Settings)]

@@ -105,13 +105,13 @@ def test_adalora_regularises_and_prunes(folder, recipe):
     assert with_regularisation > without + 0.1
 
 
-def test_costs_are_measured_in_processes_of_their_own(recipe, folder, capsys):
+def test_costs_are_those_of_the_training(recipe, folder, capsys):
     tiny = {key: value for key, value in TINY.items() if key not in ("data", "images")} | {"base": "tiny"}
     cost.main([str(recipe), "--steps", "2", "--rounds", "1", *options(tiny | {"method": "lora", "rank": 1}, folder)])
     (row,) = json.loads((folder / "results" / "costs_ours.json").read_text())["runs"]
     assert row["trained"] == 288 + 170
-    assert row["step_ms"] > 0
-    assert row["peak_mb"] > 0
+    assert row["step_ms"]["cpu"] > 0
+    assert 0.02 < row["peak_mb"] < 5  # the weights alone are 15 KB
     assert "| LoRA rank=1 lr=0.01 seed=0 | 458 | " in capsys.readouterr().out
 
 
