@@ -122,7 +122,10 @@ def _parts(recipe: dict[str, Any], overrides: dict[str, Any] | None) -> Iterator
         part = _flat(part)
         if any(key.startswith(TRAJECTORY) for key in part):  # it stands in the same recipe
             part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in known_keys()} | part
-        yield shared | part | (overrides or {})
+        given = dict(overrides or {})
+        if part.get("projection") in ("full", ["full"]) and "full" not in given.get("projection", ()):
+            given.pop("projection", None)  # the full training that a part asks for is no run in another subspace
+        yield shared | part | given
 
 
 def _check_no_search(part: dict[str, Any], recipe: dict[str, Any], overrides: dict[str, Any] | None) -> None:

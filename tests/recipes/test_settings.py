@@ -109,3 +109,11 @@ def test_what_no_run_could_do_is_an_error_before_any_run(recipe, message):
 def test_an_unknown_option_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="got `epoch`; near: epochs"):
         parse([str(tmp_path / "recipe.yaml"), "--epoch", "3"])
+
+
+def test_another_projection_leaves_full_training_alone(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: fc\nruns:\n  - {projection: full, lr: 0.5}\n  - {projection: [fastfood, sparse], d: 5}\n")
+    runs = read(path, {"projection": ["fastjl"], "seed": ["4"]}).runs
+    assert [(run.projection, run.lr, run.seed) for run in runs] == [("full", 0.5, 4), ("fastjl", Settings.lr, 4)]
+    assert {run.projection for run in read(path, {"projection": ["full"]}).runs} == {"full"}
