@@ -111,8 +111,8 @@ class ClassFeatures:
     def separation(self) -> float:
         """S = 1 - max_{k != k'} |<mu_k, mu_k'>| / (|mu_k| |mu_k'|).
 
-        1 where the centred means are orthogonal, 1 - 1/(K - 1) where they are as far apart as K points can be (a
-        simplex), 0 for two classes always: mu_1 = -mu_2. NaN where some mu_k is zero.
+        At most 1 - 1/(K - 1), at the corners of a simplex: the mu_k sum to zero, so of the longest one some cosine is
+        at least 1/(K - 1). 0 for two classes always. NaN where some mu_k is zero.
         """
         mu = self.centred_means
         mu = mu / mu.norm(dim=1, keepdim=True)
