@@ -65,9 +65,20 @@ def text(runs: list[Settings], results: Results) -> str:
         percent = group.groupby("dataset").accuracy.agg(["mean", "std"]).apply(lambda row: spread(*row), axis=1)
         seconds = group.groupby("dataset").seconds.mean().round().astype(int)
         shown = [f"{percent[name]} ({seconds[name]} s)" if name in percent else "" for name in columns]
+        shown.append(_lead(found[(found.model == model) & (found.dataset == columns[-1])], words, rank))
         rows.append([model, words, rank or "", f"{trained:,}", group.seed.nunique(), *shown])
     header = ["model", "method", "inner width", "numbers trained", "seeds", *(f"{name} %" for name in columns)]
+    header.append(f"ahead of normal, {columns[-1]}")
     return "\n".join(["Test accuracy after the last epoch (seconds of training a run):", "", *markdown(header, rows)])
+
+
+def _lead(found: pd.DataFrame, words: str, rank: int) -> str:
+    """Points ahead of normal training from the same seed, which draws the same network and the same batches."""
+    by_seed = found.pivot_table(index="seed", columns=["method", "rank"], values="accuracy")
+    if not rank or (NORMAL, 0) not in by_seed or (words, rank) not in by_seed:
+        return ""
+    lead = (by_seed[words, rank] - by_seed[NORMAL, 0]).dropna()
+    return spread(lead.mean(), lead.std()) if len(lead) else ""
 
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
@@ -77,7 +88,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.6), squeeze=False, layout="constrained")
     for axis, ((model, dataset), runs_here) in zip(axes[0], panels, strict=True):
         _panel(axis, runs_here)
-        axis.set(title=f"{model}, {dataset}", xlabel="inner width", xscale="log")
+        axis.set(title=f"{model}, {dataset}", xlabel="inner width")
     axes[0][0].set_ylabel("test accuracy after the last epoch, %")
     legend_below(figure, columns=4)
     return save(figure, file)
@@ -92,7 +103,9 @@ def _panel(axis: Axes, found: pd.DataFrame) -> None:
         of_width = series.groupby("rank").accuracy.agg(["mean", "std"])
         axis.errorbar(of_width.index, of_width["mean"], of_width["std"], marker=marker, capsize=3, label=words)
     widths = sorted({width for width in found["rank"] if width})
-    axis.set_xticks(widths, [str(width) for width in widths], minor=False)
+    axis.set_xscale("log")
+    axis.set_xticks(widths, [str(width) for width in widths])
+    axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
 
 

@@ -57,8 +57,8 @@ def test_the_average_is_over_data_sets_of_each_seed(tmp_path):
             finish(results, run, accuracy)
     printed = low_rank.text(runs, results)
     normal, _, narrow = (line.split(" | ", 5)[5] for line in printed.splitlines()[-3:])
-    assert normal == "91.00 ± 1.41 (2 s) | 81.00 ± 1.41 (2 s) | 86.00 ± 1.41 (2 s) |"
-    assert narrow == "89.00 ± 1.41 (2 s) | 78.00 (2 s) | 83.00 (2 s) |"
+    assert normal == "91.00 ± 1.41 (2 s) | 81.00 ± 1.41 (2 s) | 86.00 ± 1.41 (2 s) |  |"
+    assert narrow == "89.00 ± 1.41 (2 s) | 78.00 (2 s) | 83.00 (2 s) | -2.00 |"
     assert low_rank.plot(runs, results, tmp_path / "plots" / "mlp.png").stat().st_size > 10_000
 
 
