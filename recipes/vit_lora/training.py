@@ -101,7 +101,7 @@ def train(
         shorter: If given, so many steps and nothing is measured but those.
     """
     started = time.perf_counter()
-    classes = int(training.labels.max()) + 1
+    classes = 1 + int(max(split.labels.max() for split in (training, measured)))
     base = base_model(settings, training, classes, output / "checkpoints")
     steps = settings.epochs * (len(training.labels) // settings.batch_size)
     origin = copy.deepcopy(base) if settings.method not in ("full", "head") and not shorter else None
