@@ -103,10 +103,11 @@ def plot(runs: list[dict[str, Any]], file: Path) -> Path:
     shown = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
     for axis, key, unit in zip(axes, ("step", "seconds"), ("iterations", "seconds of one core"), strict=True):
         for run in shown:
-            axis.plot(run["curve"][key], run["curve"]["error"], label=label(run["settings"]), linewidth=1.5)
+            width = 5 if run["settings"]["network"] == "whole" else 1.5  # the compressed one may lie on top
+            axis.plot(run["curve"][key], run["curve"]["error"], label=label(run["settings"]), linewidth=width)
         axis.set(yscale="log", xlabel=unit, ylabel="‖W − Φ‖ / ‖Φ‖")
         axis.grid(alpha=0.3)
-    axes[1].set_xscale("symlog", linthresh=0.1)
+    axes[1].set_xscale("log")
     axes[0].legend(fontsize="small")
     return save(figure, file)
 
