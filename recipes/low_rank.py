@@ -8,6 +8,7 @@ against the inner width of the factors.
 
 import argparse
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -85,21 +86,24 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """A panel for each data set, and one for their average: accuracy against the inner width."""
     found = table(runs, results)
     panels = list(found.groupby(["model", "dataset"], sort=False))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.6), squeeze=False, layout="constrained")
+    size = (max(4.2 * len(panels), 6.4), 4.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, ((model, dataset), runs_here) in zip(axes[0], panels, strict=True):
         _panel(axis, runs_here)
         axis.set(title=f"{model}, {dataset}", xlabel="inner width")
     axes[0][0].set_ylabel("test accuracy after the last epoch, %")
-    legend_below(figure, columns=4)
+    legend_below(figure, columns=max(2, len(panels)))
     return save(figure, file)
 
 
 def _panel(axis: Axes, found: pd.DataFrame) -> None:
-    for style, (words, series) in zip(("-", "--", ":"), found[found["rank"] == 0].groupby("method"), strict=False):
+    for style, (words, series) in zip(
+        cycle(["-", "--", ":"]), found[found["rank"] == 0].groupby("method"), strict=False
+    ):
         mean, deviation = series.accuracy.mean(), series.accuracy.std()
         axis.axhline(mean, color="black", linestyle=style, linewidth=1, label=words)
         axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.1, linewidth=0)
-    for marker, (words, series) in zip(MARKERS, found[found["rank"] > 0].groupby("method"), strict=False):
+    for marker, (words, series) in zip(cycle(MARKERS), found[found["rank"] > 0].groupby("method"), strict=False):
         of_width = series.groupby("rank").accuracy.agg(["mean", "std"])
         axis.errorbar(of_width.index, of_width["mean"], of_width["std"], marker=marker, capsize=3, label=words)
     widths = sorted({width for width in found["rank"] if width})
