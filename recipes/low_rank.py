@@ -2,7 +2,7 @@
 
     python recipes/low_rank.py recipes/low_rank_training/mlp.yaml [--output <folder>]
 
-The table has a column for each data set, and their average, as the paper's "Avg Acc."; the figure shows the accuracy
+The table has a column for each data set, and their average, as the paper's "Avg Acc."; the figure shows the test error
 against the inner width of the factors.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -83,7 +84,7 @@ def _lead(found: pd.DataFrame, words: str, rank: int) -> str:
 
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
-    """A panel for each data set, and one for their average: accuracy against the inner width."""
+    """A panel for each data set, and one for their average: test error against the inner width."""
     found = table(runs, results)
     panels = list(found.groupby(["model", "dataset"], sort=False))
     size = (max(4.2 * len(panels), 6.4), 4.6)
@@ -91,25 +92,30 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     for axis, ((model, dataset), runs_here) in zip(axes[0], panels, strict=True):
         _panel(axis, runs_here)
         axis.set(title=f"{model}, {dataset}", xlabel="inner width")
-    axes[0][0].set_ylabel("test accuracy after the last epoch, %")
+    axes[0][0].set_ylabel("test error after the last epoch, %")
     legend_below(figure, columns=max(2, len(panels)))
     return save(figure, file)
 
 
 def _panel(axis: Axes, found: pd.DataFrame) -> None:
+    found = found.assign(error=100 - found.accuracy)
     for style, (words, series) in zip(
         cycle(["-", "--", ":"]), found[found["rank"] == 0].groupby("method"), strict=False
     ):
-        mean, deviation = series.accuracy.mean(), series.accuracy.std()
+        mean, deviation = series.error.mean(), series.error.std()
         axis.axhline(mean, color="black", linestyle=style, linewidth=1, label=words)
         axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.1, linewidth=0)
     for marker, (words, series) in zip(cycle(MARKERS), found[found["rank"] > 0].groupby("method"), strict=False):
-        of_width = series.groupby("rank").accuracy.agg(["mean", "std"])
+        of_width = series.groupby("rank").error.agg(["mean", "std"])
         axis.errorbar(of_width.index, of_width["mean"], of_width["std"], marker=marker, capsize=3, label=words)
     widths = sorted({width for width in found["rank"] if width})
     axis.set_xscale("log")
     axis.set_xticks(widths, [str(width) for width in widths])
     axis.set_xticks([], minor=True)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
 
 
