@@ -205,15 +205,18 @@ class SubspaceConfig(PeftConfig):
             self.start = self.start or next(iter(STARTS))
             if self.start not in STARTS:
                 raise ValueError(f"`start` must be one of {', '.join(STARTS)}; got {self.start!r}.")
-        if self.factors not in (2, 3) or isinstance(self.factors, bool):
+        if type(self.factors) is not int or self.factors not in (2, 3):
             raise ValueError(f"`factors` must be 2 (B A) or 3 (U W V), got {self.factors!r}.")
         if self.gamma is None:
             return
         if self.factors == 2:
             raise ValueError(f"`gamma` belongs to factors=3, got {self.gamma!r}; set factors=3 or leave it out.")
+        number = isinstance(self.gamma, (int, float)) and not isinstance(self.gamma, bool)
+        if not number or not isfinite(self.gamma) or self.gamma < 0:
+            raise ValueError(
+                f"`gamma` must be a finite number of at least 0, got {self.gamma!r}; 0 holds U and V still."
+            )
         self.gamma = float(self.gamma)
-        if not isfinite(self.gamma) or self.gamma < 0:
-            raise ValueError(f"`gamma` must be finite and at least 0, got {self.gamma}; 0 holds U and V still.")
 
     def _check_targets(self):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

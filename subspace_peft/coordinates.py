@@ -97,6 +97,8 @@ class LowRank(Coordinates):
         return Shape.of(shape, rank, factors).parts if len(shape) > 1 else {}
 
     def start_state(self):
+        if self.start.state is None:
+            raise self.start.missing()
         return self.start.state
 
     def start_shapes(self):

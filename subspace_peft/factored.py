@@ -65,24 +65,49 @@ def run(module: nn.Module, x: Tensor, left: Tensor, right: Tensor, bias: Tensor 
     return operation(module)(module, x, left.to(dtype), right.to(dtype), bias)
 
 
-def smaller(module: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
+class Factored(nn.Sequential):
+    """Two modules that compute what one did. Its weight is their product, for models that read it of their parts.
+
+    Args:
+        shape: Of the weight.
+        transposed: Whether the second module's weight is the right factor.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, shape: torch.Size, transposed: bool):
+        super().__init__(first, second)
+        self.shape, self.transposed = shape, transposed
+
+    @property
+    def weight(self) -> Tensor:
+        first, second = self[0].weight.flatten(1), self[1].weight.flatten(1)
+        if isinstance(self[0], nn.Embedding):
+            return first @ second.mT
+        return ((second @ first).mT if self.transposed else second @ first).view(self.shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self[1], "bias", None)
+
+
+def smaller(module: nn.Module, left: Tensor, right: Tensor) -> Factored:
     """Two modules that run one after the other as `module` with left @ right as its weight."""
-    bias, rank = getattr(module, "bias", None), len(right)
+    bias, rank, transposed = getattr(module, "bias", None), len(right), isinstance(module, Conv1D)
     if isinstance(module, nn.Embedding):
         first = nn.Embedding(module.num_embeddings, rank, module.padding_idx)
         second = nn.Linear(rank, module.embedding_dim, bias=False)
         weights = left, right.mT
     elif isinstance(module, nn.Linear | Conv1D):
-        weights = (left.mT, right.mT) if isinstance(module, Conv1D) else (right, left)
+        weights = (left.mT, right.mT) if transposed else (right, left)
         first = nn.Linear(weights[0].shape[1], rank, bias=False)
         second = nn.Linear(rank, len(weights[1]), bias=bias is not None)
     else:
         options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
-        first = type(module)(module.in_channels, rank, module.kernel_size, bias=False, **options)
-        second = type(module)(rank, module.out_channels, 1, bias=bias is not None)
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]  # a subclass may be built in another way
+        first = kind(module.in_channels, rank, module.kernel_size, bias=False, **options)
+        second = kind(rank, module.out_channels, 1, bias=bias is not None)
         weights = right, left
     for part, weight in zip((first, second), weights, strict=True):
         part.weight = nn.Parameter(weight.detach().reshape(part.weight.shape).to(module.weight.dtype).clone())
     if bias is not None:
         second.bias = nn.Parameter(bias.detach().clone())
-    return nn.Sequential(first, second).train(module.training)
+    return Factored(first, second, module.weight.shape, transposed).train(module.training)

@@ -202,7 +202,11 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """
         base = self.base_layer
         x = args[0] if args else next(iter(kwargs.values()))
-        factors = {adapter: self.coordinates[adapter]["weight"].factors(self._z(adapter)) for adapter in through}
+        factors = {}
+        for adapter in through:
+            z = self._z(adapter)
+            z = z.to(torch.promote_types(z.dtype, base.weight.dtype))
+            factors[adapter] = self.coordinates[adapter]["weight"].factors(z)
         replacing = next((a for a in through if self.coordinates[a]["weight"].replaces), None)
         if replacing is None:
             output = base(*args, **kwargs)
@@ -264,13 +268,15 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         """
         here = self._here(check_adapters_to_merge(self, adapter_names))
         self._here([*self.merged_adapters, *here])
+        replaced = self._replaced
+        self._replaced = replaced | self._about_to_be_replaced(here)
         for adapter in here:
-            self._keep_replaced(adapter)
             merged = {
                 parameter: parameter + increment.to(parameter.device)
                 for parameter, increment in self._owned_increments(adapter)
             }
             if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
+                self._replaced = replaced
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             for parameter, tensor in merged.items():
                 parameter.data = tensor.to(parameter.dtype)
@@ -293,12 +299,16 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             getattr(self.base_layer, name).copy_(statistic)
         self._unmerged_statistics = {}
 
-    def _keep_replaced(self, adapter: str) -> None:
-        for path, coordinates in self.coordinates[adapter].items():
-            if coordinates.replaces:
-                parameter = attrgetter(path)(self.base_layer)
-                added = self.increments(self.merged_adapters).get(path, torch.zeros_like(parameter))
-                self._replaced[path] = (parameter - added.to(parameter.device)).to(parameter.dtype)
+    def _about_to_be_replaced(self, adapters: list[str]) -> dict[str, Tensor]:
+        """The base's own parameters that these adapters replace, but those that another layer merges."""
+        found = {}
+        for adapter in adapters:
+            for path, coordinates in self.coordinates[adapter].items():
+                if coordinates.replaces and path not in self.shared[adapter]:
+                    parameter = attrgetter(path)(self.base_layer)
+                    added = self.increments(self.merged_adapters).get(path, torch.zeros_like(parameter))
+                    found[path] = (parameter - added.to(parameter.device)).to(parameter.dtype)
+        return found
 
     def _owned_increments(self, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for path, increment in self.increments([adapter], skip=self.shared[adapter]).items():

@@ -45,6 +45,7 @@ class Plan:
         self.D = sum(map(prod, projected.values()))
         self.given = read_given(config, projected)
         self.d = self._dimension()
+        self.starts = {name: self._start(name) for name in self.shapes} if config.coordinates == "low_rank" else {}
 
     def _check_coordinates(self) -> None:
         if not self.shapes:
@@ -157,7 +158,7 @@ class Plan:
         if choice is not LowRank:
             return choice(name, self.shapes[name], projections)
         gamma = 1.0 if config.gamma is None else config.gamma
-        return LowRank(name, self.shapes[name], projections, self._start(name), gamma)
+        return LowRank(name, self.shapes[name], projections, self.starts[name], gamma)
 
     def _start(self, name: str) -> Start:
         config = self.config

@@ -55,8 +55,17 @@ class Start(ABC):
         self.state: dict[str, Tensor] | None = None  # what the base's weight gave, and the adapter's file holds
 
     def measure(self, weight: Tensor) -> None:
-        """Take from the base's weight what the seed does not give."""
+        """Take from the base's weight what the seed does not give.
+
+        Raises:
+            ValueError: if the weight is not finite.
+        """
         self.state = {}
+
+    def _finite(self, weight: Tensor) -> Tensor:
+        if not weight.isfinite().all():
+            raise ValueError(f"A weight must be finite to be replaced, `{self.name}` is not; look at the base model.")
+        return weight.detach()
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors in `state`."""
@@ -74,13 +83,17 @@ class Start(ABC):
     def __call__(self, device: torch.device) -> Factors:
         if device not in self._drawn:
             if self.state is None:
-                raise ValueError(
-                    f"The start of the factors of `{self.name}` must come with the adapter's file, and was not read: "
-                    "transformers' own load_adapter takes theta_d alone; use PeftModel.from_pretrained(model, dir)."
-                )
+                raise self.missing()
             with torch.inference_mode(False), torch.no_grad():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]
+
+    def missing(self) -> ValueError:
+        return ValueError(
+            f"The start of the factors of `{self.name}` must come with the adapter's file, and was not read. "
+            "transformers' own load_adapter takes theta_d alone: use PeftModel.from_pretrained(model, dir). A config "
+            "that was used before is of that adapter: for a new one make a new SubspaceConfig."
+        )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_drawn": {}}
@@ -122,7 +135,7 @@ class Drawn(Start):
     """
 
     def measure(self, weight):
-        self.state = {"norm": weight.detach().double().norm().view(1).cpu()}
+        self.state = {"norm": self._finite(weight).double().norm().view(1).cpu()}
 
     def state_shapes(self):
         return {"norm": (1,)}
@@ -137,7 +150,9 @@ class Drawn(Start):
         # the Frobenius norm of a product of thin matrices, without the product
         norm = (product.mT @ product @ (factors[-1] @ factors[-1].mT)).trace().sqrt()
         ratio = (self.state["norm"].cpu() / (norm * abs(self.scaling))).squeeze()
-        if len(factors) == 2:
+        if len(factors) == 2 and ratio == 0:  # a weight of zeros: as an increment starts, or nothing would train
+            factors = [factors[0] / factors[0].norm() * self.shape.rank**0.5, factors[1] * 0]
+        elif len(factors) == 2:
             factors = [factor * ratio.sqrt() for factor in factors]
         else:
             factors[1] = factors[1] * ratio
@@ -163,17 +178,22 @@ class Random(Drawn):
 class TruncatedSVD(Start):
     """The best approximation of the weight by a matrix of this rank (Eckart and Young 1936).
 
-    B_0 = U sqrt(S), A_0 = sqrt(S) V^T, or U, S, V^T as three. These are in the adapter's file: singular vectors may
+    B_0 = U sqrt(S), A_0 = sqrt(S) V^T, or U, S, V^T as three. They are in the adapter's file: singular vectors may
     have another sign, or turn among equal singular values, on another machine.
     """
 
     def measure(self, weight):
-        rank, matrix = self.shape.rank, weight.detach().reshape(self.shape.rows, -1)
+        rank, matrix = self.shape.rank, self._finite(weight).reshape(self.shape.rows, -1)
         U, S, Vh = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
-        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+        U, S, Vh = U[:, :rank], S[:rank] / abs(self.scaling), Vh[:rank]
         U = U if self.scaling > 0 else -U
-        S = S / abs(self.scaling)
-        factors = (U * S.sqrt(), S.sqrt()[:, None] * Vh) if self.shape.factors == 2 else (U, S.diag(), Vh)
+        if self.shape.factors == 2:
+            zero = S / S[0].clamp_min(torch.finfo(S.dtype).tiny) <= max(matrix.shape) * torch.finfo(S.dtype).eps
+            root = S.sqrt().masked_fill(zero, 0)
+            # where the weight is of lower rank, B_0 is not zero, or nothing there would train
+            factors = U * root.masked_fill(zero, root[0] or 1), root[:, None] * Vh
+        else:
+            factors = U, S.diag(), Vh
         self.state = {
             suffix: factor.float().contiguous() for suffix, factor in zip(self.shape.parts, factors, strict=True)
         }

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from accelerate import cpu_offload
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
 
 from subspace_peft import SubspaceConfig, compress
 from subspace_peft.adapter_file import unique_coordinates
-from tests.cases import BY_NAME, move, outputs, tensors, train, wrap
+from subspace_peft.factored import smaller
+from tests.cases import BY_NAME, assert_same_state, move, outputs, tensors, train, wrap
 
 
 REPLACED = {"coordinates": "low_rank", "rank": 2, "replace_weight": True, "parameters": ["weight"], "d": 9}
@@ -57,8 +61,82 @@ def test_conv_options_are_kept():
     torch.testing.assert_close(compress(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_parts_whose_parent_reads_their_weight():
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model = get_peft_model(base, SubspaceConfig(**{**REPLACED, "target_modules": ["q", "wo", "wi"]}))
+    ids = torch.randint(20, (2, 5))
+    expected = model(input_ids=ids, labels=ids).logits
+    plain = compress(model)
+    torch.testing.assert_close(plain(input_ids=ids, labels=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(6, 4), torch.randn(2, 6)),
+        (Conv1D(4, 6), torch.randn(2, 6)),
+        (nn.Conv2d(3, 4, (3, 2)), torch.randn(2, 3, 5, 5)),
+        (nn.Embedding(7, 4), torch.tensor([1, 6])),
+    ],
+)
+def test_the_weight_of_two_modules_is_the_product(module, x):
+    rows, columns = module.weight.flatten(1).shape
+    small = smaller(module, torch.randn(rows, 2), torch.randn(2, columns))
+    assert small.weight.shape == module.weight.shape
+    dense = torch.func.functional_call(module, {"weight": small.weight}, x)
+    torch.testing.assert_close(small(x), dense, rtol=1e-4, atol=1e-5)
+    assert small.bias is None or torch.equal(small.bias, module.bias)
+
+
+def test_names_inside_another_adapters_module():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.lin = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.lin(x) * self.gain
+
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(Outer()), SubspaceConfig(**{**REPLACED, "target_modules": ["0.lin"]}))
+    model.add_adapter("outer", SubspaceConfig(d=2, target_modules=["0"]))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    torch.testing.assert_close(compress(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_is_built_in_another_way():
+    class Patch(nn.Conv2d):
+        def __init__(self, width):
+            super().__init__(3, width, 2)
+
+    model = get_peft_model(nn.Sequential(Patch(5)), SubspaceConfig(**{**REPLACED, "target_modules": ["0"]}))
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    torch.testing.assert_close(compress(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_weights_and_what_trains_then():
+    model = wrap(BY_NAME["mlp"], **REPLACED, target_modules=["fc1"])
+    expected = outputs(model, BY_NAME["mlp"])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    plain = compress(model)
+    torch.testing.assert_close(outputs(plain, BY_NAME["mlp"]), expected, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in plain.fc1.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 def test_what_cannot_be_compressed():
+    with pytest.raises(ValueError, match="`model` must be a PeftModel, got MLP"):
+        compress(
+            inject_adapter_in_model(SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"]}), BY_NAME["mlp"].model())
+        )
+    two = wrap(BY_NAME["mlp"], **REPLACED)
+    two.add_adapter("other", SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"]}))
+    with pytest.raises(ValueError, match="must be the only active one, .* call set_adapter\\('other'\\)"):
+        compress(two, "other")
     added = wrap(BY_NAME["mlp"])
     with pytest.raises(ValueError, match="must be that of an adapter with replace_weight=True, got 'default'"):
         compress(added)
@@ -68,7 +146,7 @@ def test_what_cannot_be_compressed():
     before = tensors(tied)
     with pytest.raises(ValueError, match="A tied weight cannot become two modules"):
         compress(tied)
-    assert tensors(tied).keys() == before.keys()
+    assert_same_state(tied, before)
     merged = wrap(BY_NAME["mlp"], **REPLACED)
     merged.merge_adapter()
     with pytest.raises(ValueError, match="No adapter must be merged"):

@@ -522,3 +522,26 @@ def test_bad_layers_leave_the_model_as_it_was():
     with pytest.raises(ValueError, match="'0' ran 2 times"):
         class_features(shared, [(torch.ones(2, 5), torch.ones(2).long())], ["0"])
     assert state_of(model) == before
+
+
+def test_names_that_are_none():
+    spectra = Spectra(rank=2)
+    spectra.add({"W": torch.eye(4)})
+    with pytest.raises(ValueError, match="`side` must be one of left, right, got 'up'"):
+        spectra.angles("W", "up", "top")
+    with pytest.raises(ValueError, match="`side` must be one of left, right, got 'up'"):
+        spectra.vector_angles("W", "up")
+    with pytest.raises(ValueError, match="`block` must be one of top, middle, bottom, got 'centre'"):
+        spectra.angles("W", "left", "centre")
+    with pytest.raises(ValueError, match="`spectra` must be a Spectra, got 'folder'"):
+        SpectraCallback("folder")
+    with pytest.raises(ValueError, match="set `initial=True`"):
+        SpectraCallback(Spectra(rank=2, reference=0), initial=False)
+
+
+def test_layers_of_an_adapted_model_by_their_plain_names():
+    case = BY_NAME["mlp"]
+    model, batches = wrap(case), [(torch.randn(8, 6), torch.arange(8) % 2)]
+    plain = class_features(model, batches, ["fc1"])["fc1"]
+    long = class_features(model, batches, ["base_model.model.fc1"])["base_model.model.fc1"]
+    assert plain.compression == long.compression > 0

@@ -93,11 +93,30 @@ def test_drawn_factors_are_of_the_seed_and_the_name(kind):
 
 
 def test_a_start_is_drawn_once_and_pickled_without_what_was_drawn():
-    start = made(STARTS["svd"])
+    start = made(STARTS["orthogonal"])
     assert start(CPU)[0] is start(CPU)[0]
     for twin in (pickle.loads(pickle.dumps(start)), copy.deepcopy(start)):
         assert twin._drawn == {}
         assert torch.equal(twin(CPU)[0], start(CPU)[0])
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+@pytest.mark.parametrize("rank_of_weight", [0, 1])
+@pytest.mark.parametrize("name", STARTS)
+def test_a_weight_of_lower_rank_leaves_no_pair_of_factors_zero(name, rank_of_weight, factors):
+    W = weight()[:, :1] @ weight()[:1] * rank_of_weight
+    start = made(STARTS[name], factors, of=W)
+    assert product(start).norm().item() == pytest.approx(W.norm().item(), rel=1e-5)
+    left, *_, right = start(CPU)
+    assert ((left != 0).any(0) | (right != 0).any(1)).all()
+    if factors == 3:  # the gradient of the inner one, U^T G V^T
+        assert torch.linalg.matrix_rank(left) == torch.linalg.matrix_rank(right) == 3
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_weight_that_is_not_finite_is_refused(name):
+    with pytest.raises(ValueError, match="must be finite to be replaced, `w` is not"):
+        made(STARTS[name], of=weight() / 0)
 
 
 def test_what_was_saved_wins_over_the_weight():

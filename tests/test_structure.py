@@ -34,7 +34,7 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "adapter_file": ({"coordinates", "given", "layer", "plan", "vectors"}, {"torch", "peft"}),
     "model": ({"adapter_file", "config", "given", "layer", "plan", "targets", "vectors"}, {"torch", "peft"}),
     "fold": ({"adapter_file", "plan", "projections"}, TORCH),
-    "compress": ({"adapter_file", "factored"}, {"torch", "peft"}),
+    "compress": ({"adapter_file", "factored", "layer"}, {"torch", "peft", "accelerate"}),
     "optim": ({"optim"}, TORCH),
     "trainer": ({"optim"}, {"torch", "accelerate", "transformers"}),
     "full_space": ({"adapter_file"}, TORCH),

@@ -20,10 +20,17 @@ class SpectraCallback(RecordingCallback):
         initial: Record the initial point, step 0, too.
 
     Raises:
-        ValueError: when training starts at step 0 and steps are recorded already.
+        ValueError: if the reference would not be recorded; when training starts at step 0 and steps are recorded
+            already.
     """
 
     def __init__(self, spectra: Spectra, every: str | int = "epoch", initial: bool = True):
+        if not isinstance(spectra, Spectra):
+            raise ValueError(f"`spectra` must be a Spectra, got {spectra!r}; make one: Spectra(rank=10, folder=...).")
+        if spectra.reference == 0 and not initial and not len(spectra):
+            raise ValueError(
+                "The reference must be recorded, `reference` is 0 and `initial` False; set `initial=True`."
+            )
         super().__init__("spectra", every, initial, frozenset({spectra.reference} - {None, 0}))
         self.spectra = spectra
 

@@ -42,7 +42,7 @@ def class_features(
     Args:
         batches: Pairs (inputs, labels), inputs a tensor, a tuple of arguments or a dictionary of them; or dictionaries
             with "labels". They are moved to the model's device.
-        layers: Names of modules, as in `named_modules`.
+        layers: Names of modules, as in `named_modules` of the model, or of the base model of a PeftModel.
         inputs: Take what goes into the layers, its first argument, in place of what comes out.
         read: Makes [B, ...], one sample a row, of that; `lambda output: output[0].mean(1)` over tokens, say.
 
@@ -50,6 +50,7 @@ def class_features(
         ValueError: if a layer is unknown, or does not run exactly once a batch, or features and labels do not fit.
     """
     modules, names = dict(model.named_modules(remove_duplicate=False)), list(layers)
+    modules = {name.removeprefix("base_model.model."): module for name, module in modules.items()} | modules
     for name in names:
         if name not in modules:
             raise ValueError(f"`layers` must be modules of the model, {name!r} is none of {', '.join(modules)[:500]}.")

@@ -218,11 +218,14 @@ class Spectra:
 
     def angles(self, name: str, side: str, block: str) -> Tensor:
         """The principal angles of a block against the reference, in radians, ascending: [t, p]."""
+        _check_name("block", block, BLOCKS)
+        _check_name("side", side, SIDES)
         stacked = self._stacked(name, f"{side}/angles")
         return stacked[:, blocks(stacked.shape[1], self.rank)[block]]
 
     def vector_angles(self, name: str, side: str) -> Tensor:
         """The angles of single singular vectors against the reference, in radians: [t, q]."""
+        _check_name("side", side, SIDES)
         return self._stacked(name, f"{side}/vector_angles")
 
     def _stacked(self, name: str, what: str) -> Tensor:
@@ -234,6 +237,11 @@ class Spectra:
 def _check_step(name: str, step: int) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"`{name}` must be an integer of at least 0, got {step!r}.")
+
+
+def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ValueError(f"`{what}` must be one of {', '.join(known)}, got {name!r}.")
 
 
 def _other_model(name: str, here, there) -> str:
