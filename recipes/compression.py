@@ -1,15 +1,11 @@
 """What a comparison of subspaces says: accuracy against the compression ratio D / d (Larsen et al. 2021, figure 6).
 
-    python recipes/compression.py recipes/lottery/mnist.yaml [--output <folder>]
-
 The methods are those of the paper's table 1, by what the settings of a run say: axis-aligned or not, chosen at random
 or by training, from the start or from step t. The lottery subspaces of one trajectory are nested: what a smaller one
 reaches is in a larger one too, and a lower accuracy there is a failure of the optimiser. So they have the running
 maximum over d of each seed, and dashed in the figure what was reached at each d (figure 10).
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +15,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from recipes.grid import read
 from recipes.plots import MARKERS, save
 from recipes.results import Results
 from recipes.settings import Settings
@@ -201,17 +193,3 @@ def _panel(axis: Axes, task: Comparison, metric: str, colors: dict[str, str]) ->
         axis.axhline(100 * task.full[metric].mean(), color="black", linestyle=":", label=FULL)
     axis.set_xscale("log")
     axis.grid(alpha=0.3)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    output = options.output or options.file.parent
-    runs, results = read(options.file).runs, Results(output / "results")
-    said = text(runs, results)
-    if not said:
-        sys.exit(f"No run of {options.file} has a result in {results.folder} yet; recipes/run.py makes them.")
-    print(said)
-    print(plot(runs, results, output / "plots" / f"{options.file.stem}.png"))

@@ -1,13 +1,9 @@
 """What low-rank training keeps of the accuracy: hidden layers W = B A beside the network as it is (Qu 2023).
 
-    python recipes/low_rank.py recipes/low_rank_training/mlp.yaml [--output <folder>]
-
 The table has a column for each data set, and their average, as the paper's "Avg Acc."; the figure shows the test error
 against the inner width of the factors.
 """
 
-import argparse
-import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -16,11 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from recipes.compression import labels, legend_below
-from recipes.grid import read
 from recipes.plots import MARKERS, save
 from recipes.results import Results
 from recipes.settings import Settings
@@ -117,16 +109,3 @@ def _panel(axis: Axes, found: pd.DataFrame) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    output = options.output or options.file.parent
-    runs, results = read(options.file).runs, Results(output / "results")
-    if table(runs, results).empty:
-        sys.exit(f"No run of {options.file} has a result in {results.folder} yet; recipes/run.py makes them.")
-    print(text(runs, results))
-    print(plot(runs, results, output / "plots" / f"{options.file.stem}.png"))

@@ -1,23 +1,15 @@
 """What a comparison of optimisers says: accuracy and seconds of each method over seeds, and the course of training.
 
-    python recipes/methods.py recipes/dldr/lenet_cifar10.yaml [--output <folder>]
-
 A method is all settings of a run but its seed; its label names those in which the methods of a sweep differ. A run in
 the basis of a trajectory has cost the sampled epochs too.
 """
 
-import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from recipes.grid import read
 from recipes.plots import save
 from recipes.results import Results
 from recipes.settings import Settings
@@ -129,14 +121,3 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return save(figure, file)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    output = options.output or options.file.parent
-    runs, results = read(options.file).runs, Results(output / "results")
-    print(text(runs, results))
-    print(plot(runs, results, output / "plots" / f"{options.file.stem}.png"))

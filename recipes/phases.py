@@ -1,7 +1,5 @@
 """Where random subspaces begin to reach an accuracy: the phase diagrams of Larsen et al. 2021.
 
-    python recipes/phases.py recipes/phase_diagram/mnist.yaml [--output <folder>]
-
 - `<recipe>.png`, figures 2, 3, 7 and 8: the success probability P_s(d, epsilon, t) as a grey map, 1 is black, with the
   threshold training dimension d*(epsilon, t, delta) on it; the last column has all d* together.
 - `<recipe>.small.png`, figure 12: the mean accuracy up to d = 128, with that of the origin at d = 0.
@@ -10,8 +8,6 @@ t is the number of steps of burn-in. delta is such that all runs but one must re
 of ten runs, 0.2 of five, 0.33 of three.
 """
 
-import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from recipes.compression import labels, legend_below
-from recipes.grid import read
 from recipes.plots import MARKERS, save
 from recipes.results import Results
 from recipes.settings import Settings
@@ -236,17 +228,3 @@ def _plot_small(found: list[Diagram], file: Path) -> Path:
             axis.grid(alpha=0.3)
     legend_below(figure, columns=len(burn_in))
     return save(figure, file)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    output = options.output or options.file.parent
-    runs, results = read(options.file).runs, Results(output / "results")
-    said = text(runs, results)
-    if not said:
-        sys.exit(f"No run of {options.file} has a result in {results.folder} yet; recipes/run.py makes them.")
-    print(said)
-    print(*plot(runs, results, output / "plots" / f"{options.file.stem}.png"), sep="\n")

@@ -1,12 +1,8 @@
 """The figure of a sweep: accuracy against d for each projection, from the results that are there.
 
-    python recipes/plots.py recipes/intrinsic_dimension/mnist.yaml [--output <folder>]
-
 The band is one standard deviation over seeds, open markers are the d_int90 of the papers, at the absolute threshold.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,13 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from recipes import summary
-from recipes.grid import read
-from recipes.results import Results
-from recipes.search import made
 
 
 MARKERS = "ov^sDPX*"
@@ -62,14 +52,3 @@ def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int], absolute: 
     axis.set(xlabel="d", ylabel="test accuracy after the last epoch, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="best")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    output = options.output or options.file.parent
-    recipe, results = read(options.file), Results(output / "results")
-    runs = list({run.name: run for run in [*recipe.runs, *made(recipe.searches, output)]}.values())
-    print(plot(results.table(runs), recipe.published, output / "plots" / f"{options.file.stem}.png", recipe.absolute))

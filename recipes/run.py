@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import compression, environment, low_rank, methods, phases, search, summary
+from recipes import environment, search
 from recipes.data import load
-from recipes.grid import SEARCH, TRAJECTORY, Recipe, check_keys, known_keys, read
-from recipes.plots import plot
+from recipes.grid import SEARCH, TRAJECTORY, check_keys, known_keys, read
+from recipes.report import conclude
 from recipes.results import Results
 from recipes.settings import Settings
 from recipes.together import alike, train_together
@@ -184,36 +184,6 @@ class Sweep:
     def decided(self, decide: Callable[[], Any]) -> Any:
         """What the main process decides, on every process."""
         return broadcast_object_list([decide() if self.accelerator.is_main_process else None])[0]
-
-
-def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> None:
-    """Prints what all results so far say, and the proofs of the saved adapters, and draws the figure."""
-    runs = list({run.name: run for run in [*recipe.runs, *search.made(recipe.searches, output)]}.values())
-    missing = [run for run in runs if not results.path(run).exists()]
-    if missing:
-        print(f"\n{len(missing)} of {len(runs)} runs are still held by other processes.")
-    if pending := search.pending(recipe.searches, output):
-        print(f"\n{pending} of {len(recipe.searches)} searches are still held by other processes.")
-    if len(missing) == len(runs):
-        return
-    if recipe.searches:
-        print(f"\n{search.text(recipe.searches, output)}")
-    reports = {"methods": methods, "phases": phases, "compression": compression, "low_rank": low_rank}
-    if report := reports.get(recipe.report):
-        print(f"\n{report.text(runs, results)}\n")
-        report.plot(runs, results, figure)
-    else:
-        table = results.table(runs)
-        if recipe.runs:  # a d that a search chose is no grid to read d_int90 off
-            print(f"\n{summary.text(results.table(recipe.runs), recipe.absolute)}\n")
-        plot(table, recipe.published, figure, recipe.absolute)
-    print(f"figure: {figure}")
-    for run in runs:
-        proof = results.load(run).get("adapter") if run.save_adapter else None
-        if proof:
-            print(f"saved adapter: {output / 'adapters' / run.name}, {proof['bytes']} bytes of weights")
-            equal = "outputs equal" if proof["max_difference"] == 0 else "OUTPUTS DIFFER"
-            print(f"reloaded adapter: {equal} (max difference {proof['max_difference']})")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from recipes import methods, run
+from recipes import methods
 from recipes.grid import grid
 from recipes.results import Results
 
@@ -44,13 +44,3 @@ def test_a_run_in_a_basis_has_cost_the_sampled_epochs(tmp_path):
     assert basis["sampled"] == pytest.approx(81)  # after 3 of the 4 epochs, mean of 80 and 82
     assert (basis["sampling"], basis["seconds"]) == (30, 20)
     assert "| P-BFGS | 2 | 2 | 81.00 | 70.00 ± 0.00 | 70.00 ± 0.00 | 20 | 50 |" in methods.text(runs, results)
-
-
-@pytest.mark.parametrize("report", ["methods", "dimension"])
-def test_without_a_result_yet(report, tmp_path, capsys):
-    """As where all runs are with other processes."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(f"report: {report}\nmodel: fc\n")
-    recipe = run.read(file)
-    run.conclude(recipe, Results(tmp_path / "results"), tmp_path / "adapters", tmp_path / "tiny.png")
-    assert "1 of 1 runs are still held by other processes" in capsys.readouterr().out
