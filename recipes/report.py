@@ -2,7 +2,7 @@
 
     python recipes/report.py recipes/intrinsic_dimension/mnist.yaml [--output <folder>]
 
-`recipes/run.py` ends with the same. Which report it is, says the YAML.
+`recipes/run.py` ends with the same, and this is for its YAMLs alone. Which report it is, they say.
 """
 
 import argparse
@@ -61,7 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output = options.output or options.file.parent
     figure = output / "plots" / f"{options.file.stem}.png"
-    if not conclude(read(options.file), Results(output / "results"), output, figure):
+    try:
+        recipe = read(options.file)
+    except ValueError as error:
+        sys.exit(f"{options.file} must be a YAML of recipes/run.py: {error}")
+    if not conclude(recipe, Results(output / "results"), output, figure):
         sys.exit(f"No run of {options.file} has a result in {output / 'results'} yet; recipes/run.py makes them.")
 
 

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,9 @@ def main(
     parser.add_argument("--plot", action="store_true", help="table and figure of what is there, no runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # matrices this small are not faster on more, and the seconds are those of one core
-    changes = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in options.set)}
+    if wrong := [each for each in options.set if "=" not in each]:
+        parser.error(f"--set takes KEY=VALUE, got {wrong[0]!r}")
+    changes = {key: _value(text) for key, _, text in (each.partition("=") for each in options.set)}
     runs = spanned(options.settings, changes)
     results = Results(options.output / "results" / f"{options.settings.stem}.json")
     for i, run in enumerate(() if options.plot else runs):
@@ -97,8 +100,19 @@ def main(
             print(f"run {i + 1} of {len(runs)}: {run}")
             results.add(run, measure(run))
     found = results.of(runs)
+    if not found:
+        sys.exit(f"No run of {options.settings} has a result in {results.file} yet; leave --plot out to make them.")
     print(text(found))
     print(plot(found, options.output / "plots" / f"{options.settings.stem}.png"))
+
+
+def _value(text: str) -> Any:
+    """As in a YAML, but that 1e-3 is a number."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def digits(values: Any, n: int = 4) -> Any:

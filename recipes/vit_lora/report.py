@@ -15,14 +15,19 @@ from subspace_peft.measure import Dimension, intrinsic_dimension
 
 METHOD = ["label", "rank", "d", "lr", "head_lr"]
 """What tells the rows of the table apart."""
+COMMON = ("dataset", "base", "image_size", "images", "validation", "epochs", "batch_size", "warmup", "augment", "bf16")
+"""What all rows of a table must share: accuracies of other settings are no spread over seeds."""
 
 
 def table(runs: list[Settings], results: Results) -> pd.DataFrame:
     """One row for each run that has a result.
 
     Raises:
-        ValueError: if the runs start from different weights.
+        ValueError: if the runs start from different weights, or differ in what a table must share.
     """
+    for key in COMMON:
+        if len(values := {getattr(run, key) for run in runs}) > 1:
+            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
     found = [(run, results.load(run)) for run in runs]
     rows = [
         run.record()

@@ -10,7 +10,7 @@ import yaml
 
 from recipes.deep_linear import collapse, completion, depth, dynamics
 from recipes.deep_linear.networks import compressed, descend, product, start
-from recipes.deep_linear.runs import FOLDER, Results, digits, spanned
+from recipes.deep_linear.runs import FOLDER, Results, _value, digits, spanned
 
 
 def generator(seed=0):
@@ -183,3 +183,16 @@ def test_grids(tmp_path):
     (tmp_path / "damaged.json").write_text("{")
     with pytest.raises(ValueError, match="damaged.json' is damaged; delete it"):
         Results(Path(tmp_path / "damaged.json"))
+
+
+def test_settings_of_the_command_line():
+    assert [_value(text) for text in ("1e-3", "3", "[1, 2]", "normal", "false")] == [1e-3, 3, [1, 2], "normal", False]
+
+
+def test_without_results_or_with_half_a_setting(tmp_path):
+    with pytest.raises(SystemExit, match=r"No run of .*dynamics.yaml has a result"):
+        dynamics.main(
+            dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", ["--plot", "--output", str(tmp_path)]
+        )
+    with pytest.raises(SystemExit):
+        dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", ["--set", "eps"])
