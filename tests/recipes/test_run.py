@@ -21,7 +21,7 @@ from subspace_peft import Trajectory
 
 
 RECIPES = Path(run.__file__).parent
-APART = {*RECIPES.glob("accelerate/*"), *RECIPES.glob("vit_lora/*")}
+APART = {file for recipe in ("accelerate", "vit_lora", "spectra") for file in RECIPES.glob(f"{recipe}/*")}
 """YAML files that are not for run.py."""
 TINY = {
     "dataset": "digits",
