@@ -6,7 +6,7 @@ Importing this package makes the adapter type SUBSPACE_PEFT known to PEFT.
 from .compress import compress
 from .config import SubspaceConfig
 from .fold import fold
-from .groups import parameter_groups
+from .groups import gamma_for, parameter_groups
 from .model import SubspaceModel
 from .projections import PROJECTIONS
 from .register import register
@@ -28,6 +28,7 @@ __all__ = [
     "coefficients",
     "compress",
     "fold",
+    "gamma_for",
     "parameter_groups",
     "reconstruct",
 ]

@@ -1,9 +1,12 @@
-"""parameter_groups: theta_d and the head at rates of their own."""
+"""Learning rates: of theta_d and the head, of the outer and the inner factors."""
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
-from subspace_peft import parameter_groups
+from subspace_peft import SubspaceConfig, gamma_for, parameter_groups
+from subspace_peft.adapter_file import unique_coordinates
 from tests.cases import BY_NAME, loss, settings, theta_d, wrap
 
 
@@ -42,3 +45,48 @@ def test_without_theta_d():
         parameter_groups(CASE.model(), lr=1e-3)
     with pytest.raises(ValueError, match="found none"):
         parameter_groups(wrap(CASE, inference_mode=True), lr=1e-3)
+
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 0.02, "eps": 1e-16}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "eps": 1e-16}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_outer_factors_train_as_in_a_parameter_group_of_their_own(name):
+    kind, options = OPTIMIZERS[name]
+    rate = 0.04
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    config = {"coordinates": "low_rank", "rank": 2, "replace_weight": True, "factors": 3, "projection": "identity"}
+    ours = get_peft_model(
+        network, SubspaceConfig(**config, gamma=gamma_for(rate, kind), target_modules=["0"])
+    ).double()
+    start = next(iter(unique_coordinates(ours, "default").values())).start(torch.device("cpu"))
+    U, W, V = (nn.Parameter(factor.double()) for factor in start)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    groups = [{"params": [W]}, {"params": [U, V], "lr": rate * options["lr"]}]
+    by_groups = kind(groups, **options)
+    by_gamma = kind([p for p in ours.parameters() if p.requires_grad], **options)
+    for _ in range(6):
+        for optimizer, predict in ((by_groups, lambda: x @ (U @ W @ V).mT), (by_gamma, lambda: ours(x))):
+            optimizer.zero_grad()
+            (predict() - y).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(x), x @ (U @ W @ V).mT, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(U, start[0].double(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind", "message"),
+    [
+        (-0.1, torch.optim.SGD, "`rate` must be a finite number of at least 0, got -0.1"),
+        (float("nan"), torch.optim.Adam, "`rate` must be a finite number"),
+        (0.1, torch.optim.LBFGS, "got LBFGS; set `gamma` by hand"),
+    ],
+)
+def test_rates_without_a_gamma(rate, kind, message):
+    with pytest.raises(ValueError, match=message):
+        gamma_for(rate, kind)
