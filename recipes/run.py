@@ -156,7 +156,8 @@ class Sweep:
         if len(group) > 1:
             return train_together(group, self.accelerator, *data, report)
         adapter = self.adapters / run.name if run.save_adapter else None
-        return [train(run, self.accelerator, *data, adapter, self.trajectory(run), report)]
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # it holds what it prepares, for good
+        return [train(run, accelerator, *data, adapter, self.trajectory(run), report)]
 
     def trajectory(self, run: Settings) -> Path | None:
         """The folder of samples that a run writes or reads."""

@@ -71,7 +71,6 @@ def train(
         report(values["test_accuracy"])
 
     model = accelerator.unwrap_model(model)
-    accelerator.free_memory()  # it holds what it prepared, and a sweep has one for all its runs
     d = settings.d if settings.d else sum(p.numel() for p in model.parameters() if p.requires_grad)
     final = evaluated_accuracy(predict(model, test), test)
     result = outcome(D, d, final, at_origin, epochs, seconds, accelerator.num_processes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from recipes import run, train
@@ -217,3 +218,12 @@ def test_a_result_that_cannot_be_read_is_named(recipe, text, message):
     folder.path(settings).write_text(text)
     with pytest.raises(ValueError, match=message):
         folder.table([settings])
+
+
+def test_a_sweep_holds_no_model_that_it_has_made(recipe):
+    accelerator = Accelerator(cpu=True)
+    sweep = run.Sweep(read(recipe).runs, recipe.parent, accelerator)
+    sweep.carry_out()
+    assert len(results(recipe.parent)) == 3
+    assert not accelerator._models
+    assert not accelerator._optimizers

@@ -88,11 +88,3 @@ def test_training_images_are_measured_where_it_is_asked_for():
         assert (100 * values["train_accuracy"]) % 1 == pytest.approx(0, abs=1e-9)
     assert epochs[-1]["loss"] < start["loss"]
     assert epochs[-1]["train_accuracy"] > start["train_accuracy"]
-
-
-def test_nothing_of_a_run_stays_with_the_accelerator():
-    """A sweep trains all its runs with one, and would hold every model that it has made."""
-    accelerator = Accelerator(cpu=True)
-    train(FULL, accelerator, *DATA)
-    assert not accelerator._models
-    assert not accelerator._optimizers
