@@ -85,15 +85,15 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[
     for (key, *_), base in statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
             kept[plain(key)] = state_dict[key]
-    if (config.projection in GIVEN and not stored_apart(config)) or config.save_projection:
-        for coordinates in unique_coordinates(model, adapter).values():
+    with_P = (config.projection in GIVEN and not stored_apart(config)) or config.save_projection
+    for coordinates in unique_coordinates(model, adapter).values():
+        if with_P:
             for suffix, projection in coordinates.projections.items():
                 given = projection.block.given
                 drawn = projection.state(torch.device("cpu")) if given is None else given
                 for path, tensor in _flatten(drawn):
                     kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
-    for coordinates in unique_coordinates(model, adapter).values():
-        for suffix, tensor in coordinates.start_state().items():
+        for suffix, tensor in (coordinates.start.saved() if coordinates.start else {}).items():
             kept[f"{root}start.{coordinates.name}/{suffix}.{adapter}"] = tensor
     for key in [key for key in state_dict if key.rpartition(".")[0].endswith(".base_layer")]:
         # PEFT adds the base's embeddings to the file where a target is called lm_head or embed_tokens; it looks for
@@ -145,8 +145,11 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: dict[s
             )
     if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}") for key in remapped):
         raise ValueError("The adapter file must hold theta_d, and does not; it is damaged.")
-    _install(model, config, adapter, saved)
-    _install_starts(model, adapter, starts)
+    coordinates = unique_coordinates(model, adapter)
+    _install(coordinates, config, saved)
+    if saved:
+        find_vectors(model).factors[adapter] = factor(config, coordinates)
+    _install_starts(coordinates, starts)
     return remapped
 
 
@@ -186,9 +189,8 @@ def _unflatten(tensors: dict[str, Tensor]) -> Tensor | tuple:
     return tuple(_unflatten(inner[i]) for i in sorted(inner))
 
 
-def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str, dict[str, Tensor]]) -> None:
+def _install(coordinates: dict[str, Coordinates], config: PeftConfig, saved: dict[str, dict[str, Tensor]]) -> None:
     """Put a P that came with the file in place of the one that is missing or would be redrawn."""
-    coordinates = unique_coordinates(model, adapter)
     projections = {c.name + suffix: (c, suffix) for c in coordinates.values() for suffix in c.projections}
     if config.projection in GIVEN and set(saved) != set(projections) and (saved or not stored_apart(config)):
         raise ValueError(
@@ -206,23 +208,21 @@ def _install(model: nn.Module, config: PeftConfig, adapter: str, saved: dict[str
         block = dataclasses.replace(owner.projections[suffix].block, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(block)
         column += len(given) if config.projection == "coordinate" else 0
-    if saved:
-        find_vectors(model).factors[adapter] = factor(config, coordinates)
 
 
-def _install_starts(model: nn.Module, adapter: str, saved: dict[str, dict[str, Tensor]]) -> None:
+def _install_starts(coordinates: dict[str, Coordinates], saved: dict[str, dict[str, Tensor]]) -> None:
     """Start the factors where those of the file started, whatever the base's weights say."""
-    owners = {c.name: c for c in unique_coordinates(model, adapter).values() if c.start_shapes()}
-    if set(saved) != set(owners):
-        name = min(set(saved) ^ set(owners))
+    starts = {name: c.start for name, c in coordinates.items() if c.start and c.start.state_shapes()}
+    if set(saved) != set(starts):
+        name = min(set(saved) ^ set(starts))
         raise ValueError(
             f"The adapter file must hold where the factors of each replaced weight start, for `{name}` it "
             f"{'has no place' if name in saved else 'does not'}; it is damaged, or of another base model."
         )
     for name, tensors in saved.items():
-        wanted, found = owners[name].start_shapes(), {path: tuple(tensor.shape) for path, tensor in tensors.items()}
+        wanted, found = starts[name].state_shapes(), {path: tuple(tensor.shape) for path, tensor in tensors.items()}
         if found != wanted:
             raise ValueError(
                 f"The start of `{name}` in the adapter file must be {wanted}, got {found}; it is damaged."
             )
-        owners[name].start.load({path: tensor.clone() for path, tensor in tensors.items()})
+        starts[name].load({path: tensor.clone() for path, tensor in tensors.items()})

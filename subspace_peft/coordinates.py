@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .projections import Projection
 from .projections.base import full_precision
-from .starts import Shape, Start
+from .starts import OUTER, Shape, Start
 
 
 class Coordinates(ABC):
@@ -26,8 +26,13 @@ class Coordinates(ABC):
         self.shape = tuple(shape)
         self.projections = projections
 
-    replaces = False
-    """Whether the increment counts from zero, in place of the tensor as it is in the base."""
+    start: Start | None = None
+    """Where the projected numbers begin, unless it is the tensor as it is in the base."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the increment counts from zero, in place of the tensor as it is in the base."""
+        return self.start is not None and self.start.replaces
 
     @staticmethod
     @abstractmethod
@@ -41,14 +46,6 @@ class Coordinates(ABC):
     @abstractmethod
     def moved_from(self, origin: Tensor, z: Tensor) -> Tensor:
         """The tensor: origin plus increment. [..., d] -> [..., *shape]"""
-
-    def start_state(self) -> dict[str, Tensor]:
-        """What the adapter's file must hold of the start, beside theta_d."""
-        return {}
-
-    def start_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of `start_state`."""
-        return {}
 
     @property
     def moves(self) -> int:
@@ -88,31 +85,18 @@ class LowRank(Coordinates):
         super().__init__(name, shape, projections)
         self.start, self.gamma = start, gamma
 
-    @property
-    def replaces(self):
-        return self.start.replaces
-
     @staticmethod
     def parts(shape, rank, factors=2):
         return Shape.of(shape, rank, factors).parts if len(shape) > 1 else {}
 
-    def start_state(self):
-        if self.start.state is None:
-            raise self.start.missing()
-        return self.start.state
-
-    def start_shapes(self):
-        return self.start.state_shapes()
-
     def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The left one, scaled: [..., rows, rank], and the right one: [..., rank, columns]; of three, U W and V."""
-        moved, outer = [], (0, self.start.shape.factors - 1)
-        for i, (suffix, shape) in enumerate(self.start.shape.parts.items()):
+        moved = []
+        for (suffix, shape), origin in zip(self.start.shape.parts.items(), self.start(z.device), strict=True):
             factor = self.projections[suffix](z).reshape(*z.shape[:-1], *shape)
-            if self.gamma != 1 and len(self.projections) == 3 and i in outer:
+            if self.gamma != 1 and suffix in OUTER:
                 factor = factor * self.gamma
-            start = self.start(z.device)[i]
-            moved.append(factor if start is None else start.to(z.dtype) + factor)
+            moved.append(factor if origin is None else origin.to(z.dtype) + factor)
         left, *inner, right = moved
         if inner:
             with full_precision(z):

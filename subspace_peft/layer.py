@@ -107,6 +107,8 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def _here(self, adapters) -> list[str]:
         here = [adapter for adapter in adapters if adapter in self.coordinates]
+        if len(here) < 2:
+            return here
         replacing = [adapter for adapter in here if any(c.replaces for c in self.coordinates[adapter].values())]
         if len(replacing) > 1:
             raise ValueError(

@@ -7,7 +7,7 @@ from math import prod, sqrt
 import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from .coordinates import COORDINATES, Coordinates, LowRank
 from .factored import operation
@@ -30,12 +30,14 @@ class Plan:
     def __init__(self, config: PeftConfig, targets: list[Target]):
         self.config, self.targets = config, targets
         self.shapes: dict[str, tuple[int, ...]] = {}  # of each target tensor
+        self.owners: dict[str, list[tuple[nn.Module, str]]] = {}  # the modules that hold it, and its path inside each
         self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # of what is projected for it, by suffix
         for target in targets:
             for path, name in target.tensors.items():
                 shape = tuple(target.module.get_parameter(path).shape)
                 if parts := COORDINATES[config.coordinates].parts(shape, config.rank, config.factors):
                     self.shapes[name], self.parts[name] = shape, parts
+                    self.owners.setdefault(name, []).append((target.module, path))
         self._check_coordinates()
         if config.replace_weight:
             self._check_replaced()
@@ -64,11 +66,11 @@ class Plan:
                 )
 
     def _check_replaced(self) -> None:
-        for target in self.targets:
-            for path, name in target.tensors.items():
-                if name in self.shapes and (path != "weight" or operation(target.module) is None):
-                    groups = getattr(target.module, "groups", 1)
-                    kind = f"{type(target.module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
+        for name, owners in self.owners.items():
+            for module, path in owners:
+                if path != "weight" or operation(module) is None:
+                    groups = getattr(module, "groups", 1)
+                    kind = f"{type(module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
                     raise ValueError(
                         "`replace_weight` must be given modules that run as two smaller ones (Linear, Conv1D, Conv1d "
                         f"to Conv3d without groups, Embedding): `{name}` is of {kind}; leave that module out, or add "
@@ -117,7 +119,9 @@ class Plan:
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
-        pieces = Pieces([prod(part) for parts in self.parts.values() for part in parts.values()])
+        pieces = None
+        if config.projection == "identity":
+            pieces = Pieces([prod(part) for parts in self.parts.values() for part in parts.values()])
         offset = column = 0
         for name, parts in self.parts.items():
             projections = {}
@@ -134,7 +138,7 @@ class Plan:
                     version=config.projection_version,
                     cache=config.cache_projection,
                     given=given,
-                    pieces=pieces if config.projection == "identity" else None,
+                    pieces=pieces,
                 )
                 projections[suffix] = PROJECTIONS[config.projection](block)
                 offset += block.n
@@ -166,9 +170,9 @@ class Plan:
         shape = Shape.of(self.shapes[name], config.rank, config.factors)
         start = kind(name, shape, config.alpha / config.rank, config.seed, config.projection_version)
         if config.expected_fingerprint is None or kind is not TruncatedSVD:  # of a saved adapter that is in its file
-            owner, path = next((t, p) for t in self.targets for p, of in t.tensors.items() if of == name)
-            with align_module_device(owner.module):
-                start.measure(owner.module.get_parameter(path))
+            module, path = self.owners[name][0]
+            with align_module_device(module):
+                start.measure(module.get_parameter(path))
         return start
 
 

@@ -15,6 +15,9 @@ from .philox import Philox
 Factors = tuple[Tensor | None, ...]
 """Left, inner where there are three, right; None is zero."""
 
+OUTER = (".U", ".V")
+"""Suffixes of the outer two of three factors."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -71,8 +74,22 @@ class Start(ABC):
         """Of the tensors in `state`."""
         return {}
 
+    def saved(self) -> dict[str, Tensor]:
+        """What the adapter's file must hold, beside theta_d.
+
+        Raises:
+            ValueError: if it was to come with such a file, and did not.
+        """
+        if self.state is None:
+            raise ValueError(
+                f"The start of the factors of `{self.name}` must come with the adapter's file, and was not read. "
+                "transformers' own load_adapter takes theta_d alone: use PeftModel.from_pretrained(model, dir). A "
+                "config that was used before is of that adapter: for a new one make a new SubspaceConfig."
+            )
+        return self.state
+
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take that from an adapter's file instead."""
+        """Take it from an adapter's file instead of from the base."""
         self.state = state
         self._drawn.clear()
 
@@ -82,18 +99,10 @@ class Start(ABC):
 
     def __call__(self, device: torch.device) -> Factors:
         if device not in self._drawn:
-            if self.state is None:
-                raise self.missing()
+            self.saved()
             with torch.inference_mode(False), torch.no_grad():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]
-
-    def missing(self) -> ValueError:
-        return ValueError(
-            f"The start of the factors of `{self.name}` must come with the adapter's file, and was not read. "
-            "transformers' own load_adapter takes theta_d alone: use PeftModel.from_pretrained(model, dir). A config "
-            "that was used before is of that adapter: for a new one make a new SubspaceConfig."
-        )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_drawn": {}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ class Pieces:
 
     def __init__(self, sizes: list[int]):
         self.sizes = sizes
+        self._offsets = [0, *accumulate(sizes[:-1])]
         self._cut_at: tuple[int, ...] = ()
         self._pieces: dict[int, Tensor] = {}
 
@@ -28,12 +31,11 @@ class Pieces:
         now = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # another after each step of an optimiser
         if now != self._cut_at:
             pieces = theta_d.split(self.sizes)
-            offsets = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-            self._cut_at, self._pieces = now, dict(zip(offsets, pieces, strict=False))
+            self._cut_at, self._pieces = now, dict(zip(self._offsets, pieces, strict=True))
         return self._pieces[offset]
 
     def __getstate__(self) -> dict:
-        return {"sizes": self.sizes, "_cut_at": (), "_pieces": {}}
+        return self.__dict__ | {"_cut_at": (), "_pieces": {}}
 
 
 class Identity(Projection):
