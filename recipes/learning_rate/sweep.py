@@ -1,6 +1,6 @@
 """Which learning rate theta_d wants: accuracy by rate and d, with the default normalisation and AdamW.
 
-    python recipes/learning_rate/sweep.py [--lr 1e-4 ...] [--d 64 ...] [--seed 0 1 2] [--output <folder>]
+    python recipes/learning_rate/sweep.py [--lr 1e-4 ...] [--d 64 ...] [--seed 0 1 2] [--epochs 8] [--output <folder>]
 
 Two networks, a convolutional one and a small transformer, are trained on scikit-learn's digits 0 to 4; each is then
 fine-tuned on the digits 5 to 9 under a new head: theta_d at the rates of the grid, the head at a rate of its own.
@@ -108,7 +108,7 @@ def pretrained(network: str) -> nn.Module:
     return model
 
 
-def fine_tune(base: nn.Module, network: str, method: str, lr: float, d: int, seed: int) -> float:
+def fine_tune(base: nn.Module, epochs: int, network: str, method: str, lr: float, d: int, seed: int) -> float:
     """Accuracy on the digits 5 to 9 of a copy of `base` under a new head drawn from the seed."""
     model, head = copy.deepcopy(base), NETWORKS[network][1]
     torch.manual_seed(seed)
@@ -125,11 +125,11 @@ def fine_tune(base: nn.Module, network: str, method: str, lr: float, d: int, see
             rest = [p for name, p in model.named_parameters() if not name.startswith(f"{head}.")]
             groups.append({"params": rest, "lr": lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    fit(model, optimizer, half("train", 5), EPOCHS, seed)
+    fit(model, optimizer, half("train", 5), epochs, seed)
     return accuracy(model, half("test", 5))
 
 
-def sweep(grid: list[tuple], file: Path) -> list[dict]:
+def sweep(grid: list[tuple], epochs: int, file: Path) -> list[dict]:
     """Every run of the grid that `file` lacks; the file is written after each."""
     results = json.loads(file.read_text())["runs"] if file.exists() else []
     done = {tuple(run[key] for key in KEYS) for run in results}
@@ -137,8 +137,8 @@ def sweep(grid: list[tuple], file: Path) -> list[dict]:
     bases = cache(pretrained)
     file.parent.mkdir(parents=True, exist_ok=True)
     for run in tqdm(missing, unit="run"):
-        results.append(dict(zip(KEYS, run, strict=True)) | {"accuracy": fine_tune(bases(run[0]), *run)})
-        record = {"epochs": EPOCHS, "batch": BATCH, "head_lr": HEAD_LR, "runs": results, **environment.record()}
+        results.append(dict(zip(KEYS, run, strict=True)) | {"accuracy": fine_tune(bases(run[0]), epochs, *run)})
+        record = {"epochs": epochs, "batch": BATCH, "head_lr": HEAD_LR, "runs": results, **environment.record()}
         draft = file.with_suffix(".draft")
         draft.write_text(json.dumps(record, indent=1) + "\n")
         draft.replace(file)
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--d", nargs="+", type=int, default=list(DIMENSIONS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of fine-tuning; others are kept in files apart")
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,9 +202,10 @@ def main() -> None:
         grid += [(network, "head", 0.0, 0, seed) for seed in options.seed]
         grid += [(network, "full", lr, 0, seed) for lr in options.lr for seed in options.seed]
         grid += [(network, "subspace", lr, d, seed) for d in options.d for lr in options.lr for seed in options.seed]
-    results = sweep(grid, options.output / "results" / "sweep.json")
+    name = "sweep" if options.epochs == EPOCHS else f"sweep_{options.epochs}_epochs"
+    results = sweep(grid, options.epochs, options.output / "results" / f"{name}.json")
     print(text(results))
-    print(f"load {os.getloadavg()[0]:.1f}; figure: {plot(results, options.output / 'plots' / 'sweep.png')}")
+    print(f"load {os.getloadavg()[0]:.1f}; figure: {plot(results, options.output / 'plots' / f'{name}.png')}")
 
 
 if __name__ == "__main__":
