@@ -187,7 +187,7 @@ def plot(results: list[dict], file: Path) -> Path:
     return file
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--lr", nargs="+", type=float, default=list(RATES))
@@ -195,8 +195,7 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of fine-tuning; others are kept in files apart")
     parser.add_argument("--output", type=Path, default=FOLDER)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser.parse_args(arguments)
     grid = []
     for network in options.network:
         grid += [(network, "head", 0.0, 0, seed) for seed in options.seed]
@@ -209,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
