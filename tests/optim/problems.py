@@ -76,3 +76,23 @@ PROBLEMS = {
     "rosenbrock": Problem("rosenbrock", lambda: torch.tensor([-1.2, 1.0]), rosenbrock),
     "network": Problem("network", lambda: torch.zeros(30), lambda x: cross_entropy(network(x), LABELS[:300]), network),
 }
+
+
+def vector(*numbers: float, dtype=torch.float64) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(numbers, dtype=dtype))
+
+
+class Closure:
+    """A closure that notes whether each of its evaluations had gradients."""
+
+    def __init__(self, x, loss, always_backward: bool = False):
+        self.x, self.loss, self.always_backward = x, loss, always_backward
+        self.calls: list[str] = []
+
+    def __call__(self):
+        self.calls.append("gradient" if torch.is_grad_enabled() else "forward")
+        self.x.grad = None
+        loss = self.loss(self.x)
+        if torch.is_grad_enabled() or self.always_backward:
+            loss.backward()
+        return loss

@@ -1,34 +1,11 @@
-"""P-BFGS and P+-BFGS: equations (13) and (14), and the rules where the paper leaves a choice."""
+"""P-BFGS: what a step evaluates and where it ends, and the rules where the paper leaves a choice."""
 
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from subspace_peft.optim import PBFGS, Armijo, PPlusBFGS, Step
-from subspace_peft.optim.bfgs import updated
-from tests.optim.problems import PROBLEMS, quadratic, quadratic_matrix, rosenbrock
-
-
-def vector(*numbers: float, dtype=torch.float64) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.tensor(numbers, dtype=dtype))
-
-
-class Closure:
-    """A closure that notes whether each of its evaluations had gradients."""
-
-    def __init__(self, x, loss, always_backward: bool = False):
-        self.x, self.loss, self.always_backward = x, loss, always_backward
-        self.calls: list[str] = []
-
-    def __call__(self):
-        self.calls.append("gradient" if torch.is_grad_enabled() else "forward")
-        self.x.grad = None
-        loss = self.loss(self.x)
-        if torch.is_grad_enabled() or self.always_backward:
-            loss.backward()
-        return loss
+from subspace_peft.optim import PBFGS, Armijo, Step
+from tests.optim.problems import Closure, quadratic, quadratic_matrix, rosenbrock, vector
 
 
 def exact(evaluate, loss, slope) -> Step:
@@ -38,74 +15,7 @@ def exact(evaluate, loss, slope) -> Step:
     return Step(alpha, evaluate(alpha), 2)
 
 
-# ------------------------------------------------------------------------------------------------------- the search
-
-
-def test_armijo_takes_the_first_that_meets_the_condition():
-    tried = []
-
-    def loss(alpha):
-        tried.append(alpha)
-        return (alpha - 0.25) ** 2
-
-    # slope -0.5, c = 0.4: (a - 0.25)^2 <= 0.0625 - 0.2 a, that is a <= 0.3
-    assert Armijo(c=0.4, beta=0.5)(loss, 0.0625, -0.5) == Step(0.25, 0.0, 3)
-    assert tried == [1.0, 0.5, 0.25]
-    assert Armijo(c=0.4, beta=0.5, max_trials=2)(loss, 0.0625, -0.5) is None
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_trial_that_is_not_finite_has_failed(bad):
-    assert Armijo(beta=0.5)(lambda alpha: bad if alpha > 0.3 else -1.0, 0.0, -1.0) == Step(0.25, -1.0, 3)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ({"c": 0.0}, "`c` must be between 0 and 1, got 0.0"),
-        ({"beta": 1.0}, "`beta` must be between 0 and 1, got 1.0"),
-        ({"beta": float("nan")}, "`beta` must be"),
-        ({"max_trials": 0}, "`max_trials` must be a whole number of at least 1, got 0"),
-        ({"max_trials": 2.5}, "`max_trials` must be"),
-    ],
-)
-def test_numbers_of_the_search(numbers, message):
-    with pytest.raises(ValueError, match=message):
-        Armijo(**numbers)
-
-
-# ------------------------------------------------------------------------------------------------------- the update
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 10**6), st.integers(1, 8), st.floats(1e-6, 1e6))
-def test_the_update_is_equation_13(seed, d, size):
-    generator = torch.Generator().manual_seed(seed)
-    root, s, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((d, d), d, d))
-    B, s, y = root @ root.T + torch.eye(d), s * size, y * size
-    found = updated(B, s, y)
-    if not y @ s > torch.finfo(s.dtype).eps * y.norm() * s.norm():
-        assert found is None
-        return
-    rho = 1 / (y @ s)
-    V = torch.eye(d, dtype=torch.float64) - rho * torch.outer(y, s)
-    expected = V.T @ B @ V + rho * torch.outer(s, s)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
-    assert torch.equal(found, found.T)
-    torch.testing.assert_close(found @ y, s, rtol=1e-6, atol=1e-8 * found.norm().item() * y.norm().item())
-
-
-@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
-def test_the_curvature_check_knows_no_scale(size):
-    B, s = torch.eye(2, dtype=torch.float64), torch.tensor([size, 0.0], dtype=torch.float64)
-    assert updated(B, s, s) is not None
-    assert updated(B, s, -s) is None
-    assert updated(B, s, s.flip(0)) is None
-    assert updated(B, s, s * float("nan")) is None
-    assert updated(B, torch.zeros_like(s), s) is None
-
-
-# ----------------------------------------------------------------------------------------------------- P-BFGS, a step
+# -------------------------------------------------------------------------------------------------------------- a step
 
 
 @pytest.mark.parametrize("curvature", ["same_batch", "next_batch"])
@@ -205,7 +115,7 @@ def test_step_returns_the_loss_before_it():
     assert PBFGS([x]).step(lambda: (flat(x).backward() if torch.is_grad_enabled() else None, flat(x).item())[1]) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------- rules
+# --------------------------------------------------------------------------------------------------------------- rules
 
 
 def only_at(x, point, loss):
@@ -272,7 +182,7 @@ def test_rounding_of_the_loss_stops_nothing():
     assert (x - 1).abs().max().item() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -317,67 +227,3 @@ def test_closures_that_do_not_do_their_part(returned, error, message):
     with pytest.raises(error, match=message):
         PBFGS([x]).step(lambda: returned(x))
     assert x.tolist() == [1.0, 2.0]
-
-
-# ----------------------------------------------------------------------------------------------------------- P+-BFGS
-
-
-def columns() -> torch.Tensor:
-    P, _ = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    return P
-
-
-def test_a_step_of_pplus_is_the_papers():
-    """w + P s - lr m, s that of P-BFGS in the subspace, m the momentum of the gradient outside of it."""
-    P, lr, momentum = columns(), 0.02, 0.7
-    weights, theta_d = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)), vector(0.0, 0.0)
-    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x], lr=lr, momentum=momentum)
-    alone = vector(0.0, 0.0)
-    inside = PBFGS([alone])
-    m = torch.zeros(6, dtype=torch.float64)
-    for _ in range(4):
-        w = (weights + P @ theta_d).detach()
-        g = torch.func.grad(quadratic)(w)
-        m = momentum * m + g - P @ (P.T @ g)
-        base = weights.detach().clone()
-        inside.step(Closure(alone, lambda x, base=base: quadratic(base + P @ x)))
-        optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + P @ theta_d))
-        torch.testing.assert_close(theta_d, alone)
-        torch.testing.assert_close(weights, base - lr * m)
-        assert (P.T @ weights).abs().max().item() < 1e-12  # the subspace is theta_d's alone
-
-
-def test_pplus_steps_outside_where_there_is_no_step_inside():
-    P, theta_d = columns(), vector(0.0, 0.0)
-    weights = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
-    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x], search=lambda evaluate, loss, slope: None)
-    with pytest.warns(UserWarning, match="No step"):
-        optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + P @ theta_d))
-    assert not theta_d.any()
-    assert weights.abs().max().item() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lift": lambda x: [2 * columns() @ x]}, "orthonormal columns, it stretches a vector by 2"),
-        ({"lift": lambda x: [x]}, "`lift` must return tensors shaped as `weights`, \\[\\[6\\]\\], got \\[\\[2\\]\\]"),
-        ({"weights": [torch.zeros(6)]}, "`weights` must be float32 or float64 and require gradients"),
-        ({"momentum": 1.0}, "`momentum` must be at least 0 and below 1, got 1.0"),
-        ({"params": [vector(0.0), vector(0.0)]}, "PPlusBFGS must be given theta_d alone"),
-    ],
-)
-def test_arguments_of_pplus(changes, message):
-    good = {"params": [vector(0.0, 0.0)], "lift": lambda x: [columns() @ x]}
-    good["weights"] = [torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))]
-    PPlusBFGS(**good)
-    with pytest.raises(ValueError, match=message):
-        PPlusBFGS(**good | changes)
-
-
-def test_pplus_needs_a_gradient_on_every_weight():
-    P, theta_d = columns(), vector(0.0, 0.0)
-    weights = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
-    optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x])
-    with pytest.raises(ValueError, match="none is on one|there is none on one of shape \\[6\\]"):
-        optimizer.step(Closure(theta_d, lambda x: quadratic(P @ x)))
