@@ -1,7 +1,6 @@
 """find_dimension on curves whose d is known: step functions, noisy ones, and everything that goes wrong."""
 
 import importlib
-import json
 import math
 import sys
 
@@ -12,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from subspace_peft.measure import RunError, find_dimension, success_probability
-from subspace_peft.measure.curve import Curve
-
-
-def step(truth: int):
-    return lambda d, seed: float(d >= truth)
+from subspace_peft.measure import RunError, success_probability
+from tests.measure.cases import Flaky, find, step
 
 
 def probit(truth: int, width: float, probability: float, seed: int):
@@ -26,11 +21,7 @@ def probit(truth: int, width: float, probability: float, seed: int):
     return lambda d, seed: float(generator.random() < norm.cdf(math.log(d / (truth - 0.5)) / width + quantile))
 
 
-def find(train, *arguments, **options):
-    return find_dimension(train, *arguments, **{"progress": False, "threshold": 0.5} | options)
-
-
-# ------------------------------------------------------------------------------------------- step functions
+# ------------------------------------------------------------------------------------------------------ step functions
 
 
 @settings(max_examples=15)
@@ -97,7 +88,7 @@ def test_the_search_is_the_same_every_time():
     assert (first.d, first.interval) == (second.d, second.interval)
 
 
-# ---------------------------------------------------------------------------------------------------- noise
+# --------------------------------------------------------------------------------------------------------------- noise
 
 
 @pytest.mark.parametrize(
@@ -122,22 +113,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(width, options):
     assert np.mean(runs) < 45
 
 
-def test_the_quantiles_are_those_of_a_fine_grid():
-    """Bayes' rule by brute force: 2000 values of ln d_p, in which the ends of every interval are known to 0.4 %."""
-    curve = Curve(probability=0.7, d_min=10, d_max=1000, resolution=0.1)
-    d, success = np.array([10, 20, 40, 80, 60, 70, 70, 60]), np.array([0, 0, 0, 1, 0, 1, 0, 1])
-    x = np.linspace(math.log(5), math.log(2000), 2001)
-    x = (x[1:] + x[:-1]) / 2
-    s = np.geomspace(0.025, 0.5, 10)
-    p = 0.01 + 0.98 / (1 + np.exp(-(np.log(d)[:, None, None] - x[:, None]) / s - math.log(0.69 / 0.29)))
-    density = np.where(success[:, None, None], p, 1 - p).prod(0).sum(1)
-    below = np.cumsum(density) / density.sum()
-    for level in (0.025, 0.25, 0.5, 0.75, 0.975):
-        (found,) = curve.quantiles(d, success, [level])
-        assert found == pytest.approx(math.exp(np.interp(level, below, x)), rel=0.03)
-
-
-# ------------------------------------------------------------------------------------------- no d suffices
+# ------------------------------------------------------------------------------------------------------- no d suffices
 
 
 def test_a_threshold_that_no_d_reaches_says_so_with_the_best_seen():
@@ -196,20 +172,7 @@ def test_progress(capsys):
     assert "run/s" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------- runs that raise, and resuming
-
-
-class Flaky:
-    """Raises at its n-th call, once."""
-
-    def __init__(self, n: int, truth: int = 187):
-        self.n, self.truth, self.calls = n, truth, []
-
-    def __call__(self, d, seed):
-        self.calls.append((d, seed))
-        if len(self.calls) == self.n:
-            raise ArithmeticError("the loss is gone")
-        return float(d >= self.truth)
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_run_that_raises_is_named_and_the_others_are_kept():
@@ -225,95 +188,6 @@ def test_a_run_that_raises_is_named_and_the_others_are_kept():
 def test_no_number_is_a_run_that_failed(returned):
     with pytest.raises(RunError, match="The run of d = 1, seed = 0 failed"):
         find(lambda d, seed: returned, d_max=10)
-
-
-@pytest.mark.parametrize("n", [1, 5, 14, 20])
-def test_a_search_goes_on_from_its_file_and_repeats_no_run(n, tmp_path):
-    file, flaky = tmp_path / "search.jsonl", Flaky(n)
-    with pytest.raises(RunError, match="runs before it are kept in .*search.jsonl', with which the same call goes on"):
-        find(flaky, d_max=1000, file=file)
-    assert len(file.read_text().splitlines()) == n
-    found, whole = find(flaky, d_max=1000, file=file), find(step(187), d_max=1000)
-    assert len(flaky.calls) == found.cost.runs + 1
-    assert flaky.calls[n - 1] == flaky.calls[n]
-    assert len(set(flaky.calls)) == found.cost.runs
-    pd.testing.assert_frame_equal(found.runs.drop(columns="seconds"), whole.runs.drop(columns="seconds"))
-    assert (found.d, found.interval) == (whole.d, whole.interval)
-
-
-def test_a_search_that_ended_makes_no_run_and_goes_on_for_a_finer_resolution(tmp_path):
-    file = tmp_path / "search.jsonl"
-    first = find(step(187), d_max=1000, file=str(file))
-    again = find(Flaky(1), d_max=1000, file=file)
-    pd.testing.assert_frame_equal(first.runs, again.runs)
-    fine = find(step(187), d_max=1000, file=file, resolution=0)
-    assert fine.interval == (187, 187)
-    pd.testing.assert_frame_equal(fine.runs[: first.cost.runs], first.runs)
-
-
-def test_runs_without_a_number_are_in_the_file(tmp_path):
-    file, train = tmp_path / "search.jsonl", lambda d, seed: math.nan if d < 8 else 1.0
-    first = find(train, d_max=100, file=file)
-    assert all(json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines())
-    pd.testing.assert_frame_equal(find(train, d_max=100, file=file).runs, first.runs)
-
-
-def test_half_a_line_of_a_process_that_was_killed_is_taken_off(tmp_path):
-    file = tmp_path / "search.jsonl"
-    first = find(step(187), d_max=1000, file=file)
-    whole = file.read_bytes()
-    for cut in (3, len(whole) - 1, len(whole) - 20, 40):
-        file.write_bytes(whole[:cut])
-        again = find(step(187), d_max=1000, file=file)
-        pd.testing.assert_frame_equal(again.runs.drop(columns="seconds"), first.runs.drop(columns="seconds"))
-        assert len(file.read_bytes().splitlines()) == len(whole.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": 0.6}, "`file` must be of a search with `threshold` 0.6, .* is of one with 0.5; give another"),
-        ({"d_max": 999}, "`file` must be of a search with `d_max` 999, .* is of one with 1000"),
-        ({"d_min": 2}, "`file` must be of a search with `d_min` 2"),
-        ({"probability": 0.9}, "`file` must be of a search with `probability` 0.9"),
-        ({"larger_is_better": False}, "`file` must be of a search with `larger_is_better` False"),
-    ],
-)
-def test_the_file_of_another_search_is_an_error(options, message, tmp_path):
-    file, flaky = tmp_path / "search.jsonl", Flaky(1)
-    find(step(187), d_max=1000, file=file)
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=message):
-        find(flaky, **{"d_max": 1000, "file": file} | options)
-    assert not flaky.calls
-    assert file.read_bytes() == before
-
-
-def test_the_file_of_another_version_is_an_error(tmp_path):
-    file = tmp_path / "search.jsonl"
-    find(step(187), d_max=1000, file=file)
-    file.write_text(file.read_text().replace('"subspace_peft.measure": 1', '"subspace_peft.measure": 2'))
-    with pytest.raises(ValueError, match=r"`file` must be of version 1, .* is of version 2; give another `file`, or"):
-        find(step(187), d_max=1000, file=file)
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [("notes of mine", 1), ("notes of mine\n", 1), ('{"d": 1}\n', 1), ("[1, 2]\n", 1), ("{header}5\n", 2),
-     ('{header}{"d": 1}\n', 2), ('{header}{"d": 1, "seed": 0, "metric": 0.1, "seconds": 1}\n?\n', 3)],
-)  # fmt: skip
-def test_a_file_that_is_no_search_is_an_error_and_left_alone(text, line, tmp_path):
-    file = tmp_path / "search.jsonl"
-    find(step(1), d_max=1000, file=file)
-    header = file.read_text().splitlines(keepends=True)[0]
-    file.write_text(text.replace("{header}", header))
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"`file` must be that of a search, line {line} of .* is not"):
-        find(step(1), d_max=1000, file=file)
-    assert file.read_bytes() == before
-
-
-# --------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -353,19 +227,3 @@ def test_without_pandas_the_error_says_what_to_install(monkeypatch):
 def test_train_must_be_a_function():
     with pytest.raises(ValueError, match="`train` must be a function of d and seed that returns a metric, got 0.9"):
         find(0.9, d_max=10)
-
-
-def test_a_folder_that_is_not_there_is_an_error_before_any_run(tmp_path):
-    flaky = Flaky(1)
-    with pytest.raises(FileNotFoundError):
-        find(flaky, d_max=10, file=tmp_path / "nowhere" / "search.jsonl")
-    assert not flaky.calls
-
-
-def test_a_file_that_two_processes_wrote_is_an_error(tmp_path):
-    file = tmp_path / "search.jsonl"
-    find_dimension(lambda d, seed: float(d >= 5), 0.5, d_max=20, file=file, progress=False)
-    header, *runs = file.read_text().splitlines()
-    file.write_text("\n".join([header, *runs, *runs]) + "\n")
-    with pytest.raises(ValueError, match="two processes wrote to it at once"):
-        find_dimension(lambda d, seed: float(d >= 5), 0.5, d_max=20, file=file, progress=False)
