@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from subspace_peft import SubspaceConfig
+from subspace_peft import SubspaceConfig, Trajectory
 from subspace_peft.adapter_file import find_vectors, unique_coordinates
 
 
@@ -344,6 +344,47 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert list(after) == list(before)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, atol=1e-12, rtol=1e-9):
+    """Numbers or tensors, in double precision."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+
+
+SHAPES = {name: tuple(p.shape) for name, p in MLP().named_parameters()}
+D = 114  # entries of MLP
+
+
+def walk(t=9, scale=0.1, dtype=torch.float32, seed=0):
+    """t samples of MLP's weights, [D, t]: a drift and noise of falling size, around weights of size 1."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(D, generator=generator, dtype=torch.float64)
+    drift, samples = torch.randn(D, generator=generator, dtype=torch.float64), []
+    for i in range(t):
+        samples.append(w.to(dtype))
+        w = w + scale * (drift + torch.randn(D, generator=generator, dtype=torch.float64)) / (i + 1)
+    return torch.stack(samples, 1)
+
+
+def write(folder, W):
+    """The columns of W as samples, from a model that has them as weights."""
+    trajectory = Trajectory(folder)
+    model = MLP().to(W.dtype)
+    for w in W.T:
+        nn.utils.vector_to_parameters(w, model.parameters())
+        trajectory.add(model)
+    return trajectory
+
+
+def flat(tensors):
+    """[D], or [D, d] of a basis."""
+    d = next(iter(tensors.values())).shape[len(SHAPES[next(iter(tensors))]) :]
+    return torch.cat([tensor.reshape(-1, *d) for tensor in tensors.values()])
 
 
 class Allocations(TorchDispatchMode):

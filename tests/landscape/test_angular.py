@@ -19,10 +19,7 @@ from subspace_peft.landscape import (
     radii,
     random_lowest_losses,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.cases import normal
 
 
 def sphere(D: int) -> torch.Tensor:

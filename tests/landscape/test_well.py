@@ -13,10 +13,7 @@ from subspace_peft.landscape import (
     random_lowest_losses,
     success,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.cases import normal
 
 
 def test_the_ellipsoid_is_the_sublevel_set():
