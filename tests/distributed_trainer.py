@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from subspace_peft import SubspaceTrainer
 from subspace_peft.full_space import full_space
@@ -74,6 +75,21 @@ def arguments(folder, steps=STEPS, batch=ROWS, **changes) -> TrainingArguments:
     )  # fmt: skip
 
 
+def trainer(model, args, optimizer: Callable | None = None, cls=SubspaceTrainer, **kwargs) -> Trainer:
+    """With `optimizer`, a function of the trained vector, through `optimizers=`."""
+    if optimizer is not None:
+        kwargs["optimizers"] = (optimizer([theta_d(model)]), None)
+    return cls(model=model, args=args, train_dataset=Rows(), **kwargs)
+
+
+def logged(run: Trainer, key: str = "loss") -> list[float]:
+    return [float(entry[key]) for entry in run.state.log_history if key in entry]
+
+
+def calls(model) -> list[bool]:
+    return model.get_base_model().calls
+
+
 def pplus_bfgs(model: nn.Module) -> torch.optim.Optimizer:
     weights, lift = full_space(model)
     return PPlusBFGS([theta_d(model)], weights, lift, lr=0.5)
@@ -94,13 +110,12 @@ def by_trainer(kind: str, processes: int = 1) -> dict:
     optimizers = (OPTIMIZERS[kind](model), None)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, batch=ROWS // parts // processes, gradient_accumulation_steps=parts)
-        run = SubspaceTrainer(model, args, train_dataset=Rows(), optimizers=optimizers)
+        run = trainer(model, args, optimizers=optimizers)
         run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     base = model.get_base_model()
     with torch.no_grad():
         weight = base.first.base_layer.weight.flatten().tolist()
-    return {"theta_d": theta_d(model).tolist(), "weight": weight, "calls": base.calls, "losses": losses}
+    return {"theta_d": theta_d(model).tolist(), "weight": weight, "calls": calls(model), "losses": logged(run)}
 
 
 def by_accelerate(process: int = 0, processes: int = 1) -> dict:

@@ -1,0 +1,239 @@
+"""What an update of SubspaceTrainer evaluates: one function, the loss of Trainer, none too often; or it is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.optim import LBFGS
+from transformers import TrainerCallback
+
+from subspace_peft import SubspaceTrainer
+from subspace_peft.optim import PBFGS
+from tests import distributed_trainer as distributed
+from tests.cases import BY_NAME, theta_d, wrap
+from tests.distributed_trainer import Rows, arguments, calls, logged, net, trainer
+
+
+# accelerate tells the loader to pin memory where there is no accelerator
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+
+
+class Probe(torch.optim.Optimizer):
+    """Evaluates as a line search does, records what it got, then makes a step down the gradient."""
+
+    needs_closure = True
+
+    def __init__(self, params, lr=0.1, trials=3, record=None):
+        super().__init__(params, {"lr": lr})
+        self.trials, self.record = trials, record if record is not None else []
+
+    @torch.no_grad()
+    def step(self, closure):
+        (theta_d,) = self.param_groups[0]["params"]
+        theta_d.grad = None
+        with torch.enable_grad():
+            seen = [(closure().item(), theta_d.grad.clone())]
+        start = theta_d.clone()
+        for _ in range(self.trials):
+            theta_d.add_(1.0)
+            closure()
+            theta_d.copy_(start)
+        if self.trials:
+            seen.append((closure().item(), seen[0][1]))
+            with torch.enable_grad():
+                seen.append((closure().item(), theta_d.grad.clone()))
+        self.record.append(seen)
+        theta_d.sub_(seen[0][1], alpha=self.param_groups[0]["lr"])
+
+
+class Logits(torch.optim.Optimizer):
+    """Needs the logits and their graph, as ClassGradientNewton does."""
+
+    needs_closure = needs_logits = True
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.record = []
+
+    def step(self, closure):
+        (theta_d,) = self.param_groups[0]["params"]
+        loss, logits, labels = closure()
+        (gradient,) = torch.autograd.grad(loss, theta_d, retain_graph=True)
+        assert torch.autograd.grad(logits[:, 0].sum(), theta_d)[0].any()
+        self.record.append((loss.item(), F.cross_entropy(logits, labels).item(), gradient))
+        with torch.no_grad():
+            theta_d.sub_(gradient, alpha=self.param_groups[0]["lr"])
+
+
+def test_losses_per_token_are_accumulated_as_in_trainer(tmp_path):
+    """A causal model is told how many tokens the update has: labels are ragged, the mean of means is another."""
+
+    class Text(Rows):
+        def __getitem__(self, i):
+            tokens = torch.randint(3, 23, (6,), generator=torch.Generator().manual_seed(i))
+            return {"input_ids": tokens, "labels": tokens.where(torch.arange(6) < 2 + i % 4, -100)}
+
+    found = []
+    for size in (16, 4):
+        record = []
+        model = wrap(BY_NAME["llama"])
+        args = arguments(tmp_path, batch=size, gradient_accumulation_steps=16 // size)
+        optimizers = (Probe([theta_d(model)], record=record), None)
+        run = SubspaceTrainer(model=model, args=args, train_dataset=Text(), optimizers=optimizers)
+        run.train()
+        found.append((record, logged(run)))
+    (whole, losses), (parts, _) = found
+    for one, other in zip(whole, parts, strict=True):
+        for (loss, gradient), (loss_, gradient_) in zip(one, other, strict=True):
+            assert loss == pytest.approx(loss_, rel=1e-5)
+            torch.testing.assert_close(gradient, gradient_, rtol=1e-3, atol=1e-5)
+    assert losses == pytest.approx([step[0][0] for step in whole], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_trials_change_neither_dropout_nor_statistics(accumulation, tmp_path):
+    """One update sees one function, and what is left behind is what one evaluation leaves."""
+    found = []
+    for trials in (0, 3):
+        args = arguments(tmp_path, batch=4, gradient_accumulation_steps=accumulation)
+        model = net(dropout=0.5, norm=True)
+        probe = Probe([theta_d(model)], trials=trials)
+        run = trainer(model, args, optimizers=(probe, None))
+        run.train()
+        found.append((probe.record, logged(run), {name: b.clone() for name, b in model.named_buffers()}))
+    (plain, losses, buffers), (searched, losses_, buffers_) = found
+    for seen in searched:
+        for loss, gradient in seen[1:]:
+            assert loss == seen[0][0]
+            torch.testing.assert_close(gradient, seen[0][1], rtol=0, atol=0)
+    assert [seen[0][0] for seen in plain] == [seen[0][0] for seen in searched]
+    assert losses == losses_ == pytest.approx([seen[0][0] for seen in plain], rel=1e-3)
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, buffers_[name]), name
+    assert any("num_batches_tracked" in name and (b == 3 * accumulation).all() for name, b in buffers.items())
+
+
+def test_nothing_is_evaluated_twice(tmp_path):
+    model = net()
+    trainer(model, arguments(tmp_path), lambda params: Probe(params, trials=2)).train()
+    # trainer's own, two trials, the same point without and with gradients
+    assert calls(model) == 3 * [True, False, False, False, True]
+
+
+def test_an_evaluation_is_not_used_once_the_weights_moved(tmp_path):
+    class Move(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                theta_d(model).add_(0.5)
+
+    record = []
+    run = trainer(net(), arguments(tmp_path, steps=1), lambda params: Probe(params, record=record), callbacks=[Move()])
+    run.train()
+    (seen,) = record
+    assert seen[0][0] == seen[1][0] != pytest.approx(logged(run)[0], rel=1e-3)
+    assert torch.equal(seen[0][1], seen[2][1])
+
+
+def test_gradients_are_not_clipped(tmp_path):
+    record = []
+    run = trainer(net(), arguments(tmp_path), lambda params: Probe(params, record=record))
+    run.model.get_base_model().last.weight.data.mul_(100)
+    run.train()
+    norms = [seen[0][1].norm().item() for seen in record]
+    assert norms == pytest.approx(logged(run, "grad_norm"), rel=1e-3)
+    assert max(norms) > run.args.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("changed", ["label smoothing", "compute_loss_func"])
+def test_every_evaluation_has_the_loss_of_trainer(changed, tmp_path):
+    """Both take the labels out of the inputs."""
+    record = []
+    model, smoothing, kwargs = net(), 0.0, {}
+    if changed == "label smoothing":
+        smoothing = 0.2
+        model.config = SimpleNamespace(problem_type=None)
+    else:
+        kwargs["compute_loss_func"] = lambda outputs, labels, num_items_in_batch: (
+            F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch + 1
+        )
+    args = arguments(tmp_path, batch=8, gradient_accumulation_steps=2, label_smoothing_factor=smoothing)
+    run = trainer(model, args, lambda params: Probe(params, record=record), **kwargs)
+    run.train()
+    for seen in record:
+        assert seen[0][0] == seen[1][0] == seen[2][0]
+    assert logged(run) == pytest.approx([seen[0][0] for seen in record], rel=1e-3)
+
+
+def test_bf16_autocast(tmp_path):
+    record = []
+    run = trainer(net(), arguments(tmp_path, bf16=True), lambda params: Probe(params, record=record))
+    run.train()
+    assert theta_d(run.model).dtype == torch.float32
+    for seen in record:
+        assert seen[0][0] == seen[1][0] == seen[2][0]
+        assert torch.equal(seen[0][1], seen[2][1])
+    full = trainer(net(), arguments(tmp_path), lambda params: Probe(params))
+    full.train()
+    assert logged(run) != logged(full)
+    assert logged(run) == pytest.approx(logged(full), rel=2e-2)
+
+
+def test_an_optimiser_of_the_logits_has_their_graph(tmp_path):
+    model = net(dropout=0.5)
+    optimizer = Logits([theta_d(model)])
+    run = trainer(model, arguments(tmp_path), optimizers=(optimizer, None))
+    run.train()
+    assert calls(model) == 3 * [True]
+    assert [loss for loss, _, _ in optimizer.record] == pytest.approx(logged(run), rel=1e-3)
+    for loss, again, gradient in optimizer.record:
+        assert loss == pytest.approx(again, rel=1e-6)
+        assert gradient.any()
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def refuse(tmp_path, message, optimizer=LBFGS, settings=None, **changes):
+    run = trainer(net(), arguments(tmp_path, **changes), optimizer_cls_and_kwargs=(optimizer, settings or {}))
+    before = run.args.max_grad_norm
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert not theta_d(run.model).any()
+    assert run.args.max_grad_norm == before
+    return run
+
+
+def test_fp16_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    refuse(tmp_path, "`fp16` must be off with LBFGS: the gradient scaler")
+
+
+@pytest.mark.parametrize(("attribute", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+def test_sharding_is_refused(attribute, name, tmp_path):
+    run = trainer(net(), arguments(tmp_path), lambda params: LBFGS(params))
+    setattr(run, attribute, True)
+    with pytest.raises(ValueError, match=f"LBFGS must hold its parameters whole, and {name} shards them"):
+        run.create_optimizer()
+
+
+def test_what_would_not_act_is_refused(tmp_path):
+    refuse(tmp_path, "`max_grad_norm` must be 0 with LBFGS, got 0.5", max_grad_norm=0.5)
+    refuse(tmp_path, "`weight_decay` must be 0 with LBFGS, got 0.1", weight_decay=0.1)
+    accumulated = {"batch": 4, "gradient_accumulation_steps": 4}
+    refuse(tmp_path, "`gradient_accumulation_steps` must be 1 with Logits, got 4", Logits, **accumulated)
+
+
+def test_a_head_beside_theta_d_is_refused_by_pbfgs(tmp_path):
+    model = wrap(BY_NAME["bert"], target_modules="all-linear", task_type="SEQ_CLS")
+    run = trainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=(PBFGS, {}))
+    with pytest.raises(ValueError, match="PBFGS must be given theta_d alone"):
+        run.train()
+
+
+def test_checkpoints_without_the_base_are_refused(tmp_path):
+    model = net()
+    run = trainer(model, arguments(tmp_path, save_strategy="steps"), optimizers=(distributed.pplus_bfgs(model), None))
+    with pytest.raises(ValueError, match="`save_strategy` must be 'no' with PPlusBFGS, got 'steps'"):
+        run.train()
