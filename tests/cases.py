@@ -258,6 +258,22 @@ def wrap(case: Case, adapter_name: str = "default", **changes) -> PeftModel:
     return get_peft_model(case.model(), settings(**changes), adapter_name=adapter_name).eval()
 
 
+REPLACED = {"coordinates": "low_rank", "rank": 2, "replace_weight": True, "parameters": ["weight"], "d": 9}
+REPLACED_TARGETS = {
+    "mlp": ["fc1", "fc2"],
+    "convnet": ["conv1", "head"],
+    "embeddings": ["tokens", "mix"],
+    "tied": "all",
+    "gpt2": ["c_attn", "c_fc", "wte"],
+    "llama": "all-linear",
+}
+
+
+def replaced(name: str, **changes) -> PeftModel:
+    """The model of that case with weights replaced by factors."""
+    return wrap(BY_NAME[name], **{**REPLACED, "target_modules": REPLACED_TARGETS[name], **changes})
+
+
 def run(model: nn.Module, x: Tensor, **kwargs) -> Tensor:
     """The model's output as one tensor."""
     out = model(x, **kwargs)

@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig
 
 from subspace_peft import SubspaceConfig
+from tests.cases import REPLACED
 
 
 LOW_RANK = {"coordinates": "low_rank", "rank": 2}
@@ -93,3 +94,26 @@ def test_a_config_of_the_first_version_loads(tmp_path):
 def test_alpha_must_be_finite_and_not_zero(alpha):
     with pytest.raises(ValueError, match="`alpha` must be finite"):
         SubspaceConfig(d=3, coordinates="low_rank", rank=2, alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "`rank` must be an integer of at least 1"),
+        ({"rank": None}, "`rank` is needed"),
+        ({"replace_weight": "svd"}, "`replace_weight` must be True or False"),
+        ({"start": "zeros"}, "`start` must be one of svd, orthogonal, random"),
+        ({"start": "svd", "replace_weight": False}, "`start` belongs to replace_weight=True"),
+        ({"factors": 4}, "`factors` must be 2"),
+        ({"gamma": 0.1}, "`gamma` belongs to factors=3"),
+        ({"factors": 2.0}, "`factors` must be 2"),
+        ({"gamma": -1.0, "factors": 3}, "`gamma` must be a finite number of at least 0"),
+        ({"gamma": float("nan"), "factors": 3}, "`gamma` must be a finite number of at least 0"),
+        ({"gamma": "x", "factors": 3}, "`gamma` must be a finite number of at least 0, got 'x'"),
+        ({"gamma": True, "factors": 3}, "`gamma` must be a finite number of at least 0, got True"),
+        ({"coordinates": "weight", "rank": None}, "belong to coordinates='low_rank'"),
+    ],
+)
+def test_a_config_that_no_model_could_make_right(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"], **changes})

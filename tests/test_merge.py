@@ -5,12 +5,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from subspace_peft.starts import STARTS
 from tests.cases import (
     BY_NAME,
     assert_same_state,
     base_outputs,
     move,
     outputs,
+    replaced,
     settings,
     tensors,
     theta_d,
@@ -171,3 +173,39 @@ def test_disabling_unmerges_every_layer_first():
     model.merge_adapter()
     with model.disable_adapter():
         torch.testing.assert_close(outputs(model, case), base_outputs(case), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- of replaced weights
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+@pytest.mark.parametrize("name", ["convnet", "tied", "gpt2"])
+@pytest.mark.parametrize("start", STARTS)
+def test_the_base_comes_back(start, name):
+    case = BY_NAME[name]
+    model = replaced(name, start=start)
+    move(model)
+    before, weights = outputs(model, case), tensors(model)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), base_outputs(case))
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, case), before, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), base_outputs(case))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_same_state(model, weights)
+    assert torch.equal(outputs(model, case), before)
+    plain = model.unload()
+    assert torch.equal(outputs(plain, case), base_outputs(case))
+
+
+def test_a_merge_that_is_refused_changes_nothing():
+    model = replaced("mlp")
+    with torch.no_grad():
+        theta_d(model).fill_(torch.inf)
+    before = tensors(model)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert_same_state(model, before)
+    assert model.base_model.model.fc1._replaced == {}

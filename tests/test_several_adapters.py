@@ -2,10 +2,24 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_layer_status, get_model_status
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
-from tests.cases import BY_NAME, move, outputs, settings, theta_d, train, tree, wrap
+from subspace_peft import SubspaceConfig
+from tests.cases import (
+    BY_NAME,
+    REPLACED,
+    assert_same_state,
+    move,
+    outputs,
+    replaced,
+    settings,
+    tensors,
+    theta_d,
+    train,
+    tree,
+    wrap,
+)
 
 
 ADAPTERS = {
@@ -207,3 +221,21 @@ def test_hotswapping_is_refused_by_peft(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but SUBSPACE_PEFT was passed"):
         hotswap_adapter(model, tmp_path / "one", "one")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [LoraConfig(r=2), AdaLoraConfig(init_r=2, target_r=1, total_step=9)],
+)
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a .peft_config")
+def test_a_module_holds_adapters_of_one_type(other):
+    other.target_modules = {"fc1"}
+    ours = SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"]})
+    theirs = get_peft_model(BY_NAME["mlp"].model(), other)
+    with pytest.raises(ValueError, match="adapters of one PEFT type"):
+        get_peft_model(theirs.base_model.model, ours)
+    model = replaced("mlp")
+    before = tensors(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("theirs", other)
+    assert_same_state(model, before)

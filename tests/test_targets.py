@@ -7,11 +7,13 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 
+from subspace_peft import SubspaceConfig
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.layer import SubspaceLayer
 from tests.cases import (
     BY_NAME,
     MLP,
+    REPLACED,
     Bare,
     assert_same_state,
     base_outputs,
@@ -217,3 +219,21 @@ def test_a_batch_norm_under_two_names_has_one_set_of_statistics(tmp_path):
     assert type(plain[1]) is nn.BatchNorm1d
     assert plain[1] is plain[3]
     torch.testing.assert_close(plain(x), adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "changes", "message"),
+    [
+        ("mlp", "all", {"rank": 5}, "`rank` must be at most the smaller dimension, 4 for `fc2.weight`"),
+        ("convnet", ["conv2"], {}, "`conv2.weight` is of Conv2d of 2 groups"),
+        ("recurrent", "all", {"parameters": None}, "must be given modules that run as two smaller ones"),
+        ("attention", "all", {"parameters": None}, "must be given modules that run as two smaller ones"),
+        ("norms", "all", {}, "need target tensors of two or more dimensions"),
+    ],
+)
+def test_modules_that_do_not_fit(name, targets, changes, message):
+    model = BY_NAME[name].model()
+    before = tensors(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, SubspaceConfig(**{**REPLACED, "target_modules": targets, **changes}))
+    assert_same_state(model, before)
