@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, kstest
 
 from subspace_peft.landscape import (
     affine_distance,
@@ -73,30 +74,38 @@ def test_success_is_the_share_of_runs_at_or_below_epsilon():
     assert fewer.shape == (2, 6, 3)
 
 
+def assert_affine_distances(squares: torch.Tensor, D: int, n: int) -> None:
+    """Of a point to the span of n and d random directions: its squared cosine with the rest is Beta distributed.
+
+    Args:
+        squares: [runs, D + 1], by d.
+    """
+    threshold = affine_threshold(D, n)
+    assert squares[:, threshold:].max() < 1e-18 < squares[:, threshold - 1].min()
+    for d in range(threshold):
+        exact = beta((D - n - d) / 2, (n + d) / 2)
+        assert affine_distance(D, n, d) ** 2 == pytest.approx(exact.mean(), rel=1e-12)
+        assert squares[:, d].mean().item() == pytest.approx(exact.mean(), abs=4 * exact.std() / len(squares) ** 0.5)
+        assert kstest(squares[:, d], exact.cdf).pvalue > 1e-3
+    assert affine_distance(D, n, threshold) == affine_distance(D, n, D) == 0
+
+
 def test_two_affine_subspaces_meet_from_their_threshold_on():
     """Both at random, neither along the axes."""
-    D, n, runs = 12, 5, 300
-    distances = torch.zeros(runs, D + 1, dtype=torch.float64)
-    for run in range(runs):
-        A, B, offset = normal(D, D, seed=run), normal(D, n, seed=run + 10**4), normal(D, seed=run + 10**5)
-        for d in range(D + 1):
-            both, _ = torch.linalg.qr(torch.cat([A[:, :d], B], 1))
-            distances[run, d] = ((offset - both @ (both.T @ offset)) / offset.norm()).norm()
-    threshold = affine_threshold(D, n)
-    assert distances[:, threshold:].max() < 1e-9 < distances[:, threshold - 1].min()
-    for d in (0, 3, threshold):
-        rms = distances[:, d].square().mean().sqrt().item()
-        assert rms == pytest.approx(affine_distance(D, n, d), rel=0.05, abs=1e-9)
+    D, n, runs = 12, 5, 1500
+    A, B, offset = normal(runs, D, D, seed=1), normal(runs, D, n, seed=2), normal(runs, D, 1, seed=3)
+    offset /= offset.norm(dim=1, keepdim=True)
+    squares = []
+    for d in range(D + 1):
+        both = torch.linalg.qr(torch.cat([A[..., :d], B], 2)).Q
+        squares.append((offset - both @ (both.mT @ offset)).square().sum((1, 2)))
+    assert_affine_distances(torch.stack(squares, 1), D, n)
 
 
 def test_a_flat_well_is_an_affine_subspace():
     D, n = 40, 15
     eigenvalues = torch.cat([torch.zeros(n), torch.ones(D - n)]).double()
-    distances = (2 * random_lowest_losses(eigenvalues, runs=50)).sqrt()
-    assert distances[:, D - n :].max() < 1e-12 < distances[:, D - n - 1].min()
-    for d in (0, 10, 20):
-        rms = distances[:, d].square().mean().sqrt().item()
-        assert rms == pytest.approx(affine_distance(D, n, d), rel=0.1)
+    assert_affine_distances(2 * random_lowest_losses(eigenvalues, runs=500), D, n)
 
 
 def test_what_a_well_refuses():
