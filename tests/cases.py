@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -360,6 +362,16 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert list(after) == list(before)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
+
+
+@contextmanager
+def refused(model: nn.Module, message: str) -> Iterator[None]:
+    """What is done inside is a ValueError, and the model stays as it was."""
+    before, shape = tensors(model), tree(model)
+    with pytest.raises(ValueError, match=message):
+        yield
+    assert tree(model) == shape
+    assert_same_state(model, before)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -16,11 +16,11 @@ from tests.cases import (
     REPLACED,
     REPLACED_TARGETS,
     Allocations,
-    assert_same_state,
     base_outputs,
     loss,
     move,
     outputs,
+    refused,
     replaced,
     tensors,
     theta_d,
@@ -171,10 +171,8 @@ def test_several_adapters():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="At most one active adapter can replace a weight"):
         outputs(model, case)
-    before = tensors(model)
-    with pytest.raises(ValueError, match="At most one active adapter can replace a weight"):
+    with refused(model, "At most one active adapter can replace a weight"):
         model.merge_adapter(["default", "other"])
-    assert_same_state(model, before)
     model.set_adapter("default")
     assert torch.equal(outputs(model, case), alone)
     model.delete_adapter("other")

@@ -10,21 +10,7 @@ from torch import nn
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.layer import SubspaceLayer
-from tests.cases import (
-    BY_NAME,
-    MLP,
-    REPLACED,
-    Bare,
-    assert_same_state,
-    base_outputs,
-    move,
-    outputs,
-    settings,
-    tensors,
-    train,
-    tree,
-    wrap,
-)
+from tests.cases import BY_NAME, MLP, REPLACED, Bare, base_outputs, move, outputs, refused, settings, train, wrap
 
 
 def moved(model, adapter="default") -> set[str]:
@@ -104,24 +90,19 @@ def test_errors_come_before_anything_is_touched(changes, message):
     torch.manual_seed(0)
     model = MLP()
     model.act = nn.Tanh()
-    before, shape = tensors(model), tree(model)
     config = settings(**changes)
     asked = {name: getattr(config, name) for name in ("target_modules", "d", "D", "fingerprint")}
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         get_peft_model(model, config)
     assert {name: getattr(config, name) for name in asked} == asked
-    assert tree(model) == shape
-    assert_same_state(model, before)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_quantised_weights_are_refused():
     model = MLP()
     model.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)
-    shape = tree(model)
-    with pytest.raises(ValueError, match="`fc1.weight` is torch.int8, a quantised weight"):
+    with refused(model, "`fc1.weight` is torch.int8, a quantised weight"):
         get_peft_model(model, settings())
-    assert tree(model) == shape
     get_peft_model(model, settings(exclude_modules=["fc1"]))
 
 
@@ -148,11 +129,8 @@ def test_a_module_with_another_methods_adapter_is_refused():
 def test_a_failing_second_adapter_leaves_the_first():
     case = BY_NAME["bare"]
     model = wrap(case)
-    before, shape = tensors(model), tree(model)
-    with pytest.raises(ValueError, match="at most the D"):
+    with refused(model, "at most the D"):
         model.add_adapter("other", settings(d=10_000))
-    assert tree(model) == shape
-    assert_same_state(model, before)
     assert moved(model) == {name for name, _ in Bare().named_parameters()}
     model.add_adapter("other", settings(d=5))
 
@@ -185,10 +163,8 @@ def test_a_second_adapter_inside_what_the_first_wraps():
     move(model, "other")
     move(alone)
     assert torch.equal(outputs(model, case), outputs(alone, case))
-    before = tree(model)
-    with pytest.raises(ValueError, match="not found in the base model"):
+    with refused(model, "not found in the base model"):
         model.add_adapter("third", settings(target_modules=["outer_space"]))
-    assert tree(model) == before
     model.set_adapter("default")
     model.delete_adapter("other")
     with model.disable_adapter():
@@ -233,7 +209,5 @@ def test_a_batch_norm_under_two_names_has_one_set_of_statistics(tmp_path):
 )
 def test_modules_that_do_not_fit(name, targets, changes, message):
     model = BY_NAME[name].model()
-    before = tensors(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         get_peft_model(model, SubspaceConfig(**{**REPLACED, "target_modules": targets, **changes}))
-    assert_same_state(model, before)
