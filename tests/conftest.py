@@ -1,5 +1,7 @@
 """Settings of all tests: one thread for tiny tensors, and no warnings but those that cannot be avoided."""
 
+import gc
+
 import hypothesis
 import torch
 
@@ -18,3 +20,9 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
     hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """Trainer and accelerate collect garbage after each training: all that was imported stays out of it."""
+    gc.collect()
+    gc.freeze()
