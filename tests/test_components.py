@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from subspace_peft import Trajectory
-from tests.cases import SHAPES, Allocations, D, flat, walk, write
+from tests.walks import SHAPES, Allocations, D, flat, walk, write
 
 
 def assert_same_columns(P, Q, tolerance=1e-5):

@@ -13,7 +13,8 @@ from torch import nn
 from subspace_peft import SubspaceConfig, Trajectory
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.projections import PROJECTIONS, Block
-from tests.cases import BY_NAME, SHAPES, Allocations, D, dense_P, move, outputs, refused, settings, train, wrap
+from tests.cases import BY_NAME, dense_P, move, outputs, refused, settings, train, wrap
+from tests.walks import SHAPES, Allocations, D
 
 
 CASE = BY_NAME["mlp"]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft import SubspaceConfig
-from tests.cases import ConvNet, theta_d
+from tests.cases import theta_d
+from tests.models import ConvNet
 
 
 FOLDER = Path(__file__).parent / "golden" / "adapter"

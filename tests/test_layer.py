@@ -8,20 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from subspace_peft.layer import SubspaceLayer
-from tests.cases import (
-    BY_NAME,
-    Bare,
-    base_outputs,
-    loss,
-    move,
-    moved_base,
-    outputs,
-    run,
-    settings,
-    theta_d,
-    train,
-    wrap,
-)
+from tests.cases import BY_NAME, base_outputs, loss, move, moved_base, outputs, run, settings, theta_d, train, wrap
+from tests.models import Bare
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subspace_peft import Spectra, SpectraCallback, SubspaceConfig, Trajectory, TrajectoryCallback
-from tests.cases import MLP
+from tests.models import MLP
 
 
 # accelerate tells the loader to pin memory where there is no accelerator

@@ -15,7 +15,6 @@ from tests.cases import (
     BY_NAME,
     REPLACED,
     REPLACED_TARGETS,
-    Allocations,
     base_outputs,
     loss,
     move,
@@ -27,6 +26,7 @@ from tests.cases import (
     train,
 )
 from tests.cases import run as run_model
+from tests.walks import Allocations
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft import Trajectory
-from tests.cases import MLP, walk, write
+from tests.models import MLP
+from tests.walks import walk, write
 
 
 def test_mixed_dtypes_lie_aligned(tmp_path):

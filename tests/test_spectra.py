@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from subspace_peft import Spectra, SpectraCallback
 from subspace_peft.spectra import blocks, principal_angles, vector_angles
-from tests.cases import MLP, close, normal
+from tests.cases import close, normal
+from tests.models import MLP
 
 
 def orthogonal(n, p=None, seed=0):

@@ -7,7 +7,8 @@ from torch import nn
 
 from subspace_peft import Spectra, SubspaceConfig
 from subspace_peft.spectra import matrices
-from tests.cases import BY_NAME, CASES, MLP, ConvNet, Tied, wrap
+from tests.cases import BY_NAME, CASES, wrap
+from tests.models import MLP, ConvNet, Tied
 
 
 def test_matrices_of_plain_models():

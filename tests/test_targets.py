@@ -10,7 +10,8 @@ from torch import nn
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter_file import unique_coordinates
 from subspace_peft.layer import SubspaceLayer
-from tests.cases import BY_NAME, MLP, REPLACED, Bare, base_outputs, move, outputs, refused, settings, train, wrap
+from tests.cases import BY_NAME, REPLACED, base_outputs, move, outputs, refused, settings, train, wrap
+from tests.models import MLP, Bare
 
 
 def moved(model, adapter="default") -> set[str]:

@@ -9,7 +9,9 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig, Trajectory, coefficients, reconstruct
 from subspace_peft.adapter_file import find_vectors
-from tests.cases import BY_NAME, MLP, SHAPES, Tied, flat, walk, wrap, write
+from tests.cases import BY_NAME, wrap
+from tests.models import MLP, Tied
+from tests.walks import SHAPES, flat, walk, write
 
 
 def test_a_sample_is_what_trains(tmp_path):

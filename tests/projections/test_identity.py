@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from subspace_peft.projections import PROJECTIONS, Block
 from subspace_peft.projections.identity import Pieces
-from tests.cases import BY_NAME, Allocations, loss, theta_d, wrap
+from tests.cases import BY_NAME, loss, theta_d, wrap
+from tests.walks import Allocations
 
 
 SIZES = [3, 4, 2]
