@@ -12,10 +12,6 @@ comes from the trajectory of another run, whose settings are written `trajectory
 `fraction` of that of full training in the same recipe, is a search for the smallest d that reaches it.
 """
 
-import difflib
-import hashlib
-import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +19,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from recipes import axes
+from recipes.named import digest
 from recipes.settings import COMMON, Settings
 
 
@@ -52,7 +50,7 @@ class Search(NamedTuple):
 
     @property
     def name(self) -> str:
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.record())
 
 
 class Recipe(NamedTuple):
@@ -162,9 +160,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 def _product(values: dict[str, Any]) -> Iterable[Settings]:
     values = {key: value for key, value in values.items() if key not in SEARCH and value not in (AUTO, [AUTO])}
     check_keys(values)
-    axes = [value if isinstance(value, list) else [value] for value in values.values()]
-    for point in itertools.product(*axes):
-        typed = {key: _typed(key, value) for key, value in zip(values, point, strict=True)}
+    for point in axes.points(values):
+        typed = {key: _typed(key, value) for key, value in point.items()}
         own = {key: value for key, value in typed.items() if not key.startswith(TRAJECTORY)}
         trajectory = {k.removeprefix(TRAJECTORY): v for k, v in typed.items() if k not in own}
         if trajectory:
@@ -173,17 +170,8 @@ def _product(values: dict[str, Any]) -> Iterable[Settings]:
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    known = known_keys()
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, [*known, *SEARCH], n=3) or [*known, *SEARCH]
-            raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
+    axes.check_keys(keys, [*known_keys(), *SEARCH])
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
-    kind = SEARCH.get(key) or Settings.__annotations__[key.removeprefix(TRAJECTORY)]
-    try:
-        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
-    except (ValueError, KeyError):
-        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None
+    return axes.typed(key, value, SEARCH.get(key) or Settings.__annotations__[key.removeprefix(TRAJECTORY)])

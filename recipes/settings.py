@@ -1,11 +1,9 @@
 """What a run is: a flat record of settings."""
 
-import hashlib
-import json
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
 from recipes.models import SHAPES, check
+from recipes.named import Named, unnamed
 from recipes.optimizers import OPTIMIZERS, SCHEDULES
 from subspace_peft.projections import PROJECTIONS
 from subspace_peft.starts import STARTS
@@ -22,14 +20,9 @@ CHOICES = {
 }
 
 
-def _unnamed(default: Any) -> Any:
-    """A setting of how a run is carried out, which changes neither its name nor its record."""
-    return field(default=default, metadata={"unnamed": True})
-
-
 @dataclass(frozen=True)
-class Settings:
-    """One run. Its name is the hash of what differs from these defaults, so a default is never changed."""
+class Settings(Named):
+    """One run."""
 
     dataset: str = "digits"
     model: str = "lenet"
@@ -63,11 +56,11 @@ class Settings:
     rank: int = 0  # of identity: linear layers between others are two factors of this inner width, the rest is whole
     start: str = "svd"  # of rank: where the factors start
     trajectory: "Settings | None" = None  # the full training that is sampled for a basis, or gives a lottery ticket
-    data: str = _unnamed("")  # a folder of parquet files, or another Hub id
-    threads: int = _unnamed(0)  # 0: torch's choice
-    together: int = _unnamed(0)  # runs with one `projection_seed` trained at once, see together.py; 0 or 1: each alone
-    save_adapter: bool = _unnamed(False)
-    save_trajectory: bool = _unnamed(False)  # of full training: a sample at the start and after each epoch
+    data: str = unnamed("")  # a folder of parquet files, or another Hub id
+    threads: int = unnamed(0)  # 0: torch's choice
+    together: int = unnamed(0)  # runs with one `projection_seed` trained at once, see together.py; 0 or 1: each alone
+    save_adapter: bool = unnamed(False)
+    save_trajectory: bool = unnamed(False)  # of full training: a sample at the start and after each epoch
 
     def __post_init__(self):
         for key, known in CHOICES.items():
@@ -116,10 +109,6 @@ class Settings:
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"`momentum` belongs to optimizer 'sgd', got {self.optimizer!r}; leave it out.")
 
-    def _reset(self, *keys: str) -> None:
-        for key in keys:
-            object.__setattr__(self, key, getattr(Settings, key))
-
     def _check_rank(self) -> None:
         if self.rank < 0:
             raise ValueError(f"`rank` must be at least 1, or 0 for weights that are no product, got {self.rank}.")
@@ -148,16 +137,6 @@ class Settings:
         if self.trajectory is None:
             return 0
         return self.samples or self.trajectory.epochs
-
-    def record(self) -> dict[str, Any]:
-        record = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
-        return record | {"trajectory": self.trajectory.record() if self.trajectory else None}
-
-    @property
-    def name(self) -> str:
-        record = self.record() | {"trajectory": self.trajectory and self.trajectory.name}
-        changed = {key: value for key, value in record.items() if value != getattr(Settings, key)}
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
         optimizer = f" {self.optimizer}" if self.optimizer != Settings.optimizer else ""

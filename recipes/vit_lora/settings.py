@@ -10,17 +10,15 @@
 A list is an axis of the grid; `runs` holds sub-grids, each over the values above it; the command line wins over both.
 """
 
-import difflib
-import hashlib
-import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from recipes.axes import check_keys, points, typed
+from recipes.named import Named, unnamed
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 
@@ -31,14 +29,9 @@ CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTI
 SHAPE = ("patch_size", "hidden_size", "layers", "heads")
 
 
-def _unnamed(default: Any) -> Any:
-    """A setting of how a run is carried out, which changes neither its name nor its record."""
-    return field(default=default, metadata={"unnamed": True})
-
-
 @dataclass(frozen=True)
-class Settings:
-    """One training. Its name is the hash of what differs from these defaults, so a default is never changed."""
+class Settings(Named):
+    """One training."""
 
     dataset: str = "mnist"
     base: str = ""  # a Hub id, or the `checkpoint` of another run; "": no pretrained weights, a ViT of this shape:
@@ -62,9 +55,9 @@ class Settings:
     images: int = 0  # of the training set: the first so many; 0: all
     validation: int = 0  # accuracy is of the last so many training images; 0: of the test set
     bf16: bool = False
-    checkpoint: str = _unnamed("")  # the trained model is kept under this name in checkpoints/
-    data: str = _unnamed("")  # a folder of parquet files, or another Hub id
-    save_adapter: bool = _unnamed(False)
+    checkpoint: str = unnamed("")  # the trained model is kept under this name in checkpoints/
+    data: str = unnamed("")  # a folder of parquet files, or another Hub id
+    save_adapter: bool = unnamed(False)
 
     def __post_init__(self):
         for key, known in CHOICES.items():
@@ -90,24 +83,12 @@ class Settings:
         if self.checkpoint and self.method != "full":
             raise ValueError(f"`checkpoint` keeps a whole model: give `method` 'full', got {self.method!r}.")
 
-    def _reset(self, *keys: str) -> None:
-        for key in keys:
-            object.__setattr__(self, key, getattr(Settings, key))
-
     @property
     def label(self) -> str:
         """The method in words, without d and rank."""
         if self.method == "subspace":
             return f"{'low rank' if self.coordinates == 'low_rank' else self.coordinates}, {self.projection}"
         return {"full": "full fine-tuning", "head": "head alone", "lora": "LoRA", "adalora": "AdaLoRA"}[self.method]
-
-    def record(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
-
-    @property
-    def name(self) -> str:
-        changed = {key: value for key, value in self.record().items() if value != getattr(Settings, key)}
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
         size = (f" d={self.d}" if self.d else "") + (f" rank={self.rank}" if self.rank else "")
@@ -137,19 +118,6 @@ def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def _product(values: dict[str, Any]) -> Iterator[Settings]:
-    for key in values:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=3) or KEYS
-            raise ValueError(f"A setting must be one that `Settings` names, got `{key}`; near: {', '.join(near)}.")
-    axes = [value if isinstance(value, list) else [value] for value in values.values()]
-    for point in itertools.product(*axes):
-        yield Settings(**{key: _typed(key, value) for key, value in zip(values, point, strict=True)})
-
-
-def _typed(key: str, value: Any) -> Any:
-    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int."""
-    kind = Settings.__annotations__[key]
-    try:
-        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
-    except (ValueError, KeyError):
-        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None
+    check_keys(values, KEYS)
+    for point in points(values):
+        yield Settings(**{key: typed(key, value, Settings.__annotations__[key]) for key, value in point.items()})
