@@ -28,7 +28,7 @@ def conclude(recipe: Recipe, results: Results, output: Path, figure: Path) -> bo
     False where there are no results yet.
     """
     runs = list({run.name: run for run in [*recipe.runs, *search.made(recipe.searches, output)]}.values())
-    missing = [run for run in runs if not results.path(run).exists()]
+    missing = [run for run in runs if not results.has(run)]
     if missing:
         print(f"\n{len(missing)} of {len(runs)} runs have no result yet, or are still held by other processes.")
     if pending := search.pending(recipe.searches, output):

@@ -5,15 +5,13 @@ Any number of processes, on any machines that share the folder, take the next ru
 
 import json
 import math
-import os
-import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from recipes.grid import Search
+from recipes.locks import Lock
 from recipes.settings import Settings
 
 
@@ -25,31 +23,19 @@ class Results:
     def path(self, settings: Settings | Search) -> Path:
         return self.folder / f"{settings.name}.json"
 
-    def take(self, settings: Settings | Search) -> bool:
-        """Whether this process now holds the run: no living process does.
+    def has(self, settings: Settings | Search) -> bool:
+        return self.path(settings).exists()
 
-        The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
-        but one, because a folder that is not empty is never replaced.
-        """
-        lock, owner = self._lock(settings), f"{socket.gethostname()} {os.getpid()}"
-        if _abandoned(lock):
-            shutil.rmtree(lock, ignore_errors=True)
-        mine = lock.with_suffix(f".{owner.replace(' ', '.')}")
-        mine.mkdir(exist_ok=True)
-        (mine / "owner").write_text(owner)
-        try:
-            mine.rename(lock)
-        except OSError:
-            shutil.rmtree(mine)
-            return False
-        return True
+    def take(self, settings: Settings | Search) -> bool:
+        """Whether this process now holds the run."""
+        return self._lock(settings).take()
 
     def release(self, settings: Settings | Search) -> None:
-        shutil.rmtree(self._lock(settings))
+        self._lock(settings).release()
 
     def write(self, settings: Settings | Search, result: dict[str, Any]) -> None:
         """All of the result or nothing, whenever the process is stopped."""
-        draft = self._lock(settings) / "result"
+        draft = self._lock(settings).folder / "result"
         draft.write_text(json.dumps({"settings": settings.record(), **result}, indent=1, allow_nan=False) + "\n")
         draft.replace(self.path(settings))
 
@@ -89,8 +75,8 @@ class Results:
                     ) from None
         return pd.DataFrame(rows)
 
-    def _lock(self, settings: Settings | Search) -> Path:
-        return self.folder / f"{settings.name}.lock"
+    def _lock(self, settings: Settings | Search) -> Lock:
+        return Lock(self.folder / f"{settings.name}.lock")
 
 
 def _numbers(run: Settings, result: dict[str, Any]) -> dict[str, float]:
@@ -111,16 +97,3 @@ def _measured(epochs: list[dict[str, Any]]) -> dict[str, float]:
         "final_loss": losses[-1],
         "best_loss": min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss),
     }
-
-
-def _abandoned(lock: Path) -> bool:
-    """Whether the owner was a process of this machine that is no more; of other machines nothing is known."""
-    try:
-        host, pid = (lock / "owner").read_text().split()
-        if host == socket.gethostname():
-            os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (FileNotFoundError, PermissionError):
-        return False
-    return False

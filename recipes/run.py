@@ -14,13 +14,12 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 
@@ -32,6 +31,7 @@ from recipes.grid import SEARCH, TRAJECTORY, check_keys, known_keys, read
 from recipes.report import conclude
 from recipes.results import Results
 from recipes.settings import Settings
+from recipes.sharing import carry_out, decided, take
 from recipes.together import alike, train_together
 from recipes.train import train
 from subspace_peft import Trajectory
@@ -73,7 +73,7 @@ class Sweep:
 
     def wanted(self, run: Settings) -> bool:
         """Whether it has no result, or its trajectory is not there and is to be, or another run waits for it."""
-        if not self.results.path(run).exists():
+        if not self.results.has(run):
             return True
         if (
             run.save_trajectory
@@ -81,7 +81,7 @@ class Sweep:
         ):
             return True
         followers = (other for other in self.runs if other.trajectory and other.trajectory.name == run.name)
-        return any(not self.results.path(other).exists() and not self.ready(other) for other in followers)
+        return any(not self.results.has(other) and not self.ready(other) for other in followers)
 
     def ready(self, run: Settings) -> bool:
         """Whether the trajectory that a run's basis is made of is there as far as it is needed."""
@@ -98,8 +98,7 @@ class Sweep:
             while wanted:
                 bar.n = total - sum(run.epochs for run in self.runs if run.name in wanted)
                 runs = [run for run in self.runs if run.name in wanted]
-                taken = [self.carry_out_one(run, bar) for run in runs]
-                if not any(taken):
+                if not carry_out(runs, self.results, partial(self.do, bar=bar), self.free, self.accelerator):
                     if self.decided(lambda runs=runs: all(map(self.ready, runs))):
                         return  # the rest is with other processes
                     time.sleep(WAIT)
@@ -108,19 +107,11 @@ class Sweep:
     def all_wanted(self) -> list[str]:
         return [run.name for run in self.runs if self.wanted(run)]
 
-    def take(self, run: Settings) -> bool:
-        """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
-        if not self.ready(run) or not self.results.take(run):
-            return False
-        wanted = self.wanted(run)
-        if not wanted:
-            self.results.release(run)
-        return wanted
+    def free(self, run: Settings) -> bool:
+        return self.ready(run) and self.wanted(run)
 
-    def carry_out_one(self, run: Settings, bar: tqdm) -> bool:
-        """False if the run is done, or held by another process, or waits for its trajectory."""
-        if not self.decided(lambda: self.take(run)):
-            return False
+    def do(self, run: Settings, bar: tqdm) -> None:
+        """A run that this process holds, and others with it where they are trained together."""
 
         def report(accuracy: float) -> None:
             bar.set_postfix(accuracy=f"{100 * accuracy:.2f}", refresh=False)
@@ -134,14 +125,13 @@ class Sweep:
             bar.set_description(f"{run}" + (f" and {len(group) - 1} like it" if group[1:] else ""), refresh=False)
             bar.set_postfix()
             for one, result in zip(group, self.results_of(group, report), strict=True):
-                if self.accelerator.is_main_process and not self.results.path(one).exists():
+                if self.accelerator.is_main_process and not self.results.has(one):
                     self.results.write(one, result | environment.record())
             self.check_trajectory(run)
         finally:
             if self.accelerator.is_main_process:
-                for one in group:
+                for one in group[1:]:
                     self.results.release(one)
-        return True
 
     def company(self, run: Settings) -> Iterator[Settings]:
         """The runs that are trained together with one, each now with this process too."""
@@ -149,7 +139,7 @@ class Sweep:
         if run.together < 2 or shared is None or self.accelerator.num_processes > 1:
             return iter(())
         others = (other for other in self.runs if other != run and alike(other) == shared)
-        return itertools.islice(filter(self.take, others), run.together - 1)
+        return itertools.islice((other for other in others if take(other, self.results, self.free)), run.together - 1)
 
     def results_of(self, group: list[Settings], report: Callable[[float], None]) -> list[dict[str, Any]]:
         run, data = group[0], self.data(group[0].dataset, group[0].data)
@@ -166,9 +156,9 @@ class Sweep:
 
     def accuracy(self, run: Settings) -> float:
         """The final test accuracy of a run, which is made unless it has a result; another process may be at it."""
-        while not self.decided(self.results.path(run).exists):
+        while not self.decided(lambda: self.results.has(run)):
             Sweep([run], self.results.folder.parent, self.accelerator, self.data).carry_out()
-            if not self.results.path(run).exists():
+            if not self.results.has(run):
                 time.sleep(WAIT)
         return self.decided(lambda: self.results.load(run)["final_accuracy"])
 
@@ -184,7 +174,7 @@ class Sweep:
 
     def decided(self, decide: Callable[[], Any]) -> Any:
         """What the main process decides, on every process."""
-        return broadcast_object_list([decide() if self.accelerator.is_main_process else None])[0]
+        return decided(decide, self.accelerator)
 
 
 def main(arguments: list[str] | None = None) -> None:

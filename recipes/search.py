@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes import environment
+from recipes import environment, sharing
 from recipes.grid import Search
 from recipes.results import Results
 from recipes.settings import Settings
@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 
 def carry_out(searches: list[Search], sweep: "Sweep", output: Path) -> None:
     """Every search that has no outcome and that no other process holds."""
+
+    def do(search: Search) -> None:
+        goal = threshold(search, sweep)
+        found = look_for(search, goal, sweep)
+        if sweep.accelerator.is_main_process:
+            outcomes.write(search, outcome(search, goal, found, sweep.results) | environment.record())
+
     outcomes = Results(output / "searches") if searches else None
-    for search in searches:
-        if not sweep.decided(lambda search=search: not outcomes.path(search).exists() and outcomes.take(search)):
-            continue
-        try:
-            goal = threshold(search, sweep)
-            found = look_for(search, goal, sweep)
-            if sweep.accelerator.is_main_process:
-                outcomes.write(search, outcome(search, goal, found, sweep.results) | environment.record())
-        finally:
-            if sweep.accelerator.is_main_process:
-                outcomes.release(search)
+    sharing.carry_out(searches, outcomes, do, state=sweep.accelerator)
 
 
 def look_for(search: Search, goal: float, sweep: "Sweep") -> DimensionSearch:
@@ -77,7 +74,7 @@ def made(searches: list[Search], output: Path) -> list[Settings]:
 
 def pending(searches: list[Search], output: Path) -> int:
     """How many have no outcome yet."""
-    return sum(not Results(output / "searches").path(search).exists() for search in searches)
+    return sum(not Results(output / "searches").has(search) for search in searches)
 
 
 def text(searches: list[Search], output: Path) -> str:

@@ -11,11 +11,9 @@ import argparse
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes import environment
 from recipes.results import Results
+from recipes.sharing import carry_out
 from recipes.vit_lora import report
 from recipes.vit_lora.images import splits, whole
 from recipes.vit_lora.settings import KEYS, Settings, read
@@ -54,40 +53,22 @@ class Sweep:
     def wanted(self, run: Settings) -> bool:
         """Whether it has no result, or its checkpoint is not there."""
         kept = not run.checkpoint or (self.output / "checkpoints" / run.checkpoint).is_dir()
-        return not (self.results.path(run).exists() and kept)
-
-    def take(self, run: Settings) -> bool:
-        """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
-        if not self.wanted(run) or not self.results.take(run):
-            return False
-        wanted = self.wanted(run)
-        if not wanted:
-            self.results.release(run)
-        return wanted
+        return not (self.results.has(run) and kept)
 
     def carry_out(self) -> None:
         """Every run that is wanted and that no other process holds."""
-        for run in tqdm(self.runs, unit="run", disable=not self.state.is_main_process):
-            if self.decided(lambda run=run: self.take(run)):
-                try:
-                    self.carry_out_one(run)
-                finally:
-                    if self.state.is_main_process:
-                        self.results.release(run)
+        bar = tqdm(self.runs, unit="run", disable=not self.state.is_main_process)
+        carry_out(bar, self.results, self.do, self.wanted, self.state)
 
-    def carry_out_one(self, run: Settings) -> None:
+    def do(self, run: Settings) -> None:
         result, model = train(run, *splits(run, self.whole(run.dataset, run.data)), self.output)
         if not self.state.is_main_process:
             return
         if run.checkpoint:
             model.save_pretrained(self.output / "checkpoints" / run.checkpoint)
-        if not self.results.path(run).exists():
+        if not self.results.has(run):
             self.results.write(run, result | environment.record())
         tqdm.write(f"{run}: {100 * result['final_accuracy']:.2f} % in {result['seconds']['train']:.0f} s")
-
-    def decided(self, decide: Any) -> Any:
-        """What the main process decides, on every process."""
-        return broadcast_object_list([decide() if self.state.is_main_process else None])[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

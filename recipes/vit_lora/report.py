@@ -143,7 +143,7 @@ def plot(recipe: Recipe, results: Results, file: Path) -> Path:
 
 def conclude(recipe: Recipe, results: Results, output: Path, stem: str) -> None:
     """Prints what all results so far say, and draws the figure."""
-    done = [run for run in recipe.runs if results.path(run).exists()]
+    done = [run for run in recipe.runs if results.has(run)]
     if missing := len(recipe.runs) - len(done):
         print(f"{missing} of {len(recipe.runs)} runs are held by other processes.")
     if not done:

@@ -1,0 +1,61 @@
+"""The loop of every sweep: each process takes the next run that is wanted and that no other holds."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+
+State = Accelerator | PartialState | None
+"""Of the processes that do each run together; None: there is one."""
+
+
+class Held(Protocol):
+    """Results, with a lock for each run."""
+
+    def has(self, run: Any) -> bool: ...
+    def take(self, run: Any) -> bool: ...
+    def release(self, run: Any) -> None: ...
+
+
+def carry_out(
+    runs: Iterable[Any],
+    results: Held,
+    do: Callable[[Any], None],
+    wanted: Callable[[Any], bool] | None = None,
+    state: State = None,
+) -> int:
+    """Does every run that is wanted and free; how many these were. Wanted are, unless said, those without a result."""
+    wanted = wanted or (lambda run: not results.has(run))
+    done = 0
+    for run in runs:
+        if decided(lambda run=run: take(run, results, wanted), state):
+            try:
+                do(run)
+                done += 1
+            finally:
+                if is_main(state):
+                    results.release(run)
+    return done
+
+
+def take(run: Any, results: Held, wanted: Callable[[Any], bool]) -> bool:
+    """Whether the run is now with this process, and is to be done: it may have been finished a moment ago."""
+    if not wanted(run) or not results.take(run):
+        return False
+    still = wanted(run)
+    if not still:
+        results.release(run)
+    return still
+
+
+def decided(decide: Callable[[], Any], state: State) -> Any:
+    """What the main process decides, on every process."""
+    if state is None:
+        return decide()
+    return broadcast_object_list([decide() if state.is_main_process else None])[0]
+
+
+def is_main(state: State) -> bool:
+    return state is None or state.is_main_process
