@@ -25,12 +25,11 @@ class Lock:
         The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
         but one, because a folder that is not empty is never replaced.
         """
-        owner = f"{socket.gethostname()} {os.getpid()}"
         if self._abandoned():
             shutil.rmtree(self.folder, ignore_errors=True)
-        mine = self.folder.with_suffix(f".{owner.replace(' ', '.')}")
+        mine = self._own()
         mine.mkdir(exist_ok=True)
-        (mine / "owner").write_text(owner)
+        (mine / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
         try:
             mine.rename(self.folder)
         except OSError:
@@ -39,7 +38,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder.rename(self._own()))  # emptied in its place, it could be replaced before it is gone
 
     @contextmanager
     def waited_for(self) -> Iterator[None]:
@@ -49,6 +48,9 @@ class Lock:
             yield
         finally:
             self.release()
+
+    def _own(self) -> Path:
+        return self.folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
 
     def _abandoned(self) -> bool:
         """Whether the owner was a process of this machine that is no more; of other machines nothing is known."""

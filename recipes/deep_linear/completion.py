@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from recipes.collected import Settings, digits
 from recipes.deep_linear.networks import compressed, descend, product, start
-from recipes.deep_linear.runs import Settings, digits, main
+from recipes.deep_linear.runs import main
 from recipes.plots import save
 from recipes.summary import markdown
 

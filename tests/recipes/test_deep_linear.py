@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
+from recipes.collected import Collected, digits, spanned
 from recipes.deep_linear import collapse, completion, depth, dynamics
 from recipes.deep_linear.networks import compressed, descend, product, start
-from recipes.deep_linear.runs import FOLDER, Results, _value, digits, spanned
+from recipes.deep_linear.runs import FOLDER, _value
 
 
 def generator(seed=0):
@@ -138,7 +139,7 @@ def test_completion(name, tmp_path, capsys):
     arguments = [file, "--set", *common, "--output", str(tmp_path)]
     completion.main(completion.measure, completion.text, completion.plot, "completion", "", arguments)
     assert "| compressed, 2r̂ = 2" in capsys.readouterr().out
-    runs = Results(tmp_path / "results" / f"{name}.json").runs
+    runs = Collected(tmp_path / "results" / f"{name}.json").runs
     whole, small = (next(r for r in runs if r["settings"]["network"] == kind) for kind in ("whole", "compressed"))
     assert whole["error"] < 0.1
     assert small["parameters"] < whole["parameters"]
@@ -182,7 +183,29 @@ def test_grids(tmp_path):
     assert digits([1.23456, float("nan")], 2) == [1.2, None]
     (tmp_path / "damaged.json").write_text("{")
     with pytest.raises(ValueError, match="damaged.json' is damaged; delete it"):
-        Results(Path(tmp_path / "damaged.json"))
+        Collected(Path(tmp_path / "damaged.json"))
+
+
+def test_what_another_process_does_is_neither_done_again_nor_lost(tmp_path, capsys):
+    runs, done = [{"a": 1}, {"a": 2}, {"a": 3}], []
+    other, own = (Collected(tmp_path / "runs.json") for _ in range(2))
+
+    def measure(run):
+        done.append(run["a"])
+        if run == runs[1]:
+            other.add(runs[2], {"value": 3})
+        return {"value": run["a"]}
+
+    assert other.take(runs[0])
+    own.carry_out(runs, measure, label=str)
+    assert done == [2]
+    assert "1 of 3 runs are held by other processes" in capsys.readouterr().out
+    assert [run["value"] for run in own.of(runs)] == [2, 3]
+    other.release(runs[0])
+    own.carry_out(runs, measure, label=str)
+    assert done == [2, 1]
+    assert [run["value"] for run in Collected(own.file).of(runs)] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [own.file]
 
 
 def test_settings_of_the_command_line():

@@ -8,6 +8,7 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification
 
 from recipes.spectra import train
+from recipes.spectra.dynamics import dynamics
 
 
 TINY = {"dataset": "digits", "images": 128, "epochs": 1, "batch_size": 32, "recorded": 3}
@@ -30,7 +31,7 @@ def test_an_increment_inside_the_first_directions():
         grown[:2] += 10.0 * step * torch.tensor([2.0, 1.0])
         grown[-2:] -= step * torch.tensor([1.0, 2.0])
         weights[step] = {"W": U * grown @ V[:, :12].mT}
-    layer = train.dynamics(weights, 2, reference=0)["W"]
+    layer = dynamics(weights, 2, reference=0)["W"]
     assert layer["directions"] == {"90%": 2, "99%": 2, "K": 2, "2K": 4}
     assert layer["share_2K"] == layer["known"] == [1.0, 1.0]
     assert layer["share_K"][-1] == pytest.approx(500 / 505, abs=1e-4)
@@ -43,7 +44,7 @@ def test_directions_that_leave_a_block_are_counted():
     """The middle's first vector comes to the top: one direction has left each of the two, by a right angle."""
     weights = {0: {"W": torch.diag(torch.arange(8.0, 0.0, -1.0))}}
     weights[1] = {"W": weights[0]["W"] + torch.diag(torch.tensor([0.0, 0, 5, 0, 0, 0, 0, 0]))}
-    layer = train.dynamics(weights, 2, reference=0)["W"]
+    layer = dynamics(weights, 2, reference=0)["W"]
     for side in layer["turned"].values():
         assert [side[block]["gone"][-1] for block in ("top", "middle", "bottom")] == pytest.approx([1, 1, 0], abs=1e-6)
         assert side["top"]["largest"][-1] == pytest.approx(torch.pi / 2, abs=1e-3)
