@@ -33,6 +33,12 @@ SEARCH |= {"resolution": float, "max_runs": int}
 """What belongs to a search, and to nothing else."""
 
 
+FIRST = "dataset model projection d seed projection_seed normalization nnz_per_row epochs batch_size optimizer lr "
+FIRST += "momentum weight_decay schedule decay_epoch images augment standardize center measured burn_in burn_in_lr "
+FIRST = (FIRST + "samples increments sample_steps pruned trajectory").split()
+"""What a search is named by even at its default. Later settings are not, so that searches keep their names."""
+
+
 class Search(NamedTuple):
     """The smallest d at which a run with these settings reaches a test accuracy after the last epoch."""
 
@@ -40,17 +46,25 @@ class Search(NamedTuple):
     threshold: float | None
     fraction: float | None  # of the mean of full training, in the place of a threshold
     options: dict[str, Any]  # of `subspace_peft.measure.find_dimension`
+    full: list[Settings]  # the full trainings that `fraction` is of
 
     def run(self, d: int, seed: int) -> Settings:
         trajectory = self.settings.trajectory and replace(self.settings.trajectory, seed=seed)
         return replace(self.settings, d=d, seed=seed, trajectory=trajectory)
 
     def record(self) -> dict[str, Any]:
-        return self._asdict() | {"settings": self.settings.record()}
+        full = {"full": [run.name for run in self.full]} if self.full else {}
+        values = {"threshold": self.threshold, "fraction": self.fraction, "options": self.options}
+        return {"settings": self.settings.record()} | values | full
 
     @property
     def name(self) -> str:
-        return digest(self.record())
+        return digest(self.record() | {"settings": _lasting(self.settings.record())})
+
+
+def _lasting(record: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if key in FIRST or value != getattr(Settings, key)}
+    return kept | {"trajectory": record["trajectory"] and _lasting(record["trajectory"])}
 
 
 class Recipe(NamedTuple):
@@ -84,7 +98,7 @@ def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) ->
     """Every `d: auto` of a recipe.
 
     Raises:
-        ValueError: if one has no threshold, or no d_max.
+        ValueError: if one has no threshold, or no d_max, or asks for a fraction of what is not there.
     """
     found = {}
     for part in filter(_is_search, _parts(recipe, overrides)):
@@ -98,9 +112,27 @@ def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) ->
             raise ValueError("`d: auto` needs `d_max`, the largest d to be tried; give it.")
         _check_search(threshold if fraction is None else fraction, options)
         for settings in _product(part | {"d": options.get("d_min", 1), "seed": 0}):
-            search = Search(settings, threshold, fraction, options)
+            full = _full_training(settings, grid(recipe, overrides)) if fraction is not None else []
+            search = Search(settings, threshold, fraction, options, full)
             found.setdefault(search.name, search)
     return list(found.values())
+
+
+def _full_training(settings: Settings, runs: list[Settings]) -> list[Settings]:
+    """Of the network on the data set of a search."""
+    task = settings.dataset, settings.model
+    full = [run for run in runs if run.projection == "full" and (run.dataset, run.model) == task]
+    if not full:
+        raise ValueError(
+            f"`fraction` of `d: auto` needs full training of {settings.model} on {settings.dataset} in the same "
+            "recipe; add {projection: full}, or give `threshold`."
+        )
+    if (kinds := len({replace(run, seed=0) for run in full})) > 1:
+        raise ValueError(
+            f"`fraction` of `d: auto` needs full trainings of {settings.model} that differ in seed alone, got "
+            f"{kinds} kinds; leave one, or give `threshold`."
+        )
+    return full
 
 
 def _check_search(share: float, options: dict[str, Any]) -> None:

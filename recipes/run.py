@@ -65,7 +65,6 @@ class Sweep:
         self.accelerator = accelerator
         self.results = Results(output / "results")
         self.adapters, self.trajectories = output / "adapters", output / "trajectories"
-        self.asked = runs
         sampled = [run.trajectory for run in runs if run.trajectory]
         self.sampled = {run.name for run in sampled} | {run.name for run in runs if run.save_trajectory}
         self.runs = list({run.name: run for run in [*sampled, *runs]}.values())
@@ -89,12 +88,13 @@ class Sweep:
             return True
         return run.last_sample in Trajectory(self.trajectories / run.trajectory.name).steps
 
-    def carry_out(self) -> None:
+    def carry_out(self, keep_bar: bool = True) -> None:
         """Does every run that is wanted and that no other process holds, and waits for trajectories from those."""
         wanted = self.decided(self.all_wanted)
         quiet = not self.accelerator.is_main_process
         done, total = (sum(run.epochs for run in self.runs if run.name not in some) for some in (wanted, ()))
-        with tqdm(total=total, initial=done, unit="epoch", smoothing=0, mininterval=1, disable=quiet) as bar:
+        look = {"unit": "epoch", "smoothing": 0, "mininterval": 1, "disable": quiet, "leave": keep_bar}
+        with tqdm(total=total, initial=done, **look) as bar:
             while wanted:
                 bar.n = total - sum(run.epochs for run in self.runs if run.name in wanted)
                 runs = [run for run in self.runs if run.name in wanted]
@@ -157,7 +157,7 @@ class Sweep:
     def accuracy(self, run: Settings) -> float:
         """The final test accuracy of a run, which is made unless it has a result; another process may be at it."""
         while not self.decided(lambda: self.results.has(run)):
-            Sweep([run], self.results.folder.parent, self.accelerator, self.data).carry_out()
+            Sweep([run], self.results.folder.parent, self.accelerator, self.data).carry_out(keep_bar=False)
             if not self.results.has(run):
                 time.sleep(WAIT)
         return self.decided(lambda: self.results.load(run)["final_accuracy"])

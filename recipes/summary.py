@@ -16,7 +16,7 @@ SETTINGS = [f.name for f in fields(Settings) if not f.metadata and f.name not in
 ABSOLUTE = 0.9  # of Gargiulo 2023 for MNIST
 
 
-def apart(runs: pd.DataFrame) -> pd.DataFrame:
+def apart(runs: pd.DataFrame, settings: list[str] = SETTINGS) -> pd.DataFrame:
     """The runs with the name of their projection made longer by the settings in which runs of it differ.
 
     So runs that differ in more than d and seed, such as in lr, are never averaged.
@@ -26,7 +26,7 @@ def apart(runs: pd.DataFrame) -> pd.DataFrame:
         table = table.assign(
             trajectory=[run and {k: v for k, v in run.items() if k != "seed"} for run in trajectories(table)]
         )
-        differing = [key for key in SETTINGS if key in table and table[key].astype(str).nunique() > 1]
+        differing = [key for key in settings if key in table and table[key].astype(str).nunique() > 1]
         if projection == "full" and differing:
             raise ValueError(
                 f"Full trainings of one network must differ in seed alone, got several `{differing[0]}`; leave one."

@@ -1,8 +1,11 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
-from recipes import run
+from recipes import run, search
 from recipes.grid import grid, read, searches
 from recipes.settings import Settings
 
@@ -25,16 +28,18 @@ def outcome(folder):
 
 def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, capsys):
     run.main([str(recipe)])
-    found, (search,) = outcome(recipe.parent), read(recipe).searches
+    found, (asked,) = outcome(recipe.parent), read(recipe).searches
     full = [r["final_accuracy"] for s, r in _results(recipe.parent) if s["projection"] == "full"]
     assert found["goal"] == pytest.approx(0.3 * sum(full) / 2)
     low, high = found["interval"]
     assert low <= found["d"] <= (high or 64)
     assert len(found["made"]) == len(set(map(tuple, found["made"]))) <= 12
-    assert {search.run(*point).name for point in found["made"]} <= {
+    assert {asked.run(*point).name for point in found["made"]} <= {
         Settings(**s).name for s, _ in _results(recipe.parent)
     }
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    n = len(found["made"])
+    assert f"{n} of at most {n} runs" in bar.splitlines()[-1]
     assert f"| fc | fastjl | {100 * found['goal']:.2f} | {found['d']} |" in printed
     assert (recipe.parent / "plots" / "auto.png").stat().st_size > 10_000
 
@@ -130,3 +135,58 @@ def test_a_share_is_of_full_trainings_that_are_alike(recipe):
     )
     with pytest.raises(ValueError, match="full trainings of fc that differ in seed alone, got 2 kinds"):
         run.main([str(recipe)])
+
+
+def test_the_bar_says_what_is_known_and_counts_on_no_run_that_was_there():
+    (asked,) = searches({"projection": "fastjl", "d": "auto", "threshold": 0.5, "d_max": 64, "seeds": 2})
+    bars = []
+
+    def accuracy(settings):
+        bars.append(str(bar))
+        return float(settings.d >= 6)
+
+    sweep = SimpleNamespace(results=SimpleNamespace(has=lambda settings: settings.seed < 3), accuracy=accuracy)
+    with tqdm(total=60, bar_format=search.BAR, smoothing=0) as bar:
+        found = search.look_for(asked, 0.5, sweep, bar)
+        assert (bar.n, bar.initial) == (found.cost.runs, 3)
+        bar.total = 100
+        assert "runs [" in str(bar)
+    assert bars[0].startswith("digits lenet fastjl, d = 1: 0 of at most 60 runs [")
+    assert bars[2].startswith("digits lenet fastjl, d = 4: 2 of at most 60 runs [")
+    assert bars[2].endswith(", missed up to d = 2]")
+    assert bars[4].endswith(", reached from d = 8, missed up to d = 4]")
+    assert "at most ? left" in bars[3]
+    assert "at most 00:" in bars[4]
+    with tqdm(total=60, disable=True) as silent:
+        assert search.look_for(asked, 0.5, sweep, silent).d == found.d
+
+
+def test_a_recorded_search_keeps_its_name():
+    folder = Path(run.__file__).parent / "intrinsic_dimension"
+    (asked,) = read(folder / "auto.yaml").searches
+    assert asked.name == "b66c558fd3d7"
+    assert (folder / "searches" / f"{asked.name}.json").exists()
+
+
+def test_a_share_of_another_full_training_is_another_search():
+    full, part = {"projection": "full", "lr": 0.1}, {"projection": "fastjl", "d": "auto", "fraction": 0.9, "d_max": 8}
+    (one,), (same,), (other,), (more,) = (
+        searches({"runs": [own, {"projection": "full", "model": "fc"}, part]})
+        for own in (full, full, full | {"lr": 0.2}, full | {"seed": [0, 1]})
+    )
+    assert one.name == same.name
+    assert len({one.name, other.name, more.name}) == 3
+    assert one.record()["full"] == [Settings(lr=0.1).name]
+
+
+def test_the_table_names_what_tells_searches_apart(tmp_path):
+    common = {"d": "auto", "threshold": 0.9, "d_max": 8}
+    part = {"projection": "dense", "lr": 0.1}
+    asked = searches(common | {"runs": [{"projection": "fastjl"}, part, part | {"lr": 0.3}, part | {"seeds": 9}]})
+    (tmp_path / "searches").mkdir()
+    found = {"goal": 0.9, "d": 3, "interval": [2, 4], "made": [[3, 0]], "seconds": 1.0, "text": ""}
+    for each in asked:
+        (tmp_path / "searches" / f"{each.name}.json").write_text(json.dumps(found))
+    table = search.text(asked, tmp_path)
+    for name in ("fastjl", "dense, lr 0.1, seeds 5", "dense, lr 0.3, seeds 5", "dense, lr 0.1, seeds 9"):
+        assert table.count(f"| digits | lenet | {name} | 90.00 | 3 | 2 to 4 |") == 1
