@@ -13,7 +13,6 @@ of equation (3) with its eigenpairs (mu_k, u_k), and the top C eigenpairs of the
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,8 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [train(split, options.dataset, seed, *schedule) for seed in range(options.seeds)]
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "data")}
     file = options.output / "results" / "coverage.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"settings": settings, "runs": runs, **environment.record()}, indent=1) + "\n")
+    environment.write(file, {"settings": settings, "runs": runs})
     print(text(runs))
     n = sum(p.numel() for p in build("cnn", options.dataset).parameters())
     print(plot(runs, n, CLASSES[options.dataset], options.output / "plots" / "coverage.png"))

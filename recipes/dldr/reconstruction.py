@@ -7,7 +7,6 @@ principal components of the trajectory. Wants the trajectories that recipes/run.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,10 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"{output / 'trajectories'} must hold a trajectory of {options.file}, and holds none; record them with "
             f"recipes/run.py {options.file} --save_trajectory true."
         )
-    record = {"d": options.d, "runs": results, **environment.record()}
     file = output / "results" / f"{options.file.stem}.reconstruction.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    environment.write(file, {"d": options.d, "runs": results})
     print(text(results, options.d))
     print(plot(results, options.d, output / "plots" / f"{options.file.stem}.reconstruction.png"))
 

@@ -14,7 +14,6 @@ network of two thinner layers that `compress` makes of it, without them. With on
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -137,10 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     load = os.getloadavg()[0]
     rows = costs(options.model, options.dataset, options.rank, options.steps)
     own = {"model": options.model, "dataset": options.dataset, "batch": BATCH, "steps": options.steps}
-    record = own | {"load": [load, os.getloadavg()[0]], "methods": rows, **environment.record()}
+    record = own | {"load": [load, os.getloadavg()[0]], "methods": rows}
     file = options.output / "results" / "cost.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    environment.write(file, record)
     print(text(rows))
     print(f"load before {load:.1f}, after {os.getloadavg()[0]:.1f}; {file}")
 

@@ -16,7 +16,6 @@ rows and columns of P. "scale" is the mean column norm over sqrt(n / d), the val
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -111,8 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     results = [measure(name, d) for d in options.d for name in ("published", "fastjl", "fastfood")]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"n": N, "operators": results, **environment.record()}, indent=1) + "\n")
+    environment.write(options.output, {"n": N, "operators": results})
     print(text(results))
 
 

@@ -9,7 +9,6 @@ round. Interleaved, so that whatever else the machine does falls on all alike; t
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
 from recipes.models import CLASSES, SHAPES, build
+from recipes.speed.record import keep
 from subspace_peft import SubspaceConfig
 from subspace_peft.full_space import full_space
 from subspace_peft.optim import PBFGS, PPlusBFGS
@@ -141,14 +140,9 @@ def main() -> None:
         "model": {"network": options.network, "dataset": options.dataset, "batch": options.batch, "d": D_SMALL},
         "rounds": options.rounds,
         "target_beyond_trials": TARGET,
-        "load": {"before": before, "after": os.getloadavg()},
         "methods": results,
-        **environment.record(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(text(results))
-    print(f"load before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {options.output}")
+    keep(options.output, record, before, text(results))
 
 
 if __name__ == "__main__":

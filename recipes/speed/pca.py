@@ -12,7 +12,6 @@ first ten columns and the exact one's.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
+from recipes.speed.record import keep
 from subspace_peft import Trajectory
 
 
@@ -184,12 +183,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder), options.entries, options.samples)
         results = measure(Path(folder), options.d, options.rounds, options.methods)
-    print(text(results))
     sizes = {"D": options.entries, "samples": options.samples, "d": options.d, "rounds": options.rounds}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    written = {**sizes, "load_before": before, "methods": results, **environment.record()}
-    options.output.write_text(json.dumps(written, indent=1) + "\n")
-    print(f"\n{options.output}")
+    keep(options.output, {**sizes, "methods": results}, before, text(results))
 
 
 if __name__ == "__main__":

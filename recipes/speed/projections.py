@@ -13,7 +13,6 @@ import argparse
 import functools
 import gc
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -221,12 +220,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    record = {"sizes": {}, **environment.record()}
+    record = {"sizes": {}}
     for size in options.sizes:
         record["sizes"][size] = measure(size, options.methods, options.rounds)
         print(text(size, record["sizes"][size]), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    environment.write(options.output, record)
     print(f"\n{options.output}")
 
 

@@ -4,7 +4,6 @@ python recipes/speed/setup.py [--threads 2] [--output <file>]
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
+from recipes.speed.record import keep
 from subspace_peft import SubspaceConfig
 from subspace_peft.config import NORMALIZATIONS
 from subspace_peft.layer import SubspaceLayer
@@ -126,19 +125,13 @@ def main() -> None:
         rows.append(wrap(projection, "rows", cache=False))
         print(rows[-1], flush=True)
     files = [file_size(projection, d) for projection in PROJECTIONS for d in FILE_SIZES]
-    for row in files:
-        print(row)
     record = {
         "model": "ViT-B/16 (transformers' ViTConfig()), all-linear",
         "d": D_SMALL,
-        "load": {"before": before, "after": os.getloadavg()},
         "wrapping": rows,
         "files": files,
-        **environment.record(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(options.output)
+    keep(options.output, record, before, "\n".join(map(str, files)))
 
 
 if __name__ == "__main__":

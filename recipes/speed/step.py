@@ -9,7 +9,6 @@ is written beside the medians. Keep the cores idle for numbers that count.
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
+from recipes.speed.record import keep
 from subspace_peft import SubspaceConfig
 
 
@@ -157,14 +156,9 @@ def main() -> None:
     record = {
         "model": {**SHAPE, **IMAGES, "batch": BATCH, "d": D_SMALL, "rank": RANK},
         "rounds": options.rounds,
-        "load": {"before": before, "after": os.getloadavg()},
         "methods": results,
-        **environment.record(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(text(results))
-    print(f"load before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {options.output}")
+    keep(options.output, record, before, text(results))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ CPU what counts is CPU time, on a GPU the clock.
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -30,11 +29,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
 from recipes.data import Split, load
 from recipes.models import CLASSES, SHAPES, build
 from recipes.optimizers import OPTIMIZERS, update
 from recipes.settings import Settings
+from recipes.speed.record import keep
 from recipes.together import Networks, train_together
 from recipes.train import train, wrap
 
@@ -196,15 +195,10 @@ def main(arguments: list[str] | None = None) -> None:
         "device": accelerator.device.type,
         "d and batch": {name: CASES[names[name]] for name in options.cases},
         "rounds": options.rounds,
-        "load": {"before": before, "after": os.getloadavg()},
         "cases": cases,
         "whole": wholes,
-        **environment.record(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(text(record))
-    print(f"load before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {options.output}")
+    keep(options.output, record, before, text(record))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ sqrt((D - n - d) / D).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     rows = measure(options.D, options.runs, options.seed)
-    record = {"D": options.D, "runs": options.runs, "seed": options.seed, "rows": rows, **environment.record()}
+    record = {"D": options.D, "runs": options.runs, "seed": options.seed, "rows": rows}
     file = options.output / "results" / "affine.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    environment.write(file, record)
     print(text(record))
 
 

@@ -11,7 +11,6 @@ a ViT of that size with random weights.
 
 import gc
 import itertools
-import json
 import os
 import sys
 from dataclasses import replace
@@ -98,9 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = costs(runs, output, steps, rounds)
     record = {"steps": steps, "rounds": rounds, "load": {"before": before, "after": os.getloadavg()}}
     target = output / "results" / f"costs_{file.stem}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    record |= {"runs": rows} | environment.record()
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    environment.write(target, record | {"runs": rows})
     print(f"{text(rows)}\n\nload before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {target}")
 
 
