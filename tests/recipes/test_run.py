@@ -1,4 +1,4 @@
-import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -19,6 +19,7 @@ from recipes.models import build
 from recipes.results import Results
 from recipes.settings import Settings
 from subspace_peft import Trajectory
+from tests.recipes.files import options, results, written
 
 
 RECIPES = Path(run.__file__).parent
@@ -39,25 +40,23 @@ TINY |= {"samples": 3, "trajectory.epochs": 3, "trajectory.batch_size": 128}
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    file = tmp_path / "tiny.yaml"
-    file.write_text(
-        "model: fc\nbatch_size: 256\nepochs: 2\nlr: 0.1\nprojection: [full, fastjl]\nd: [3, 4]\nthreads: 1\n"
-    )
-    return file
+    settings = ["model: fc", "batch_size: 256", "epochs: 2", "lr: 0.1", "projection: [full, fastjl]", "d: [3, 4]"]
+    return written(tmp_path / "tiny.yaml", *settings, "threads: 1")
 
 
-def results(folder: Path) -> dict[str, dict]:
-    return {file.stem: json.loads(file.read_text()) for file in (folder / "results").glob("*.json")}
+@pytest.fixture
+def unreported(monkeypatch):
+    """Tables and figures are not what the test is about, and take longer than its runs."""
+    monkeypatch.setattr(run, "conclude", lambda *rest: None)
 
 
 @pytest.mark.parametrize("file", sorted(set(RECIPES.glob("*/*.yaml")) - APART), ids=str)
 def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     tiny = TINY | ({"trajectory.epochs": 8} if "sample_steps" in file.read_text() else {})  # for three samples
-    options = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
     if "timm/" in file.read_text() and not find_spec("timm"):
         pytest.skip("timm is not installed")
     assert read(file).runs or read(file).searches
-    run.main([str(file), *options, "--output", str(tmp_path)])
+    run.main([str(file), *options(tiny, tmp_path)])
     recipe = read(file, tiny)
     runs, report = recipe.runs, recipe.report
     trajectories = {settings.trajectory.name for settings in runs if settings.trajectory}
@@ -68,6 +67,21 @@ def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    "file", [file for file in sorted(RECIPES.glob("*/*.yaml")) if "d: auto" in file.read_text()], ids=str
+)
+def test_every_search_runs_tiny(file, tmp_path, capsys):
+    tiny = TINY | {"lr": 0.1, "threshold": 0.15, "d_min": 1, "d_max": 8, "seeds": 1, "max_runs": 3}
+    del tiny["d"]
+    run.main([str(file), *options(tiny, tmp_path)])
+    asked = read(file, tiny).searches
+    assert {file.stem for file in (tmp_path / "searches").iterdir()} == {search.name for search in asked}
+    assert 1 <= len(results(tmp_path)) <= 3 * len(asked)
+    assert "| 15.00 | " in capsys.readouterr().out
+    assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("unreported")
 def test_a_result_says_what_was_run_and_on_what(recipe):
     run.main([str(recipe)])
     found = results(recipe.parent)
@@ -83,6 +97,7 @@ def test_a_result_says_what_was_run_and_on_what(recipe):
     assert {"cpu", "cores", "threads", "gpu", "load"} <= result["hardware"].keys()
 
 
+@pytest.mark.usefixtures("unreported")
 def test_what_has_a_result_is_not_run_again(recipe, monkeypatch):
     run.main([str(recipe), "--d", "3"])
     done = []
@@ -120,10 +135,14 @@ def test_a_lock_holds_while_its_owner_lives(tmp_path):
 @pytest.mark.parametrize("kind", ["recipe", "dldr"])
 def test_two_processes_share_a_sweep(kind, request):
     file = request.getfixturevalue(kind)
-    command = [sys.executable, RECIPES / "run.py", file, "--seed", "0", "1"]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
-    outputs = [worker.communicate()[0].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["recipes.run"])  # imported once, for all of them
+    workers = [processes.Process(target=run.main, args=([str(file), "--seed", "0", "1"],)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(results(file.parent)) == 6
     assert not list((file.parent / "results").glob("*.lock"))
 
@@ -136,9 +155,10 @@ def test_two_processes_train_one_run_together(recipe, tmp_path):
         "--config_file",
         RECIPES / "accelerate" / "ddp.yaml",
     ]
-    options = [recipe, "--d", "4", "--projection", "fastjl", "--save_adapter", "true", "--output"]
-    subprocess.run([*launch, RECIPES / "run.py", *options, tmp_path / "two"], check=True, capture_output=True)
-    run.main([*map(str, options), str(tmp_path / "one")])
+    changes = {"d": 4, "projection": "fastjl", "save_adapter": "true"}
+    command = [*launch, RECIPES / "run.py", recipe, *options(changes, tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True)
+    run.main([str(recipe), *options(changes, tmp_path / "one")])
     one, two = (load_file(next((tmp_path / name / "adapters").glob("*/*.safetensors"))) for name in ("one", "two"))
     assert [r["processes"] for r in results(tmp_path / "two").values()] == [2]
     for key, theta_d in one.items():
@@ -154,13 +174,10 @@ def test_the_adapter_of_a_run_is_proved(recipe, capsys):
 
 @pytest.fixture
 def dldr(tmp_path) -> Path:
-    file = tmp_path / "dldr.yaml"
-    file.write_text(
-        "report: methods\nmodel: fc\nbatch_size: 256\nthreads: 1\nruns:\n"
-        "  - &sgd {optimizer: sgd, lr: 0.1, epochs: 4}\n"
-        "  - {projection: basis, d: 2, samples: 3, trajectory: *sgd, optimizer: [pbfgs, pplusbfgs], epochs: 1}\n"
-    )
-    return file
+    shared = ["report: methods", "model: fc", "batch_size: 256", "threads: 1", "runs:"]
+    sgd = "  - &sgd {optimizer: sgd, lr: 0.1, epochs: 4}"
+    basis = "  - {projection: basis, d: 2, samples: 3, trajectory: *sgd, optimizer: [pbfgs, pplusbfgs], epochs: 1}"
+    return written(tmp_path / "dldr.yaml", *shared, sgd, basis)
 
 
 def test_a_basis_comes_from_the_trajectory_of_another_run(dldr, capsys):
@@ -174,6 +191,7 @@ def test_a_basis_comes_from_the_trajectory_of_another_run(dldr, capsys):
     assert "P⁺-BFGS" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unreported")
 def test_a_basis_is_of_the_first_samples_of_the_trajectory(dldr):
     run.main([str(dldr)])
     _, settings, _ = read(dldr).runs
@@ -185,6 +203,7 @@ def test_a_basis_is_of_the_first_samples_of_the_trajectory(dldr):
     torch.testing.assert_close(move("default"), basis["1.weight"][..., 0])
 
 
+@pytest.mark.usefixtures("unreported")
 def test_a_trajectory_that_is_gone_is_recorded_again_where_a_run_needs_it(dldr):
     run.main([str(dldr)])
     sgd, other, _ = read(dldr).runs
@@ -198,6 +217,7 @@ def test_a_trajectory_that_is_gone_is_recorded_again_where_a_run_needs_it(dldr):
     assert len(Trajectory(dldr.parent / "trajectories" / sgd.name)) == 5
 
 
+@pytest.mark.usefixtures("unreported")
 def test_losses_that_are_no_numbers_are_recorded_as_none(recipe):
     run.main([str(recipe), "--projection", "full", "--lr", "1e30"])
     (result,) = results(recipe.parent).values()

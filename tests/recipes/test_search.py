@@ -8,17 +8,15 @@ from tqdm import tqdm
 from recipes import run, search
 from recipes.grid import grid, read, searches
 from recipes.settings import Settings
+from tests.recipes.files import results, written
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    file = tmp_path / "auto.yaml"
-    file.write_text(
-        "model: fc\nbatch_size: 128\nepochs: 2\nthreads: 1\nruns:\n"
-        "  - {projection: full, lr: 0.003, seed: [0, 1]}\n"
-        "  - {projection: fastjl, lr: 0.5, d: auto, fraction: 0.3, d_max: 64, max_runs: 12, seeds: 3}\n"
-    )
-    return file
+    shared = ["model: fc", "batch_size: 128", "epochs: 2", "threads: 1", "runs:"]
+    full = "  - {projection: full, lr: 0.003, seed: [0, 1]}"
+    auto = "  - {projection: fastjl, lr: 0.5, d: auto, fraction: 0.3, d_max: 64, max_runs: 12, seeds: 3}"
+    return written(tmp_path / "auto.yaml", *shared, full, auto)
 
 
 def outcome(folder):
@@ -29,14 +27,12 @@ def outcome(folder):
 def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, capsys):
     run.main([str(recipe)])
     found, (asked,) = outcome(recipe.parent), read(recipe).searches
-    full = [r["final_accuracy"] for s, r in _results(recipe.parent) if s["projection"] == "full"]
+    full = [r["final_accuracy"] for r in results(recipe.parent).values() if r["settings"]["projection"] == "full"]
     assert found["goal"] == pytest.approx(0.3 * sum(full) / 2)
     low, high = found["interval"]
     assert low <= found["d"] <= (high or 64)
     assert len(found["made"]) == len(set(map(tuple, found["made"]))) <= 12
-    assert {asked.run(*point).name for point in found["made"]} <= {
-        Settings(**s).name for s, _ in _results(recipe.parent)
-    }
+    assert {asked.run(*point).name for point in found["made"]} <= results(recipe.parent).keys()
     printed, bar = capsys.readouterr()
     n = len(found["made"])
     assert f"{n} of at most {n} runs" in bar.splitlines()[-1]
@@ -44,13 +40,9 @@ def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, caps
     assert (recipe.parent / "plots" / "auto.png").stat().st_size > 10_000
 
 
-def _results(folder):
-    results = [json.loads(file.read_text()) for file in (folder / "results").glob("*.json")]
-    return [(result["settings"], result) for result in results]
-
-
 def test_a_search_that_was_stopped_goes_on_where_it_was(recipe, monkeypatch):
     train, made = run.train, []
+    command = [str(recipe), "--epochs", "1", "--images", "256", "--max_runs", "6"]
 
     def failing(settings, *rest):
         made.append(settings.name)
@@ -59,13 +51,14 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(recipe, monkeypatch):
         return train(settings, *rest)
 
     monkeypatch.setattr(run, "train", failing)
+    monkeypatch.setattr(run, "conclude", lambda *rest: None)
     with pytest.raises(KeyboardInterrupt):
-        run.main([str(recipe)])
+        run.main(command)
     assert not list((recipe.parent / "searches").glob("*.json"))
-    run.main([str(recipe)])
+    run.main(command)
     assert made.count(made[4]) == 2
     assert len(made) == len(set(made)) + 1
-    run.main([str(recipe)])
+    run.main(command)
     assert len(made) == len(set(made)) + 1
 
 

@@ -12,6 +12,7 @@ from recipes.vit_lora import cost, finetune
 from recipes.vit_lora.images import Batches, splits
 from recipes.vit_lora.methods import base_model, trainable, wrap
 from recipes.vit_lora.settings import Settings, read
+from tests.recipes.files import options, results, written
 
 
 FOLDER = Path(finetune.__file__).parent
@@ -19,14 +20,6 @@ TINY = {"dataset": "digits", "data": "", "images": 32, "epochs": 1, "batch_size"
 TINY |= {"lr": 0.01, "head_lr": 0.01, "bf16": False, "validation": 0}
 SHAPE = {"patch_size": 4, "hidden_size": 16, "layers": 1, "heads": 2}
 SMALLEST = {"d": 5, "rank": 1, "projection": "sparse"}
-
-
-def options(values: dict, output: Path) -> list[str]:
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))] + ["--output", str(output)]
-
-
-def results(folder: Path) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*.json"))]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +42,7 @@ def test_every_yaml_runs_tiny(file, folder, capsys):
     adapted = any(run.base for run in read(file).runs)
     tiny = TINY | ({"base": "tiny", **SMALLEST} if adapted else SHAPE | {"checkpoint": "mine"})
     finetune.main([str(file), *options(tiny, folder)])
-    found = results(folder)
+    found = results(folder).values()
     assert {result["settings"]["method"] for result in found} == {run.method for run in read(file).runs}
     for result in found:
         if result["settings"]["method"] not in ("full", "head"):
@@ -63,19 +56,15 @@ def test_every_yaml_runs_tiny(file, folder, capsys):
 
 @pytest.fixture
 def recipe(folder) -> Path:
-    file = folder / "ours.yaml"
-    file.write_text(
-        "runs:\n  - {method: full}\n  - {method: lora, rank: 1}\n"
-        "  - {method: subspace, projection: fastjl, d: [5, 20]}\n"
-    )
-    return file
+    ours = "  - {method: subspace, projection: fastjl, d: [5, 20]}"
+    return written(folder / "ours.yaml", "runs:", "  - {method: full}", "  - {method: lora, rank: 1}", ours)
 
 
 def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, capsys):
-    command = [str(recipe), *options(TINY | {"base": "tiny", "images": 256}, folder)]
+    command = [str(recipe), *options(TINY | {"base": "tiny", "images": 64}, folder)]
     finetune.main(command)
     printed = capsys.readouterr().out
-    found = {(r["settings"]["method"], r["settings"]["d"]): r for r in results(folder)}
+    found = {(r["settings"]["method"], r["settings"]["d"]): r for r in results(folder).values()}
     assert found["subspace", 20]["trainable"] == {"adapter": 20, "head": 170}
     assert found["lora", 0]["trainable"] == {"adapter": 4 * 32 + 2 * 80, "head": 170}
     assert len({r["base_digest"] for r in found.values()}) == 1
@@ -97,11 +86,11 @@ def test_lora_of_rank_two_trains_the_published_number():
 
 def test_adalora_regularises_and_prunes(folder, recipe):
     finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "adalora", "rank": 2}, folder)])
-    (result,) = results(folder)
+    (result,) = results(folder).values()
     assert result["trainable"]["adapter"] == 3 * (4 * 33 + 2 * 81)  # starts from rank 3
     (with_regularisation,) = result["train_loss"]
     finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "lora", "rank": 3}, folder)])
-    (without,) = (r["train_loss"][0] for r in results(folder) if r["settings"]["method"] == "lora")
+    (without,) = (r["train_loss"][0] for r in results(folder).values() if r["settings"]["method"] == "lora")
     assert with_regularisation > without + 0.1
 
 
