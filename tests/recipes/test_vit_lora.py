@@ -37,12 +37,20 @@ def folder(pretrained, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def shared(pretrained, tmp_path_factory) -> Path:
+    """A folder for all YAMLs: tiny, many of their runs are the same, and none is made again."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "checkpoints").symlink_to(pretrained / "checkpoints")
+    return folder
+
+
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_yaml_runs_tiny(file, folder, capsys):
+def test_every_yaml_runs_tiny(file, shared, capsys):
     adapted = any(run.base for run in read(file).runs)
     tiny = TINY | ({"base": "tiny", **SMALLEST} if adapted else SHAPE | {"checkpoint": "mine"})
-    finetune.main([str(file), *options(tiny, folder)])
-    found = results(folder).values()
+    finetune.main([str(file), *options(tiny, shared)])
+    found = [results(shared)[run.name] for run in read(file, tiny).runs]
     assert {result["settings"]["method"] for result in found} == {run.method for run in read(file).runs}
     for result in found:
         if result["settings"]["method"] not in ("full", "head"):
@@ -51,7 +59,7 @@ def test_every_yaml_runs_tiny(file, folder, capsys):
     if adapted:
         assert "| LoRA | 1 |  | " in printed
     if "plots" in printed:
-        assert (folder / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+        assert (shared / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 
 
 @pytest.fixture
