@@ -1,4 +1,4 @@
-"""Cases that every behaviour is tested on, and what tests do with them. A new one joins CASES and is tested by that."""
+"""Cases that every behaviour is tested on, and what tests do with them; a new one joins CASES, and that is all."""
 
 from __future__ import annotations
 
