@@ -103,11 +103,11 @@ def text(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d", nargs="+", type=int, default=list(DIMENSIONS))
     parser.add_argument("--output", type=Path, default=RESULTS / "distortion.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     results = [measure(name, d) for d in options.d for name in ("published", "fastjl", "fastfood")]
     environment.write(options.output, {"n": N, "operators": results})

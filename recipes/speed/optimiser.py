@@ -122,7 +122,7 @@ def text(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=5)
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=SHAPES, default="mnist")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--output", type=Path, default=RESULTS / "optimiser.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     before = os.getloadavg()

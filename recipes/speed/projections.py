@@ -210,14 +210,14 @@ def text(size: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=float, default=1.0, help="times the usual number")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all, but dense and basis where small")
     parser.add_argument("--output", type=Path, default=RESULTS / "projections.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     record = {"sizes": {}}

@@ -109,11 +109,11 @@ def file_size(projection: str, d: int) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--output", type=Path, default=RESULTS / "setup.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     before = os.getloadavg()

@@ -1,0 +1,85 @@
+"""The measurements of recipes/speed, tiny: what they compare and write. The times themselves prove nothing."""
+
+import json
+
+import pytest
+from torch import nn
+
+from recipes.speed import distortion, optimiser, pca, projections, setup, step
+
+
+@pytest.fixture
+def record(tmp_path):
+    """What a script writes."""
+
+    def run(script, *arguments: str) -> dict:
+        file = tmp_path / "results" / "measured.json"
+        script.main([*arguments, "--output", str(file)])
+        measured = json.loads(file.read_text())
+        assert {"versions", "hardware", "commit"} <= set(measured)
+        return measured
+
+    return run
+
+
+def test_projections_beside_a_copy_a_butterfly_and_peft(record, monkeypatch):
+    monkeypatch.setattr(projections, "SIZES", {"tiny": (20, [96, 12], 2)})
+    methods = projections.measure("tiny", None, 1)["methods"]
+    assert list(methods) == list(projections.METHODS)
+    measured = record(projections, "--sizes", "tiny", "--methods", "copy", "butterfly fastfood", "fastjl")["sizes"][
+        "tiny"
+    ]
+    assert (measured["D"], measured["d"]) == (108, 20)
+    ours, butterfly = (measured["methods"][name] for name in ("fastjl", "butterfly fastfood"))
+    assert ours["times_faster_than_butterfly"] == pytest.approx(butterfly["ms"] / ours["ms"], abs=0.1)
+
+
+def test_a_training_step(record, monkeypatch):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    monkeypatch.setattr(step, "SHAPE", small)
+    monkeypatch.setattr(step, "IMAGES", {"image_size": 8, "patch_size": 4, "num_labels": 3})
+    monkeypatch.setattr(step, "BATCH", 2)
+    monkeypatch.setattr(step, "D_SMALL", 16)
+    monkeypatch.setattr(step, "RANK", 2)
+    chosen = ["full", "lora", "fastjl", "low_rank identity"]
+    methods = record(step, "--rounds", "2", "--warm-up", "1", "--methods", *chosen)["methods"]
+    assert list(methods) == chosen
+    assert methods["full"]["ratio_by_round"] == 1
+    assert methods["fastjl"]["trained"] == 16
+    assert methods["lora"]["trained"] == methods["low_rank identity"]["trained"]
+
+
+def test_setting_up(record, monkeypatch):
+    monkeypatch.setattr(setup, "vit", lambda: nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 5)))
+    monkeypatch.setattr(setup, "D_SMALL", 64)
+    monkeypatch.setattr(setup, "FILE_SIZES", (64, 1000))
+    measured = record(setup)
+    cached = {row["projection"]: row["state_bytes_an_entry"] for row in measured["wrapping"] if row["cache"]}
+    assert set(cached) == set(setup.PROJECTIONS)
+    assert all(cached.values())
+    assert not any(row["state_bytes_an_entry"] for row in measured["wrapping"] if not row["cache"])
+    assert all(0 < file["beyond_4d"] <= 2048 for file in measured["files"])
+
+
+def test_the_distortion_of_the_published_operator(record, monkeypatch):
+    monkeypatch.setattr(distortion, "N", 4096)
+    rows = {row["operator"]: row for row in record(distortion, "--d", "1000")["operators"]}
+    assert rows["published"]["never_moved"] > 0.2 > rows["fastjl"]["never_moved"] == 0
+    assert rows["fastjl"]["column_norms_max_over_min"] == pytest.approx(1, abs=1e-5)
+
+
+def test_bases_of_a_trajectory(record, monkeypatch):
+    monkeypatch.setattr(pca, "in_its_own_process", lambda *_: None)
+    measured = record(pca, "--rounds", "1", "--entries", "2000", "--samples", "12", "--d", "3")
+    assert (measured["D"], measured["samples"], measured["d"]) == (2000, 12, 3)
+    assert list(measured["methods"]) == list(pca.METHODS)
+    assert all(method["error"] < 1e-5 for method in measured["methods"].values())
+
+
+def test_a_step_of_an_optimiser(record):
+    methods = record(optimiser, "--rounds", "2", "--warm-up", "1", "--dataset", "digits", "--batch", "8")["methods"]
+    assert methods["sgd"]["of_sgd"] == 1
+    assert methods["forward"]["trials"] == methods["sgd"]["trials"] == 0
+    assert all(
+        methods[f"{name} {y}"]["trials"] >= 1 for name in ("pbfgs", "pplus") for y in ("same_batch", "next_batch")
+    )
