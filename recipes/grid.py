@@ -76,7 +76,11 @@ class Recipe(NamedTuple):
 
 
 def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    recipe = yaml.safe_load(file.read_text()) or {}
+    recipe = yaml.safe_load(file.read_text())
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("runs", []), list):
+        raise ValueError(
+            f"A recipe must be a mapping of settings, and its `runs` a list of such; {str(file)!r} is not."
+        )
     published, report = recipe.pop("published", {}), recipe.pop("report", "dimension")
     if report not in REPORTS:
         raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
@@ -162,8 +166,12 @@ def _check_no_search(part: dict[str, Any], recipe: dict[str, Any], overrides: di
     """What belongs to searches stands beside a grid only where a search is meant elsewhere."""
     lost = [key for key in SEARCH if key in part]
     auto = any(map(_is_search, _parts(recipe, None))) or any(map(_is_search, _parts(recipe, overrides)))
+    values = part["d"] if isinstance(part.get("d"), list) else [part.get("d")]
+    if AUTO in values and len(values) > 1:
+        raise ValueError(f"`d: auto` must stand alone, got d = {values}; write the grid as a run of its own.")
     if lost and not auto:
-        raise ValueError(f"`{lost[0]}` belongs to `d: auto`, got it beside a grid; write `d: auto`, or leave it out.")
+        where = "with projection 'full', which has no d" if AUTO in values else "beside a grid; write `d: auto`"
+        raise ValueError(f"`{lost[0]}` belongs to `d: auto`, got it {where}, or leave it out.")
 
 
 def _is_search(part: dict[str, Any]) -> bool:

@@ -66,6 +66,11 @@ class Settings(Named):
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
+        for key in ("epochs", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`{key}` must be at least 1, got {getattr(self, key)}.")
+        if not self.lr > 0:
+            raise ValueError(f"`lr` must be above 0, got {self.lr}.")
         check(self.model)
         if isinstance(self.trajectory, dict):  # as in the record
             object.__setattr__(self, "trajectory", Settings(**self.trajectory))

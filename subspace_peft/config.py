@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
+from numbers import Integral
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -127,7 +129,10 @@ class SubspaceConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("d", "nnz_per_row", "rank", "seed"):
+            setattr(self, name, _plain_integer(getattr(self, name)))
         self._check_choices()
+        self._check_switches()
         self._check_numbers()
         self._check_targets()
         # What a file says of its base is a demand on the model; what wrapping fills in later is not.
@@ -162,6 +167,16 @@ class SubspaceConfig(PeftConfig):
                 f"`nnz_per_row` belongs to projection='sparse' and 'fastjl', got {self.projection!r}; leave it out."
             )
 
+    def _check_switches(self):
+        for name, allowed in (
+            ("init_weights", (True, False)),
+            ("cache_projection", (True, False)),
+            ("save_projection", (True, False, None)),
+        ):
+            value = getattr(self, name)
+            if not any(value is choice for choice in allowed):
+                raise ValueError(f"`{name}` must be {' or '.join(map(str, allowed))}, got {value!r}.")
+
     def _check_numbers(self):
         if self.d is None and self.projection not in ("identity", *GIVEN):
             raise ValueError(f"`d` is needed for projection={self.projection!r}: set it to 1 or more.")
@@ -178,6 +193,8 @@ class SubspaceConfig(PeftConfig):
         if self.coordinates == "low_rank":
             if self.rank is None:
                 raise ValueError("`rank` is needed for coordinates='low_rank': set it to 1 or more.")
+            if isinstance(self.alpha, str):
+                raise ValueError(f"`alpha` must be a number, got {self.alpha!r}.")
             self.alpha = float(self.rank) if self.alpha is None else float(self.alpha)
             if not isfinite(self.alpha) or self.alpha == 0:
                 raise ValueError(f"`alpha` must be finite and not 0, got {self.alpha}; leave it out for the rank.")
@@ -244,3 +261,8 @@ class SubspaceConfig(PeftConfig):
             if CARD_NOTE.strip() not in text:
                 with open(card, "a", encoding="utf-8") as file:
                     file.write(CARD_NOTE)
+
+
+def _plain_integer(value: object) -> object:
+    """numpy's integers, of which grids consist, as Python's, which a file takes; what is no integer as it is."""
+    return operator.index(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

@@ -40,7 +40,7 @@ def parameter_groups(
     return groups
 
 
-def gamma_for(rate: float, optimizer: type[torch.optim.Optimizer]) -> float:
+def gamma_for(rate: float, optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer) -> float:
     """The `gamma` of three factors with which U and V train at `rate` times the learning rate of W (Qu 2023).
 
         SubspaceConfig(..., factors=3, gamma=gamma_for(0.01, torch.optim.SGD), projection="identity")
@@ -54,12 +54,13 @@ def gamma_for(rate: float, optimizer: type[torch.optim.Optimizer]) -> float:
     """
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not isfinite(rate) or rate < 0:
         raise ValueError(f"`rate` must be a finite number of at least 0, got {rate!r}.")
-    if issubclass(optimizer, RATE_OF_THE_STEP):
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if issubclass(kind, RATE_OF_THE_STEP):
         return rate**0.5
-    if issubclass(optimizer, RATE_OF_THE_ENTRY):
+    if issubclass(kind, RATE_OF_THE_ENTRY):
         return float(rate)
     known = ", ".join(kind.__name__ for kind in (*RATE_OF_THE_STEP, *RATE_OF_THE_ENTRY))
     raise ValueError(
         f"`optimizer` must be one whose rate is known to be that of the step or of each entry ({known}), got "
-        f"{optimizer.__name__}; set `gamma` by hand."
+        f"{kind.__name__}; set `gamma` by hand."
     )

@@ -59,11 +59,21 @@ class SubspaceModel(BaseTuner):
         if targets:
             self._plan = Plan(config, targets)
             config.target_modules = named.target_modules
+        elif self._all_excluded(model, named):
+            raise ValueError(
+                f"`exclude_modules` = {named.exclude_modules} takes away every module that `target_modules` = "
+                f"{named.target_modules} names; leave one."
+            )
         elif near := near_names(model, named):
             raise ValueError(
                 f"Target modules {named.target_modules} not found in the base model; names near to it: "
                 f"{', '.join(near)}."
             )
+
+    def _all_excluded(self, model: nn.Module, config: SubspaceConfig) -> bool:
+        everything = copy.copy(config)
+        everything.exclude_modules = None
+        return bool(config.exclude_modules and find_targets(model, everything, partial(self._matches, everything)))
 
     def _matches(self, config: SubspaceConfig, name: str) -> bool:
         found = super()._check_target_module_exists(config, name)

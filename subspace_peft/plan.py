@@ -84,9 +84,12 @@ class Plan:
                 raise ValueError(f"`{GIVEN[config.projection]}` is needed for projection={config.projection!r}.")
             d = self.given.d if self.given else self.D
         if d > self.D:
-            raise ValueError(
-                f"`d` must be at most the D = {self.D} adapted entries, got {d}; lower `d` or widen `target_modules`."
-            )
+            way_out = "lower `d` or widen `target_modules`"
+            if config.D not in (None, self.D):
+                way_out += (
+                    f", or give each model a config of its own: this one was filled in for one of D = {config.D}"
+                )
+            raise ValueError(f"`d` must be at most the D = {self.D} adapted entries, got {d}; {way_out}.")
         if config.projection == "identity" and d != self.D:
             raise ValueError(f"projection='identity' has d = D = {self.D}, got d = {d}; leave `d` out.")
         if config.projection in GIVEN and self.given is None and config.expected_fingerprint is None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftConfig
@@ -20,6 +21,10 @@ LOW_RANK = {"coordinates": "low_rank", "rank": 2}
         ({"d": -3}, "at least 1, got -3"),
         ({"d": 2.5}, "must be an integer of at least 1, got 2.5"),
         ({"d": True}, "must be an integer of at least 1, got True"),
+        ({"init_weights": "gaussian"}, "`init_weights` must be True or False, got 'gaussian'"),
+        ({"cache_projection": "no"}, "`cache_projection` must be True or False, got 'no'"),
+        ({"save_projection": "yes"}, "`save_projection` must be True or False or None, got 'yes'"),
+        ({"coordinates": "low_rank", "rank": 1, "alpha": "x"}, "`alpha` must be a number, got 'x'"),
         ({"d": None}, "`d` is needed for projection='fastfood'"),
         ({"projection": "fastfod"}, "`projection` must be one of dense, sparse.*got 'fastfod'"),
         ({"coordinates": "weights"}, "`coordinates` must be one of weight, low_rank; got 'weights'"),
@@ -88,6 +93,11 @@ def test_a_config_of_the_first_version_loads(tmp_path):
     assert {k: getattr(config, k) for k in first if k != "target_modules"} == {
         k: v for k, v in first.items() if k != "target_modules"
     }
+
+
+def test_integers_of_numpy_are_integers():
+    config = SubspaceConfig(d=np.int64(3), seed=np.int32(5), coordinates="low_rank", rank=np.uint8(2))
+    assert [type(value) for value in (config.d, config.seed, config.rank)] == [int] * 3
 
 
 @pytest.mark.parametrize("alpha", [0, float("nan"), float("inf")])

@@ -72,6 +72,10 @@ def test_a_tied_weight_is_one_tensor_with_its_first_name():
     [
         ({"target_modules": ["fc3"]}, "not found in the base model.*names near to it.*fc1"),
         ({"target_modules": ["nothing_like_it"]}, "not found in the base model|No modules were targeted"),
+        (
+            {"target_modules": ["fc1"], "exclude_modules": ["fc1"]},
+            "`exclude_modules` = {'fc1'} takes away every module",
+        ),
         ({"target_modules": ["act"]}, "`act` owns none"),
         ({"parameters": ["wieght"]}, "parameters named \\['wieght'\\]"),
         ({"parameters": ["weight", "bais"]}, "none owns `bais`; names near to it: bias\\."),

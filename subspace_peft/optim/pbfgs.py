@@ -169,10 +169,16 @@ def _check(curvature: str, lr: float) -> None:
 
 def _check_group(group: dict, groups: list[dict], name: str) -> None:
     params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if not params:
+        raise ValueError(
+            f"{name} must be given theta_d alone, one vector in one group, got an empty group, as transformers' "
+            "Trainer makes one of what does not decay; take SubspaceTrainer, or give optimizers=(...)."
+        )
     if groups or len(params) != 1:
         raise ValueError(
             f"{name} must be given theta_d alone, one vector in one group, got {len(params)} parameters in group "
-            f"{len(groups) + 1}; train what is in `modules_to_save` by another optimiser."
+            f"{len(groups) + 1}; leave `modules_to_save` out, and name those modules in `target_modules` or train "
+            "them first."
         )
     theta_d = params[0][1] if isinstance(params[0], tuple) else params[0]
     if theta_d.ndim != 1:

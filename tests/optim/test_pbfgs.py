@@ -190,6 +190,7 @@ def test_rounding_of_the_loss_stops_nothing():
     [
         ([vector(1.0), vector(2.0)], "theta_d alone, one vector in one group, got 2 parameters.*modules_to_save"),
         ([{"params": [vector(1.0)]}, {"params": [vector(1.0)]}], "got 1 parameters in group 2"),
+        ([{"params": [vector(1.0)]}, {"params": []}], "got an empty group, as transformers' Trainer.*SubspaceTrainer"),
         ([torch.nn.Parameter(torch.zeros(2, 2))], "must be given a vector, got shape \\[2, 2\\]; flatten it"),
         ([vector(1.0, dtype=torch.bfloat16)], "float32 or float64, got torch.bfloat16"),
         ([("theta_d", vector(1.0, dtype=torch.float16))], "got torch.float16"),

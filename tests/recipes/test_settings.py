@@ -78,6 +78,9 @@ def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
     [
         ({"learning_rate": 1}, "got `learning_rate`"),
         ({"runs": [{"epoch": 1}]}, "got `epoch`; near: epochs"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"lr": -1}, "`lr` must be above 0, got -1.0"),
         ({"epochs": 1.5}, "`epochs` must be of type int, got 1.5"),
         ({"save_adapter": "perhaps"}, "`save_adapter` must be of type bool, got 'perhaps'"),
         ({"model": "lenett"}, "`model` must be one of fc, lenet, .* or timm/<name>, got 'lenett'"),
