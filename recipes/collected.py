@@ -67,7 +67,8 @@ class Collected:
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         carry_out(runs, self, do)
-        if missing := sum(not self.has(run) for run in runs):
+        self.runs = self._read()
+        if missing := len(runs) - len(self.of(runs)):
             print(f"{missing} of {len(runs)} runs are held by other processes.")
 
     def has(self, settings: Settings) -> bool:

@@ -115,8 +115,9 @@ def searches(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) ->
         if "d_max" not in options:
             raise ValueError("`d: auto` needs `d_max`, the largest d to be tried; give it.")
         _check_search(threshold if fraction is None else fraction, options)
+        runs = grid(recipe, overrides) if fraction is not None else []
         for settings in _product(part | {"d": options.get("d_min", 1), "seed": 0}):
-            full = _full_training(settings, grid(recipe, overrides)) if fraction is not None else []
+            full = _full_training(settings, runs) if fraction is not None else []
             search = Search(settings, threshold, fraction, options, full)
             found.setdefault(search.name, search)
     return list(found.values())

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
-from numbers import Integral
+from numbers import Integral, Real
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -170,6 +170,7 @@ class SubspaceConfig(PeftConfig):
     def _check_switches(self):
         for name, allowed in (
             ("init_weights", (True, False)),
+            ("replace_weight", (True, False)),
             ("cache_projection", (True, False)),
             ("save_projection", (True, False, None)),
         ):
@@ -193,7 +194,7 @@ class SubspaceConfig(PeftConfig):
         if self.coordinates == "low_rank":
             if self.rank is None:
                 raise ValueError("`rank` is needed for coordinates='low_rank': set it to 1 or more.")
-            if isinstance(self.alpha, str):
+            if self.alpha is not None and not _is_number(self.alpha):
                 raise ValueError(f"`alpha` must be a number, got {self.alpha!r}.")
             self.alpha = float(self.rank) if self.alpha is None else float(self.alpha)
             if not isfinite(self.alpha) or self.alpha == 0:
@@ -211,8 +212,6 @@ class SubspaceConfig(PeftConfig):
             )
 
     def _check_factors(self):
-        if not isinstance(self.replace_weight, bool):
-            raise ValueError(f"`replace_weight` must be True or False, got {self.replace_weight!r}.")
         if self.start is not None and not self.replace_weight:
             raise ValueError(
                 f"`start` belongs to replace_weight=True, got {self.start!r}: an increment starts at zero; set "
@@ -228,8 +227,7 @@ class SubspaceConfig(PeftConfig):
             return
         if self.factors == 2:
             raise ValueError(f"`gamma` belongs to factors=3, got {self.gamma!r}; set factors=3 or leave it out.")
-        number = isinstance(self.gamma, (int, float)) and not isinstance(self.gamma, bool)
-        if not number or not isfinite(self.gamma) or self.gamma < 0:
+        if not _is_number(self.gamma) or not isfinite(self.gamma) or self.gamma < 0:
             raise ValueError(
                 f"`gamma` must be a finite number of at least 0, got {self.gamma!r}; 0 holds U and V still."
             )
@@ -261,6 +259,10 @@ class SubspaceConfig(PeftConfig):
             if CARD_NOTE.strip() not in text:
                 with open(card, "a", encoding="utf-8") as file:
                     file.write(CARD_NOTE)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _plain_integer(value: object) -> object:

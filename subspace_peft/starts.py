@@ -99,7 +99,7 @@ class Start(ABC):
 
     def __call__(self, device: torch.device) -> Factors:
         if device not in self._drawn:
-            self.saved()
+            self.saved()  # or an error that says where it must come from
             with torch.inference_mode(False), torch.no_grad():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]

@@ -85,8 +85,14 @@ def test_outer_factors_train_as_in_a_parameter_group_of_their_own(name):
         (-0.1, torch.optim.SGD, "`rate` must be a finite number of at least 0, got -0.1"),
         (float("nan"), torch.optim.Adam, "`rate` must be a finite number"),
         (0.1, torch.optim.LBFGS, "got LBFGS; set `gamma` by hand"),
+        (0.1, "sgd", "got str; set `gamma` by hand"),
     ],
 )
 def test_rates_without_a_gamma(rate, kind, message):
     with pytest.raises(ValueError, match=message):
         gamma_for(rate, kind)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimiser_is_as_good_as_its_class(kind):
+    assert gamma_for(0.04, kind([nn.Parameter(torch.zeros(1))], lr=1e-2)) == gamma_for(0.04, kind)

@@ -103,6 +103,15 @@ def test_errors_come_before_anything_is_touched(changes, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_config_that_another_model_filled_in():
+    config = settings(projection="identity", d=None)
+    get_peft_model(MLP(), config)
+    smaller = nn.Sequential(nn.Linear(6, 4))
+    with refused(smaller, "at most the D = 28 .* got 114; .* a config of its own: .* for one of D = 114"):
+        config.target_modules = "all"
+        get_peft_model(smaller, config)
+
+
 def test_quantised_weights_are_refused():
     model = MLP()
     model.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)

@@ -108,6 +108,10 @@ def test_parts_that_come_to_one_search_are_one():
 def test_what_belongs_to_a_search_is_an_error_beside_a_grid():
     with pytest.raises(ValueError, match="`seeds` belongs to `d: auto`, got it beside a grid"):
         grid({"projection": "fastjl", "d": 3, "seeds": 5})
+    with pytest.raises(ValueError, match="`threshold` belongs to `d: auto`, got it with projection 'full'"):
+        grid({"projection": "full", "d": "auto", "threshold": 0.9})
+    with pytest.raises(ValueError, match="`d: auto` must stand alone, got d = \\['auto', 5\\]"):
+        grid({"projection": "fastjl", "d": ["auto", 5]})
 
 
 def test_a_search_and_a_grid_may_share_runs_and_what_is_not_reached_is_said(recipe, capsys):

@@ -109,6 +109,14 @@ def test_what_no_run_could_do_is_an_error_before_any_run(recipe, message):
         grid(recipe)
 
 
+@pytest.mark.parametrize("text", ["", "- {d: 3}", "runs: {projection: full}"])
+def test_a_file_that_is_no_recipe(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="A recipe must be a mapping of settings, and its `runs` a list"):
+        read(path)
+
+
 def test_an_unknown_option_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="got `epoch`; near: epochs"):
         parse([str(tmp_path / "recipe.yaml"), "--epoch", "3"])
