@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../tests/environment.sh"
 environment recipes
 cd "$root"
 accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/run.py recipes/intrinsic_dimension/digits.yaml \
-    --output .quickstart "$@"
+    --workers 2 --output .quickstart "$@"

@@ -5,8 +5,8 @@
 
 The command line wins over the file; several values are an axis of the grid in both. Results go to the recipe's folder,
 or to --output. Stop it and start it again: a run that has a result is not run again, and several of these commands, on
-any machines that share the folder, share the work. The processes of one `accelerate launch` train each run together,
-on the same global batches.
+any machines that share the folder, share the work; --workers starts some on this machine. The processes of one
+`accelerate launch` train each run together, on the same global batches.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from recipes.grid import SEARCH, TRAJECTORY, check_keys, known_keys, read
 from recipes.report import conclude
 from recipes.results import Results
 from recipes.settings import Settings
-from recipes.sharing import carry_out, decided, take
+from recipes.sharing import carry_out, decided, helped_by, take
 from recipes.together import alike, train_together
 from recipes.train import train
 from subspace_peft import Trajectory
@@ -41,21 +41,23 @@ WAIT = 2.0
 """Seconds between looks at a trajectory that another process is recording."""
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Path, Path, dict[str, list[str]]]:
-    """The recipe's file, the output folder, and the settings that the command line overrides."""
+def parse(arguments: list[str] | None = None) -> tuple[Path, Path, int, dict[str, list[str]]]:
+    """The recipe's file, the output folder, the workers, and the settings that the command line overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", type=Path, help="the recipe")
     parser.add_argument("--output", type=Path, help="where results, adapters and plots go; the recipe's folder")
+    shared = "processes that share the runs, each of `threads`; 0: this one helps others, without a report"
+    parser.add_argument("--workers", type=int, default=1, help=shared)
     for key in [*known_keys(), *SEARCH]:
         default = getattr(Settings, key.removeprefix(TRAJECTORY), None)
         parser.add_argument(f"--{key}", nargs="+", default=argparse.SUPPRESS, help=f"{default!r}")
     known, unknown = parser.parse_known_args(arguments)
     check_keys(word.removeprefix("--") for word in unknown)
     overrides = vars(known)
-    file, output = overrides.pop("file"), overrides.pop("output")
-    return file, output or file.parent, overrides
+    file, output, workers = (overrides.pop(key) for key in ("file", "output", "workers"))
+    return file, output or file.parent, workers, overrides
 
 
 class Sweep:
@@ -92,11 +94,10 @@ class Sweep:
         """Does every run that is wanted and that no other process holds, and waits for trajectories from those."""
         wanted = self.decided(self.all_wanted)
         quiet = not self.accelerator.is_main_process
-        done, total = (sum(run.epochs for run in self.runs if run.name not in some) for some in (wanted, ()))
+        total = sum(run.epochs for run in self.runs)
         look = {"unit": "epoch", "smoothing": 0, "mininterval": 1, "disable": quiet, "leave": keep_bar}
-        with tqdm(total=total, initial=done, **look) as bar:
+        with tqdm(total=total, initial=self.epochs_done(), **look) as bar:
             while wanted:
-                bar.n = total - sum(run.epochs for run in self.runs if run.name in wanted)
                 runs = [run for run in self.runs if run.name in wanted]
                 if not carry_out(runs, self.results, partial(self.do, bar=bar), self.free, self.accelerator):
                     if self.decided(lambda runs=runs: all(map(self.ready, runs))):
@@ -106,6 +107,10 @@ class Sweep:
 
     def all_wanted(self) -> list[str]:
         return [run.name for run in self.runs if self.wanted(run)]
+
+    def epochs_done(self) -> int:
+        """By all processes."""
+        return sum(run.epochs for run in self.runs if not self.wanted(run))
 
     def free(self, run: Settings) -> bool:
         return self.ready(run) and self.wanted(run)
@@ -122,6 +127,7 @@ class Sweep:
         group = [run]
         try:
             group.extend(self.company(run))
+            bar.n = self.epochs_done()
             bar.set_description(f"{run}" + (f" and {len(group) - 1} like it" if group[1:] else ""), refresh=False)
             bar.set_postfix()
             for one, result in zip(group, self.results_of(group, report), strict=True):
@@ -178,13 +184,17 @@ class Sweep:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    file, output, overrides = parse(arguments)
+    file, output, workers, overrides = parse(arguments)
     recipe = read(file, overrides)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    sweep = Sweep(recipe.runs, output, accelerator)
-    sweep.carry_out()
-    search.carry_out(recipe.searches, sweep, output)
-    if accelerator.is_main_process:
+    if workers > 1 and accelerator.num_processes > 1:
+        raise ValueError(f"`--workers` must be 1 where {accelerator.num_processes} processes train each run together.")
+    command = [__file__, *(sys.argv[1:] if arguments is None else arguments), "--workers", "0"]
+    with helped_by(workers - 1, command):
+        sweep = Sweep(recipe.runs, output, accelerator)
+        sweep.carry_out()
+        search.carry_out(recipe.searches, sweep, output)
+    if accelerator.is_main_process and workers:  # 0: a helper
         conclude(recipe, sweep.results, output, output / "plots" / f"{file.stem}.png")
     accelerator.end_training()
 

@@ -1,6 +1,10 @@
 """The loop of every sweep: each process takes the next run that is wanted and that no other holds."""
 
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from accelerate import Accelerator, PartialState
@@ -59,3 +63,28 @@ def decided(decide: Callable[[], Any], state: State) -> Any:
 
 def is_main(state: State) -> bool:
     return state is None or state.is_main_process
+
+
+@contextmanager
+def helped_by(helpers: int, command: list[str]) -> Iterator[None]:
+    """While so many more processes run this Python command, which are waited for.
+
+    Raises:
+        RuntimeError: if one of them failed, with the end of what it said.
+    """
+    with ExitStack() as stack:
+        started = []
+        for _ in range(helpers):
+            said = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=said)
+            started.append((stack.enter_context(process), said))
+        try:
+            yield
+        except BaseException:
+            for process, _ in started:
+                process.terminate()
+            raise
+        for process, said in started:
+            if process.wait():
+                said.seek(0)
+                raise RuntimeError(f"A helping process failed: {said.read().decode()[-1000:]}")

@@ -18,6 +18,7 @@ from recipes.grid import read
 from recipes.models import build
 from recipes.results import Results
 from recipes.settings import Settings
+from recipes.sharing import helped_by
 from subspace_peft import Trajectory
 from tests.recipes.files import options, results, written
 
@@ -145,6 +146,22 @@ def test_two_processes_share_a_sweep(kind, request):
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(results(file.parent)) == 6
     assert not list((file.parent / "results").glob("*.lock"))
+
+
+def test_workers_share_a_sweep_and_one_of_them_reports(recipe, capsys):
+    run.main([str(recipe), "--seed", "0", "1", "--workers", "2"])
+    made = results(recipe.parent)
+    assert len(made) == 6
+    assert "of 6 runs have no result" not in capsys.readouterr().out
+    assert not list((recipe.parent / "results").glob("*.lock"))
+
+
+def test_a_worker_that_fails_is_told(recipe):
+    with (
+        pytest.raises(RuntimeError, match="(?s)A helping process failed.*no such thing"),
+        helped_by(1, ["-c", "raise ValueError('no such thing')"]),
+    ):
+        pass
 
 
 def test_two_processes_train_one_run_together(recipe, tmp_path):
