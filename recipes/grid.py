@@ -85,7 +85,10 @@ def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     if report not in REPORTS:
         raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
     absolute = recipe.pop("absolute", 0.9)
-    return Recipe(grid(recipe, overrides), published, report, searches(recipe, overrides), absolute)
+    runs, found = grid(recipe, overrides), searches(recipe, overrides)
+    if found and not runs and "seed" in (overrides or {}):
+        raise ValueError("`d: auto` takes seeds from 0 on, got `seed`; leave it out, or give `seeds`, the fewest that decide.")
+    return Recipe(runs, published, report, found, absolute)
 
 
 def grid(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> list[Settings]:

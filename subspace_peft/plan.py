@@ -14,7 +14,6 @@ from .factored import operation
 from .given import GIVEN, read_given
 from .layer import SubspaceLayer
 from .projections import PROJECTIONS, Block
-from .projections.identity import Pieces
 from .starts import STARTS, Increment, Shape, Start, TruncatedSVD
 from .targets import Target, check_fingerprint, fingerprint
 from .vectors import SubspaceVectors
@@ -108,7 +107,12 @@ class Plan:
             start = torch.randn(self.d, device=device)
         # A given P comes with the file when an adapter is loaded, and its factor with it.
         known = config.projection not in GIVEN or self.given is not None
-        vectors.add(adapter, start, factor(config, coordinates) if known else None)
+        normalising = factor(config, coordinates) if known else None
+        pieces = None
+        if not config.save_projection:  # a P read from a file is each tensor's own; its outputs are these to the bit
+            projections = [projection for c in coordinates.values() for projection in c.projections.values()]
+            pieces = PROJECTIONS[config.projection].together(projections)
+        vectors.add(adapter, start, normalising, pieces)
         layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)
@@ -122,9 +126,6 @@ class Plan:
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
-        pieces = None
-        if config.projection == "identity":
-            pieces = Pieces([prod(part) for parts in self.parts.values() for part in parts.values()])
         offset = column = 0
         for name, parts in self.parts.items():
             projections = {}
@@ -141,7 +142,6 @@ class Plan:
                     version=config.projection_version,
                     cache=config.cache_projection,
                     given=given,
-                    pieces=pieces,
                 )
                 projections[suffix] = PROJECTIONS[config.projection](block)
                 offset += block.n

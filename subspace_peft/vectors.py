@@ -7,6 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .plain_model import whole
+from .projections import Pieces
 
 
 class SubspaceVectors(AuxiliaryTrainingWrapper):
@@ -26,11 +27,12 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     def init_modules(self, adapter_name: str) -> None:
         self.subspace_peft_theta_d = nn.ParameterDict()
         self.factors: dict[str, Tensor | float | None] = {}
+        self.pieces: dict[str, Pieces | None] = {}
 
-    def add(self, adapter: str, theta_d: Tensor, factor: Tensor | float | None) -> None:
+    def add(self, adapter: str, theta_d: Tensor, factor: Tensor | float | None, pieces: Pieces | None = None) -> None:
         self.update(adapter)
         self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
-        self.factors[adapter] = factor
+        self.factors[adapter], self.pieces[adapter] = factor, pieces
 
     def normalised(self, adapter: str) -> Tensor:
         """z, the theta_d that the unnormalised P is applied to. [d]"""
@@ -45,6 +47,8 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(factor, Tensor) and factor.device != theta_d.device:
             factor = self.factors[adapter] = factor.to(theta_d.device)
+        if (pieces := self.pieces[adapter]) and (z := pieces.normalised(theta_d, factor)) is not None:
+            return z
         return theta_d if isinstance(factor, float) and factor == 1 else theta_d * factor
 
     def forward(self, *args):
@@ -63,6 +67,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         self._adapters.discard(adapter_name)
         self.factors.pop(adapter_name, None)
+        self.pieces.pop(adapter_name, None)
         if adapter_name in self.subspace_peft_theta_d:
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]

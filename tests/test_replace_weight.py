@@ -174,9 +174,9 @@ def test_several_adapters():
     with refused(model, "At most one active adapter can replace a weight"):
         model.merge_adapter(["default", "other"])
     model.set_adapter("default")
-    assert torch.equal(outputs(model, case), alone)
+    torch.testing.assert_close(outputs(model, case), alone, **CLOSE)
     model.delete_adapter("other")
-    assert torch.equal(outputs(model, case), alone)
+    torch.testing.assert_close(outputs(model, case), alone, **CLOSE)
 
 
 @pytest.mark.parametrize("start", STARTS)

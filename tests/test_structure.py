@@ -23,7 +23,7 @@ ALLOWED = {  # file or folder of the package: other files of it, other packages
     "trajectory": ({"components", "plain_model", "recording", "samples"}, {"torch", "safetensors"}),
     "given": ({"trajectory"}, {"torch", "peft", "safetensors"}),
     "config": ({"coordinates", "given", "projections", "starts"}, {"peft"}),
-    "vectors": ({"plain_model"}, {"torch", "peft", "accelerate"}),
+    "vectors": ({"plain_model", "projections"}, {"torch", "peft", "accelerate"}),
     "modules": (set(), {"torch", "transformers"}),
     "layer": ({"coordinates", "factored", "modules", "vectors"}, PEFT),
     "targets": ({"layer"}, PEFT),

@@ -2,7 +2,7 @@
 
     python recipes/speed/projections.py [--rounds 1] [--threads 2] [--methods copy fastjl ...] [--sizes lenet ...]
 
-All tensors of a network one after the other, or one tensor of as many entries, float32 on the CPU. The methods take
+All tensors of a network, or one tensor of as many entries, float32 on the CPU. The methods take
 turns, so that whatever else the machine does falls on all of them alike; the load is written beside the medians. Keep
 the cores idle for numbers that count. PEFT's layers are sized to make D entries too: Uni-LoRA those of A and B,
 VeRA (r = 256) and FourierFT (d frequencies) one square increment; they and the baseline run through autograd, and for
@@ -121,20 +121,34 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
             block = Block(f"{k}", n, d, given=torch.randn(n, d) if name == "basis" else None)
         maps.append(PROJECTIONS[name](block))
         offset += n
-    theta_d = torch.randn(maps[0].block.d, requires_grad=True)
+    theta_d = nn.Parameter(torch.randn(maps[0].block.d))
     plain = theta_d.detach()
+    pieces = type(maps[0]).together(maps)
+    joints = list(getattr(pieces, "joints", ()))
+    alone = [(p, g) for p, g in zip(maps, grads, strict=True) if not any(p in joint.members for joint in joints)]
+    of, zeros = dict(zip(maps, grads, strict=True)), [[torch.zeros(pad) for _, pad in j.extents] for j in joints]
+
+    def forward():
+        return [p.apply(plain) for p in (*joints, *(p for p, _ in alone))]
 
     def backward():
         total = torch.zeros_like(plain)
-        for p, g in zip(maps, grads, strict=True):
+        for joint, pads in zip(joints, zeros, strict=True):
+            padded = [part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member], pad)]
+            total += joint.adjoint(torch.cat(padded))
+        for p, g in alone:
             total += p.adjoint(g)
 
-    return Contender(
-        lambda: [p.apply(plain) for p in maps],
-        backward,
-        tensors([p.state(plain.device) for p in maps]),
-        lambda: torch.autograd.backward([p(theta_d) for p in maps], grads),
-    )
+    def both():
+        z = pieces.normalised(theta_d, 1.0) if joints else theta_d
+        torch.autograd.backward([p(z) for p in maps], grads)
+        theta_d.grad.zero_()
+        with torch.no_grad():
+            theta_d.add_(1e-3)  # as an optimiser: what is kept is made anew
+
+    both()  # what is drawn twice before is dropped
+    state = tensors([joint.state(plain) for joint in joints] + [p.state(plain.device) for p, _ in alone])
+    return Contender(forward, backward, state, both)
 
 
 def peft(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contender:

@@ -48,14 +48,15 @@ def storages(model: nn.Module) -> int:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            else:
+            elif isinstance(tensor, (tuple, list)):
                 visit(tensor)
 
     for layer in (module for module in model.modules() if isinstance(module, SubspaceLayer)):
         for coordinates in layer.coordinates["default"].values():
             for projection in coordinates.projections.values():
-                for drawn in projection._drawn.values():
-                    visit(drawn)
+                visit(projection._drawn.values())
+                for joint in getattr(projection.pieces, "joints", ()):
+                    visit(joint._drawn)
     return sum(seen.values())
 
 

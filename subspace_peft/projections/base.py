@@ -1,9 +1,12 @@
 """Projection: the rows of P that make one tensor."""
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +32,6 @@ class Block:
     version: int = 1  # projection_version of the adapter's config
     cache: bool = True
     given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; else: a saved state
-    pieces: object = field(default=None, repr=False)  # identity: theta_d cut for all tensors at once
 
 
 def full_precision(x: Tensor):
@@ -37,7 +39,19 @@ def full_precision(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-class _Map(torch.autograd.Function):
+class Pieces(ABC):
+    """P z of several tensors made at once, of which one asks for its own; z is theta_d normalised."""
+
+    def normalised(self, theta_d: Tensor, factor: Tensor | float) -> Tensor | None:
+        """z, where it is kept from one layer to the next."""
+        return None
+
+    @abstractmethod
+    def piece(self, z: Tensor, member: Projection) -> Tensor | None:
+        """P z of one tensor, not to be changed in place; None where it is to be made alone."""
+
+
+class Map(torch.autograd.Function):
     """x -> P x, or x -> P^T x. Its derivative is itself and its adjoint is itself the other way round."""
 
     @staticmethod
@@ -51,15 +65,15 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Map.apply(grad, ctx.projection, not ctx.transposed), None, None
+        return Map.apply(grad, ctx.projection, not ctx.transposed), None, None
 
     @staticmethod
     def jvp(ctx, x, *_):
-        return _Map.apply(x, ctx.projection, ctx.transposed)
+        return Map.apply(x, ctx.projection, ctx.transposed)
 
     @staticmethod
     def vmap(info, in_dims, x, projection, transposed):
-        return _Map.apply(x.movedim(in_dims[0], 0), projection, transposed), 0
+        return Map.apply(x.movedim(in_dims[0], 0), projection, transposed), 0
 
 
 class _Move(torch.autograd.Function):
@@ -79,11 +93,11 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         to_origin = grad.sum_to_size(ctx.shape[len(ctx.batch) :]).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return _Map.apply(grad.reshape(*ctx.batch, -1), ctx.projection, True), to_origin, None
+        return Map.apply(grad.reshape(*ctx.batch, -1), ctx.projection, True), to_origin, None
 
     @staticmethod
     def jvp(ctx, theta_d, origin, _):
-        moved = 0 if theta_d is None else _Map.apply(theta_d, ctx.projection, False).view(ctx.shape)
+        moved = 0 if theta_d is None else Map.apply(theta_d, ctx.projection, False).view(ctx.shape)
         return moved + (0 if origin is None else origin)
 
     @staticmethod
@@ -95,11 +109,11 @@ class _Move(torch.autograd.Function):
         if in_dims[1] is None:
             return _Move.apply(theta_d, origin, projection), 0
         origin = origin.movedim(in_dims[1], 0)
-        return _Map.apply(theta_d, projection, False).view_as(origin) + origin, 0
+        return Map.apply(theta_d, projection, False).view_as(origin) + origin, 0
 
 
 # torch binds the arguments of `forward` at each call; finding its signature would take longer than a small projection
-for function in (_Map, _Move):
+for function in (Map, _Move):
     function.forward.__signature__ = inspect.signature(function.forward)
 
 
@@ -122,10 +136,14 @@ class Projection(ABC):
                 "install a newer subspace_peft to load this adapter."
             )
         self.block = block
+        self.pieces: Pieces | None = None
         self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
+        piece = self.pieces and self.pieces.piece(theta_d, self)
+        if piece is not None:
+            return piece if origin is None else origin + piece.view(origin.shape)
         if origin is None:
             return self._map(theta_d, False)
         if torch.compiler.is_compiling():
@@ -148,6 +166,11 @@ class Projection(ABC):
     @abstractmethod
     def column_square_norms(self) -> Tensor:
         """sum_i P_ij^2 over the rows of this tensor, exact: float64 [d] on the CPU."""
+
+    @classmethod
+    def together(cls, projections: Sequence[Projection]) -> Pieces | None:
+        """What makes P theta_d of several of these tensors at once, if that is faster."""
+        return None
 
     @property
     def moved(self) -> int:
@@ -178,11 +201,15 @@ class Projection(ABC):
             self._drawn[device] = drawn
         return drawn
 
+    def forget(self) -> None:
+        """Drop what is drawn, until it is needed again."""
+        self._drawn.clear()
+
     def _map(self, x: Tensor, transposed: bool) -> Tensor:
         if torch.compiler.is_compiling():  # a Function with a jvp cannot be traced; these operations can
             with full_precision(x):
                 return self.adjoint(x) if transposed else self.apply(x)
-        return _Map.apply(x, self, transposed)
+        return Map.apply(x, self, transposed)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_drawn": {}}

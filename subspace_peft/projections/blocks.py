@@ -1,6 +1,7 @@
 """Blocks of Hadamard transforms: what Fastfood and FastJL share."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch.nn.functional import one_hot
 
 from ..hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 from .base import Block, Projection, working
+from .joint import gather
+from .joint_blocks import JointBlocks
 
 
 CHUNK = 2**18  # entries of theta at a time: two such pieces stay in a core's cache
@@ -50,15 +53,26 @@ class Blocks(Projection):
 
     @abstractmethod
     def first(self, z: Tensor, *state: Tensor) -> Tensor:
-        """A z: [batch, d] -> [batch, size]."""
+        """A z: [batch, d] -> [batch, size].
+
+        With what is `joined` of several tensors: [batch, 1, d] -> [batch, tensors, size].
+        """
 
     @abstractmethod
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
-        """A^T v: [batch, size] -> [batch, d]."""
+        """A^T v: [batch, size] -> [batch, d]; of several tensors [batch, tensors, size] -> [batch, tensors, d]."""
+
+    @abstractmethod
+    def joined(self, states: Sequence[tuple]) -> tuple[Tensor, ...]:
+        """What A needs, of several tensors."""
 
     @abstractmethod
     def square_norms(self, state: tuple) -> Tensor:
         """Column square norms, exact: float64 [d]."""
+
+    @classmethod
+    def together(cls, projections):
+        return gather(JointBlocks, projections)
 
     def draw_factors(self, device: torch.device) -> list[Tensor]:
         """H_k, H_1, ..., H_m with the signs D on their rows."""

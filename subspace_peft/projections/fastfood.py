@@ -36,13 +36,20 @@ class Fastfood(Blocks):
         order = self.philox("fastfood permutation").permutations(self.size, 0, 1, device)[0]
         return signs, order, order.argsort()
 
+    def joined(self, states):
+        signs, *orders = zip(*states, strict=True)
+        starts = range(0, len(signs) * self.size, self.size)
+        return torch.stack(signs), *(
+            torch.cat([o + at for o, at in zip(order, starts, strict=True)]) for order in orders
+        )
+
     def first(self, z: Tensor, *state: Tensor) -> Tensor:
         signs, order, _ = state
-        return hadamard(z * signs, self.size).index_select(-1, order)
+        return _permuted(hadamard(z * signs, self.size), order)
 
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         signs, _, inverse = state
-        return hadamard(v.index_select(-1, inverse))[..., : self.block.d] * signs
+        return hadamard(_permuted(v, inverse))[..., : self.block.d] * signs
 
     def square_norms(self, state: tuple) -> Tensor:
         """Rows a..a + r of a block, a a multiple of r = 2^s: by Parseval, with x_p = H[a, p] G_p,
@@ -64,3 +71,8 @@ class Fastfood(Blocks):
                 squares += r * (x.square().sum() + hadamard(cross)[: self.block.d])
                 start += r
         return squares * signs[0].double() ** 2 + self.row_squares(start, self.last, state)
+
+
+def _permuted(x: Tensor, order: Tensor) -> Tensor:
+    """The last dimension, or with the orders of several tensors the last two: [batch, ..., size]."""
+    return x.reshape(-1, len(order)).index_select(-1, order).view(x.shape)

@@ -28,6 +28,10 @@ class FastJL(Blocks):
         super().__init__(block)
         self.nnz = block.nnz_per_row or 1
 
+    @classmethod
+    def together(cls, projections):
+        return super().together(projections) if projections[0].nnz == 1 else None
+
     def share(self) -> int:
         return SHARED if self.size >= SHARED_FROM else 1
 
@@ -43,6 +47,9 @@ class FastJL(Blocks):
         weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
         return weights * inner, order.view(-1)[:slots].view(self.nnz, -1)
 
+    def joined(self, states):
+        return (torch.stack([weights for (weights,) in states]),)
+
     def first(self, z: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
@@ -52,7 +59,7 @@ class FastJL(Blocks):
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
-            return v[:, : self.block.d] * weights
+            return v[..., : self.block.d] * weights
         zero = v.new_zeros(len(v), self.block.d)
         return zero.index_add(1, state[1].flatten(), (v.unsqueeze(1) * weights).flatten(1))
 

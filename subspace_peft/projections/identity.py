@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .base import Block, Projection
+from .base import Block, Pieces, Projection
 
 
-class Pieces:
+class Cuts(Pieces):
     """theta_d cut for all tensors at once.
 
     The derivative of one cut is one vector of D; that of a cut for each tensor is a vector of D for each tensor.
     """
 
-    def __init__(self, sizes: list[int]):
-        self.sizes = sizes
-        self._offsets = [0, *accumulate(sizes[:-1])]
+    def __init__(self, members: Sequence[Identity]):
+        self.members = list(members)
         self._cut_at: tuple[int, ...] = ()
-        self._pieces: dict[int, Tensor] = {}
+        self._pieces: dict[Identity, Tensor] = {}
+        for member in members:
+            member.pieces = self
 
-    def piece(self, theta_d: Tensor, offset: int) -> Tensor | None:
-        """The entries from `offset`; None where theta_d is not the vector that trains, as in torch.func."""
+    def piece(self, theta_d, member):
+        """The entries of a tensor; None where theta_d is not the vector that trains, as in torch.func."""
         if type(theta_d) is not nn.Parameter or not (theta_d.requires_grad and torch.is_grad_enabled()):
             return None
         if torch.compiler.is_compiling():
             return None
         now = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # another after each step of an optimiser
         if now != self._cut_at:
-            pieces = theta_d.split(self.sizes)
-            self._cut_at, self._pieces = now, dict(zip(self._offsets, pieces, strict=True))
-        return self._pieces[offset]
+            pieces = theta_d.split([one.block.n for one in self.members])
+            self._cut_at, self._pieces = now, dict(zip(self.members, pieces, strict=True))
+        return self._pieces[member]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_cut_at": (), "_pieces": {}}
@@ -48,11 +49,9 @@ class Identity(Projection):
                 f"`identity` has d = D: {block.name} ends at entry {block.offset + block.n}, but d = {block.d}."
             )
 
-    def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
-        piece = self.block.pieces and self.block.pieces.piece(theta_d, self.block.offset)
-        if piece is None:
-            return super().__call__(theta_d, origin)
-        return piece if origin is None else origin + piece.view(origin.shape)
+    @classmethod
+    def together(cls, projections):
+        return Cuts(projections)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         # a copy: the output of a Function must not be a view of its input

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import Block, Projection, working
+from .joint import Joint, gather
 
 
 PIECE = 2**20  # entries drawn at a time
@@ -24,6 +25,10 @@ class Sparse(Projection):
             raise ValueError(f"`nnz_per_row` must be at most d = {block.d}, got {self.nnz}; lower it or raise `d`.")
         self.rows = block.d // self.nnz  # that one permutation serves
 
+    @classmethod
+    def together(cls, projections):
+        return gather(JointSparse, projections)
+
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         n, d, nnz = self.block.n, self.block.d, self.nnz
         index = torch.empty(n, nnz, dtype=torch.int32, device=device)
@@ -39,18 +44,45 @@ class Sparse(Projection):
 
     def apply(self, theta_d: Tensor) -> Tensor:
         (index,) = self.state(theta_d.device)
-        z = working(theta_d)
-        y = torch.cat((z, -z), -1).index_select(-1, index.view(-1))
-        return (y if self.nnz == 1 else y.unflatten(-1, (-1, self.nnz)).sum(-1)).to(theta_d.dtype)
+        return _gathered(theta_d, index)
 
     def adjoint(self, grad: Tensor) -> Tensor:
         (index,) = self.state(grad.device)
-        g = working(grad)
-        if self.nnz > 1:
-            g = g.unsqueeze(-1).expand(*g.shape, self.nnz).flatten(-2)
-        both = g.new_zeros((*g.shape[:-1], 2 * self.block.d)).index_add(-1, index.view(-1), g)
-        return (both[..., : self.block.d] - both[..., self.block.d :]).to(grad.dtype)
+        return _scattered(grad, index, self.block.d)
 
     def column_square_norms(self) -> Tensor:
         (index,) = self.state(torch.device("cpu"))
         return torch.bincount(index.view(-1).long() % self.block.d, minlength=self.block.d).double()
+
+
+class JointSparse(Joint):
+    """The rows of several tensors, one below the other."""
+
+    members: list[Sparse]
+
+    @staticmethod
+    def extent(member: Sparse) -> tuple[int, int]:
+        return member.block.n, 0
+
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        return (torch.cat([member.draw(device)[0] for member in self.members]),)
+
+    def apply(self, z: Tensor) -> Tensor:
+        return _gathered(z, *self.state(z))
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        return _scattered(grad, *self.state(grad), self.members[0].block.d)
+
+
+def _gathered(theta_d: Tensor, index: Tensor) -> Tensor:
+    z = working(theta_d)
+    y = torch.cat((z, -z), -1).index_select(-1, index.view(-1))
+    return (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
+
+
+def _scattered(grad: Tensor, index: Tensor, d: int) -> Tensor:
+    g = working(grad)
+    if index.shape[1] > 1:
+        g = g.unsqueeze(-1).expand(*g.shape, index.shape[1]).flatten(-2)
+    both = g.new_zeros((*g.shape[:-1], 2 * d)).index_add(-1, index.view(-1), g)
+    return (both[..., :d] - both[..., d:]).to(grad.dtype)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from subspace_peft.projections import PROJECTIONS, Block
-from subspace_peft.projections.identity import Pieces
+from subspace_peft.projections import Block
+from subspace_peft.projections.identity import Identity
 from tests.cases import BY_NAME, loss, theta_d, wrap
 from tests.walks import Allocations
 
@@ -17,12 +17,10 @@ from tests.walks import Allocations
 SIZES = [3, 4, 2]
 
 
-def projections(pieces=None):
-    pieces = pieces or Pieces(SIZES)
-    return [
-        PROJECTIONS["identity"](Block(name=str(i), n=n, d=9, offset=sum(SIZES[:i]), pieces=pieces))
-        for i, n in enumerate(SIZES)
-    ]
+def projections():
+    parts = [Identity(Block(name=str(i), n=n, d=9, offset=sum(SIZES[:i]))) for i, n in enumerate(SIZES)]
+    Identity.together(parts)
+    return parts
 
 
 def vector() -> nn.Parameter:
@@ -102,7 +100,7 @@ def test_copies_are_cut_anew():
     theta_d, parts = vector(), projections()
     square(parts, theta_d)
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
-        assert len({id(twin.block.pieces) for twin in twins}) == 1
+        assert len({id(twin.pieces) for twin in twins}) == 1
         other = vector()
         square(twins, other).backward()
         torch.testing.assert_close(other.grad, GRADIENT * other.detach())

@@ -114,6 +114,12 @@ def test_what_belongs_to_a_search_is_an_error_beside_a_grid():
         grid({"projection": "fastjl", "d": ["auto", 5]})
 
 
+def test_a_search_takes_no_seed(recipe):
+    recipe.write_text("model: fc\nprojection: fastjl\nd: auto\nthreshold: 0.9\nd_max: 8\n")
+    with pytest.raises(ValueError, match="`d: auto` takes seeds from 0 on, got `seed`"):
+        run.main([str(recipe), "--seed", "3"])
+
+
 def test_a_search_and_a_grid_may_share_runs_and_what_is_not_reached_is_said(recipe, capsys):
     recipe.write_text(
         "model: fc\nbatch_size: 128\nepochs: 1\nthreads: 1\nprojection: fastjl\nlr: 0.3\nruns:\n"

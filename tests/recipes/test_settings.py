@@ -65,7 +65,7 @@ def test_a_list_is_an_axis_and_a_sub_grid_wins_over_what_is_shared():
 def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: [0, 1, 2]\nruns:\n  - {d: 5}\n  - {d: [1, 2]}\n")
-    path, output, overrides = parse(
+    path, output, _, overrides = parse(
         [str(file), "--seed", "3", "--lr", "0.1", "0.2", "--save_adapter", "true", "--d", "4", "--projection", "dense"]
     )
     runs = read(path, overrides).runs

@@ -1,0 +1,205 @@
+"""Small tensors made together: the same P, seen anew whatever becomes of theta_d between two uses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from subspace_peft.projections import PROJECTIONS, Block, joint
+from tests.cases import BY_NAME, loss, theta_d, wrap
+from tests.projections.cases import explicit, random
+
+
+D = 70
+SIZES = [300, 5, 128, 1, 1000, 64]
+KINDS = [("fastfood", None), ("fastjl", None), ("sparse", None), ("sparse", 3)]
+FACTORS = [0.5, torch.linspace(1, 2, D)]
+
+
+def members(name, nnz=None, d=D, sizes=SIZES, **changes):
+    made = [
+        PROJECTIONS[name](Block(**{"name": str(i), "n": n, "d": d, "nnz_per_row": nnz} | changes))
+        for i, n in enumerate(sizes)
+    ]
+    return made, PROJECTIONS[name].together(made)
+
+
+def vector() -> nn.Parameter:
+    return nn.Parameter(random(D, dtype=torch.float32))
+
+
+def square(parts, pieces, theta_d, factor=0.5):
+    """A sum over the tensors, made as layers make it: each asks for z and for its own tensor."""
+    total = 0
+    for i, part in enumerate(parts):
+        z = pieces.normalised(theta_d, factor)
+        total = total + (i + 1) * part(theta_d * factor if z is None else z).square().sum()
+    return total
+
+
+def expected(parts, theta_d, factor=0.5):
+    """The same from the matrices, and its gradient."""
+    x = theta_d.detach().double().requires_grad_()
+    total = sum((i + 1) * (explicit(part) @ (x * factor)).square().sum() for i, part in enumerate(parts))
+    return total, torch.autograd.grad(total, x)[0].float()
+
+
+def alone(parts):
+    twins = copy.deepcopy(parts)
+    for twin in twins:
+        twin.pieces = None
+    return twins
+
+
+@pytest.mark.parametrize("d", [1, D, 200, 2100])
+@pytest.mark.parametrize(("name", "nnz"), KINDS)
+def test_the_same_numbers_as_alone(name, nnz, d):
+    """Up to float32: few rows of P are held in it."""
+    parts, pieces = members(name, nnz if d > 1 else None, d)
+    (one,) = pieces.joints
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-1)):
+        z = random(2, 3, d, dtype=dtype)
+        whole = one.apply(z)
+        assert whole.dtype == dtype
+        for part, piece in zip(alone(parts), whole.split([n for e in one.extents for n in e], -1)[::2], strict=True):
+            torch.testing.assert_close(piece, part(z), rtol=tolerance, atol=tolerance * d**0.5)
+    g = random(2, 3, whole.shape[-1])
+    torch.testing.assert_close((one.apply(random(2, 3, d)) * g).sum(), (random(2, 3, d) * one.adjoint(g)).sum())
+
+
+@pytest.mark.parametrize("factor", FACTORS, ids=["rows", "columns"])
+@pytest.mark.parametrize(("name", "nnz"), KINDS)
+def test_gradients(name, nnz, factor):
+    parts, pieces = members(name, nnz)
+    theta_d = vector()
+    total, gradient = expected(alone(parts), theta_d, factor)
+    for times in (1, 2, 3):  # gradients add up, each through the same graph
+        found = square(parts, pieces, theta_d, factor)
+        found.backward()
+        torch.testing.assert_close(found, total.float())
+        torch.testing.assert_close(theta_d.grad, times * gradient, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda theta_d: theta_d.data.mul_(2),
+        lambda theta_d: setattr(theta_d, "data", theta_d.data * 2),
+        lambda theta_d: torch.optim.SGD([theta_d], lr=1e-6).step(),
+        lambda theta_d: torch.no_grad()(theta_d.add_)(1),
+        lambda theta_d: theta_d.data.fill_(float("nan")),
+        lambda theta_d: None,
+    ],
+)
+def test_what_changed_theta_d_is_seen(change):
+    parts, pieces = members("fastjl")
+    theta_d = vector()
+    square(parts, pieces, theta_d).backward()
+    change(theta_d)
+    theta_d.grad = None
+    square(parts, pieces, theta_d).backward()
+    gradient = expected(alone(parts), theta_d)[1]
+    torch.testing.assert_close(theta_d.grad, gradient, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def test_what_else_changes():
+    parts, pieces = members("fastjl")
+    one, other = vector(), nn.Parameter(torch.ones(D))
+    z = pieces.normalised(one, 0.5)
+    assert pieces.normalised(one, 0.5) is z
+    assert parts[0](z).grad_fn is not None
+    assert torch.equal(pieces.normalised(other, 0.5), torch.full((D,), 0.5))
+    assert torch.equal(pieces.normalised(other, 0.25), torch.full((D,), 0.25))
+    assert parts[0].pieces.piece(z, parts[0]) is None
+    with torch.no_grad():
+        assert not pieces.normalised(other, 0.25).requires_grad
+    with torch.inference_mode():
+        assert pieces.normalised(other, 0.25).is_inference()
+    assert not pieces.normalised(other, 0.25).is_inference()
+    assert pieces.normalised(other, 0.25).requires_grad
+    other.requires_grad_(False)
+    assert not pieces.normalised(other, 0.25).requires_grad
+
+
+def test_under_transforms_nothing_is_kept():
+    parts, pieces = members("fastfood")
+    theta_d = vector()
+    found = torch.func.grad(lambda x: square(parts, pieces, x))(theta_d.detach())
+    torch.testing.assert_close(found, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
+    x = torch.ones(())
+    torch.func.grad(lambda x: (x * square(parts, pieces, theta_d)).sum())(x)
+    torch.func.vmap(lambda x: x * square(parts, pieces, theta_d))(torch.ones(3))
+    square(parts, pieces, theta_d).backward()
+    torch.testing.assert_close(theta_d.grad, found, rtol=1e-4, atol=1e-3)
+    (first,) = torch.autograd.grad(square(parts, pieces, theta_d), theta_d, create_graph=True)
+    (second,) = torch.autograd.grad(first @ theta_d.detach(), theta_d)
+    torch.testing.assert_close(second, first.detach(), rtol=1e-4, atol=1e-3)  # of a quadratic form
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts(reentrant):
+    parts, pieces = members("fastjl")
+    theta_d, x = vector(), torch.ones((), requires_grad=True)
+    total = sum(
+        (i + 1) * checkpoint(lambda x, i=i: x * square(parts[i : i + 1], pieces, theta_d), x, use_reentrant=reentrant)
+        for i in range(len(parts))
+    )
+    total.backward()
+    torch.testing.assert_close(theta_d.grad, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
+
+
+def test_copies_are_made_anew():
+    parts, pieces = members("fastjl")
+    square(parts, pieces, vector())
+    for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
+        (others,) = {twin.pieces for twin in twins}
+        assert others is not pieces
+        assert {member for one in others.joints for member in one.members} == set(twins)
+        other = vector()
+        square(twins, others, other).backward()
+        torch.testing.assert_close(other.grad, expected(alone(parts), other)[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_states_are_held_once(cache):
+    parts, pieces = members("fastjl", cache=cache)
+    for part in parts:
+        part.column_square_norms()
+    assert all(part._drawn for part in parts) == cache
+    square(parts, pieces, vector())
+    assert not any(part._drawn for part in parts)
+    assert all(bool(one._drawn) == cache for one in pieces.joints)
+
+
+def test_who_is_made_together(monkeypatch):
+    monkeypatch.setattr(joint, "SMALL", 500)
+    monkeypatch.setattr(joint, "TOGETHER", 300)
+    monkeypatch.setattr(joint, "KEPT", 900)
+    parts, pieces = members("sparse", sizes=[100, 501, 150, 40, 200, 100, 500, 7])
+    assert [[part.block.n for part in one.members] for one in pieces.joints] == [[100, 150, 40], [200, 100]]
+    assert [part.block.n for part in parts if part.pieces is None] == [501, 500, 7]
+    assert members("sparse", sizes=[100, 501])[1] is None
+    assert members("sparse", given=(torch.zeros(1),))[1] is None
+    assert members("fastjl", 2)[1] is None
+    assert members("dense")[1] is None
+
+
+@pytest.mark.parametrize("name", ["fastfood", "fastjl", "sparse"])
+def test_a_step_of_a_model_applies_each_joint_once(name, monkeypatch):
+    case = BY_NAME["llama"]
+    model = wrap(case, projection=name)
+    calls = []
+    kind = type(next(m for m in model.modules() if hasattr(m, "pieces")).pieces["default"].joints[0])
+    for way in ("apply", "adjoint"):
+        before = getattr(kind, way)
+        monkeypatch.setattr(kind, way, lambda self, x, way=way, before=before: calls.append(way) or before(self, x))
+    loss(model, case.batch()).backward()
+    assert calls == ["apply", "adjoint"]
+    with torch.no_grad():
+        model(case.batch())
+        model(case.batch())
+    assert calls == ["apply", "adjoint", "apply"]
+    assert theta_d(model).grad.norm() > 0
