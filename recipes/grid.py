@@ -87,7 +87,7 @@ def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     absolute = recipe.pop("absolute", 0.9)
     runs, found = grid(recipe, overrides), searches(recipe, overrides)
     if found and not runs and "seed" in (overrides or {}):
-        raise ValueError("`d: auto` takes seeds from 0 on, got `seed`; leave it out, or give `seeds`, the fewest that decide.")
+        raise ValueError("`d: auto` takes seeds from 0 on, got `seed`; leave it out, or give `seeds`, how many.")
     return Recipe(runs, published, report, found, absolute)
 
 
