@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from .base import Map, Pieces, Projection, working
 
 
-SMALL = 2**15  # entries up to which a tensor is made with others, by measurement: its calls cost more than its numbers
+SMALL = 2**17  # entries up to which a tensor is made with others: its calls cost as much as its numbers
 TOGETHER = 2**18  # entries made in one go: they stay in a core's cache
 KEPT = 2**20  # entries that an adapter keeps: 4 MB
 
