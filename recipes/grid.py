@@ -86,7 +86,7 @@ def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
     absolute = recipe.pop("absolute", 0.9)
     runs, found = grid(recipe, overrides), searches(recipe, overrides)
-    if found and not runs and "seed" in (overrides or {}):
+    if found and not runs and any("seed" in part for part in _parts(recipe, overrides)):
         raise ValueError("`d: auto` takes seeds from 0 on, got `seed`; leave it out, or give `seeds`, how many.")
     return Recipe(runs, published, report, found, absolute)
 

@@ -11,6 +11,7 @@ any machines that share the folder, share the work; --workers starts some on thi
 
 import argparse
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,10 @@ class Sweep:
         sampled = [run.trajectory for run in runs if run.trajectory]
         self.sampled = {run.name for run in sampled} | {run.name for run in runs if run.save_trajectory}
         self.runs = list({run.name: run for run in [*sampled, *runs]}.values())
+        self.followers: dict[str, list[Settings]] = {}  # of a trajectory, by the name of the run that records it
+        for run in self.runs:
+            if run.trajectory:
+                self.followers.setdefault(run.trajectory.name, []).append(run)
         self.data = data or cache(lambda *source: [load(*source, s).to(accelerator.device) for s in ("train", "test")])
 
     def wanted(self, run: Settings) -> bool:
@@ -81,8 +86,7 @@ class Sweep:
             and len(Trajectory(self.trajectories / run.name)) <= (not run.sample_steps) * run.epochs
         ):
             return True
-        followers = (other for other in self.runs if other.trajectory and other.trajectory.name == run.name)
-        return any(not self.results.has(other) and not self.ready(other) for other in followers)
+        return any(not self.results.has(other) and not self.ready(other) for other in self.followers.get(run.name, ()))
 
     def ready(self, run: Settings) -> bool:
         """Whether the trajectory that a run's basis is made of is there as far as it is needed."""
@@ -127,7 +131,7 @@ class Sweep:
         group = [run]
         try:
             group.extend(self.company(run))
-            bar.n = self.epochs_done()
+            bar.n = 0 if bar.disable else self.epochs_done()
             bar.set_description(f"{run}" + (f" and {len(group) - 1} like it" if group[1:] else ""), refresh=False)
             bar.set_postfix()
             for one, result in zip(group, self.results_of(group, report), strict=True):
@@ -171,8 +175,8 @@ class Sweep:
     def check_trajectory(self, run: Settings) -> None:
         """Whether the runs that wait for the trajectory just recorded now have their samples."""
         recorded = max(Trajectory(self.trajectories / run.name).steps, default=0)
-        for other in self.runs:
-            if other.trajectory and other.trajectory.name == run.name and other.last_sample > recorded:
+        for other in self.followers.get(run.name, ()):
+            if other.last_sample > recorded:
                 raise ValueError(
                     f"`samples` must be at most the {recorded} of the trajectory, got {other.last_sample}: {other}; "
                     "give the trajectory more `epochs`, or fewer `sample_steps`."
@@ -187,11 +191,14 @@ def main(arguments: list[str] | None = None) -> None:
     file, output, workers, overrides = parse(arguments)
     recipe = read(file, overrides)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if workers > 1 and accelerator.num_processes > 1:
-        raise ValueError(f"`--workers` must be 1 where {accelerator.num_processes} processes train each run together.")
+    if workers < 0 or (workers > 1 and accelerator.num_processes > 1):
+        raise ValueError(
+            "`--workers` must be at least 1, and 1 where several processes train each run together, got "
+            f"{workers} with {accelerator.num_processes} such; leave it out."
+        )
+    sweep = Sweep(recipe.runs, output, accelerator)
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments), "--workers", "0"]
-    with helped_by(workers - 1, command):
-        sweep = Sweep(recipe.runs, output, accelerator)
+    with helped_by(workers - 1 if recipe.searches or sweep.all_wanted() else 0, command):
         sweep.carry_out()
         search.carry_out(recipe.searches, sweep, output)
     if accelerator.is_main_process and workers:  # 0: a helper
@@ -200,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, so that locks and helpers go
     try:
         main()
     except KeyboardInterrupt:

@@ -87,4 +87,4 @@ def helped_by(helpers: int, command: list[str]) -> Iterator[None]:
         for process, said in started:
             if process.wait():
                 said.seek(0)
-                raise RuntimeError(f"A helping process failed: {said.read().decode()[-1000:]}")
+                raise RuntimeError(f"A helping process failed: {said.read().decode(errors='replace')[-1000:]}")

@@ -62,5 +62,5 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
         c.projections[""] = PROJECTIONS["basis"](block)
     theta_d = vectors.subspace_peft_theta_d[adapter_name]
     vectors.subspace_peft_theta_d[adapter_name] = nn.Parameter(theta_d.new_tensor([length]), theta_d.requires_grad)
-    vectors.factors[adapter_name] = factor(config, coordinates)
+    vectors.factors[adapter_name], vectors.pieces[adapter_name] = factor(config, coordinates), None
     configs[adapter_name] = config

@@ -151,7 +151,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, in the shape of the weight."""
-        return self._increment("weight", self.coordinates[adapter]["weight"], self._z(adapter)).clone()
+        return self._increment("weight", self.coordinates[adapter]["weight"], self._z(adapter))
 
     def _z(self, adapter: str) -> Tensor:
         """theta_d normalised, on the device of this layer: a model may be spread over several. [d]"""

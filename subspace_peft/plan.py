@@ -109,7 +109,8 @@ class Plan:
         known = config.projection not in GIVEN or self.given is not None
         normalising = factor(config, coordinates) if known else None
         pieces = None
-        if not config.save_projection:  # a P read from a file is each tensor's own; its outputs are these to the bit
+        if not config.save_projection or config.projection == "identity":
+            # else the file holds the P of each tensor, and who reads it gets the outputs of today to the bit
             projections = [projection for c in coordinates.values() for projection in c.projections.values()]
             pieces = PROJECTIONS[config.projection].together(projections)
         vectors.add(adapter, start, normalising, pieces)

@@ -174,7 +174,7 @@ def test_several_adapters():
     with refused(model, "At most one active adapter can replace a weight"):
         model.merge_adapter(["default", "other"])
     model.set_adapter("default")
-    torch.testing.assert_close(outputs(model, case), alone, **CLOSE)
+    torch.testing.assert_close(outputs(model, case), alone, **CLOSE)  # the biases are, see above
     model.delete_adapter("other")
     torch.testing.assert_close(outputs(model, case), alone, **CLOSE)
 

@@ -216,7 +216,7 @@ def test_compiled_outputs_and_gradients_are_those_of_eager(name):
     gradient = theta_d(model).grad.clone()
     theta_d(model).grad = None
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(outputs(compiled, case), expected, rtol=1e-4, atol=1e-5)
     loss(compiled, case.batch()).backward()
     torch.testing.assert_close(theta_d(model).grad, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())

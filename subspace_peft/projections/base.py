@@ -42,13 +42,13 @@ def full_precision(x: Tensor):
 class Pieces(ABC):
     """P z of several tensors made at once, of which one asks for its own; z is theta_d normalised."""
 
+    @abstractmethod
     def normalised(self, theta_d: Tensor, factor: Tensor | float) -> Tensor | None:
         """z, where it is kept from one layer to the next."""
-        return None
 
     @abstractmethod
     def piece(self, z: Tensor, member: Projection) -> Tensor | None:
-        """P z of one tensor, not to be changed in place; None where it is to be made alone."""
+        """P z of one tensor, in memory that is kept; None where it is to be made alone."""
 
 
 class Map(torch.autograd.Function):
@@ -142,8 +142,10 @@ class Projection(ABC):
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
         piece = self.pieces and self.pieces.piece(theta_d, self)
+        if piece is not None and origin is not None:
+            return origin + piece.view(origin.shape)
         if piece is not None:
-            return piece if origin is None else origin + piece.view(origin.shape)
+            return piece if piece.requires_grad else piece.clone()  # autograd guards what is cut from a graph
         if origin is None:
             return self._map(theta_d, False)
         if torch.compiler.is_compiling():
@@ -200,10 +202,6 @@ class Projection(ABC):
                 self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
         return drawn
-
-    def forget(self) -> None:
-        """Drop what is drawn, until it is needed again."""
-        self._drawn.clear()
 
     def _map(self, x: Tensor, transposed: bool) -> Tensor:
         if torch.compiler.is_compiling():  # a Function with a jvp cannot be traced; these operations can

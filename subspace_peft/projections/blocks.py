@@ -37,6 +37,7 @@ class Blocks(Projection):
         self.length = self.size // self.shared  # of c_b
         self.sizes = (self.shared, *radices(self.length))
         self.last = block.n - (self.count - 1) * self.size  # rows of the last block
+        self.joinable = True  # whether A of several tensors has a joint form
         self.few = block.n * block.d <= FEW
 
     @abstractmethod
@@ -72,7 +73,7 @@ class Blocks(Projection):
 
     @classmethod
     def together(cls, projections):
-        return gather(JointBlocks, projections)
+        return gather(JointBlocks, projections) if projections[0].joinable else None
 
     def draw_factors(self, device: torch.device) -> list[Tensor]:
         """H_k, H_1, ..., H_m with the signs D on their rows."""

@@ -27,10 +27,7 @@ class FastJL(Blocks):
     def __init__(self, block: Block):
         super().__init__(block)
         self.nnz = block.nnz_per_row or 1
-
-    @classmethod
-    def together(cls, projections):
-        return super().together(projections) if projections[0].nnz == 1 else None
+        self.joinable = self.nnz == 1
 
     def share(self) -> int:
         return SHARED if self.size >= SHARED_FROM else 1

@@ -23,6 +23,9 @@ class Cuts(Pieces):
         for member in members:
             member.pieces = self
 
+    def normalised(self, theta_d, factor):
+        return None
+
     def piece(self, theta_d, member):
         """The entries of a tensor; None where theta_d is not the vector that trains, as in torch.func."""
         if type(theta_d) is not nn.Parameter or not (theta_d.requires_grad and torch.is_grad_enabled()):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from .base import Map, Pieces, Projection, working
@@ -15,14 +16,16 @@ from .base import Map, Pieces, Projection, working
 
 SMALL = 2**17  # entries up to which a tensor is made with others: its calls cost as much as its numbers
 TOGETHER = 2**18  # entries made in one go: they stay in a core's cache
-KEPT = 2**20  # entries that an adapter keeps: 4 MB
+KEPT = 2**20  # numbers that an adapter keeps: 4 MB
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Joint(ABC):
     """The rows of P of several tensors, its members, as one linear map."""
 
     def __init__(self, members: Sequence[Projection]):
-        self.members = list(members)
+        # Of its own: graphs hold the joint, and must not through it hold what is kept of them.
+        self.members = [type(member)(member.block) for member in members]
         self.extents = [self.extent(member) for member in members]
         self._drawn: tuple = ()
 
@@ -33,7 +36,7 @@ class Joint(ABC):
 
     @abstractmethod
     def draw(self, device: torch.device) -> tuple:
-        """What apply and adjoint need; tensors that do not depend on the dtype computed in have none of its kind."""
+        """What apply and adjoint need; its floating-point tensors are put into the dtype that is computed in."""
 
     @abstractmethod
     def apply(self, z: Tensor) -> Tensor:
@@ -46,20 +49,19 @@ class Joint(ABC):
     def state(self, x: Tensor) -> tuple:
         """What is drawn, on the device of x and in the dtype that x is computed in."""
         wanted = x.device, working(x).dtype
-        if self._drawn[:2] == wanted:
-            return self._drawn[2]
-        with torch.inference_mode(False), torch.no_grad():
-            drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
-        if self.members[0].block.cache:
+        if self._drawn[:2] != wanted:
+            with torch.inference_mode(False), torch.no_grad():
+                drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
             self._drawn = *wanted, drawn
-            for member in self.members:  # what is drawn for one alone is seldom needed
-                member.forget()
-        return drawn
+        return self._drawn[2]
 
-    def pieces(self, z: Tensor) -> dict[Projection, Tensor]:
+    def forget(self) -> None:
+        """Drop what is drawn, until it is needed again."""
+        self._drawn = ()
+
+    def cut(self, z: Tensor) -> list[Tensor]:
         """P z of each member; the derivative of the cuts is one vector."""
-        made = Map.apply(z, self, False).split([size for extent in self.extents for size in extent], -1)
-        return dict(zip(self.members, made[::2], strict=True))
+        return Map.apply(z, self, False).split([size for extent in self.extents for size in extent], -1)[::2]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_drawn": ()}
@@ -69,60 +71,76 @@ class JointPieces(Pieces):
     """z, which is theta_d normalised, and P z of the small tensors of an adapter, for as long as theta_d is the same.
 
     Layers ask for one tensor's at a time. Nothing is saved in the graphs of what is kept, so any number of backwards
-    may go through them. Whether theta_d is the same its numbers say: their version misses what `.data` does to them.
+    may go through them. Whether theta_d is the same its bits say: their version misses what `.data` does to them.
     """
 
-    def __init__(self, joints: Iterable[Joint]):
-        self.joints = list(joints)
-        self._joint_of = {member: joint for joint in self.joints for member in joint.members}
+    def __init__(self, groups: Sequence[tuple[Joint, Sequence[Projection]]]):
+        self.joints = [joint for joint, _ in groups]
+        self._places = {member: (joint, at) for joint, members in groups for at, member in enumerate(members)}
         self._kept: _Kept | None = None
-        for member in self._joint_of:
+        for member in self._places:
             member.pieces = self
 
     def normalised(self, theta_d: Tensor, factor: Tensor | float) -> Tensor | None:
         """theta_d times the factor; None where it is not to be kept.
 
-        That is for what torch.func and wrappers put in the place of a parameter, in a graph of torch.compile, and on
-        a GPU, which the comparison would make wait.
+        That is for what torch.func and wrappers put in the place of a parameter, in a graph that is traced, and on a
+        GPU, which the comparison would make wait.
         """
-        if type(theta_d) is not nn.Parameter or theta_d.device.type != "cpu":
+        if type(theta_d) is not nn.Parameter or _is_traced():
             return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if theta_d.device.type != "cpu":
+            self._forget()
             return None
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), theta_d.requires_grad
-        kept = self._kept  # one look: another thread may exchange it
-        if kept is None or not kept.is_of(theta_d, factor, mode):
+        trains = theta_d.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        now = _Now(theta_d, factor, _mode(), get_gradient_edge(theta_d).node if trains else None)
+        bits = theta_d.detach().view(BITS[theta_d.itemsize])
+        kept = self._kept
+        if kept is None or kept.now != now or kept.dtype != theta_d.dtype or not torch.equal(kept.bits, bits):
             z = Map.apply(theta_d, _Scale(factor), False)
-            self._kept = kept = _Kept(theta_d, theta_d.detach().clone(), factor, mode, z)
+            self._kept = kept = _Kept(now, theta_d.dtype, bits.clone(), z)
         return kept.z
 
     def piece(self, z, member):
-        if torch.compiler.is_compiling():
+        if _is_traced():
             return None
         kept = self._kept
-        if kept is None or z is not kept.z:
+        if kept is None or z is not kept.z or kept.now.mode != _mode():
             return None
-        joint = self._joint_of[member]
+        joint, at = self._places[member]
         if joint not in kept.made:
-            kept.made[joint] = joint.pieces(z)
-        return kept.made[joint][member]
+            kept.made[joint] = joint.cut(z)
+        return kept.made[joint][at]
+
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept = None
+            for joint in self.joints:
+                joint.forget()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": None}
 
 
+class _Now:
+    """What z depends on besides the numbers of theta_d, all compared by identity but for the mode."""
+
+    def __init__(self, theta_d: nn.Parameter, factor: Tensor | float, mode: tuple[bool, bool], edge: object):
+        self.theta_d, self.factor, self.mode = theta_d, factor, mode
+        self.edge = edge  # where the graph ends: torch exchanges it when `.data` gets another dtype or device
+
+    def __eq__(self, other: object) -> bool:
+        same = self.theta_d is other.theta_d and self.factor is other.factor and self.edge is other.edge
+        return same and self.mode == other.mode
+
+
 @dataclass
 class _Kept:
-    theta_d: nn.Parameter
-    numbers: Tensor
-    factor: Tensor | float
-    mode: tuple[bool, ...]
+    now: _Now
+    dtype: torch.dtype
+    bits: Tensor  # of theta_d: as numbers, nan is never the same
     z: Tensor
-    made: dict[Joint, dict[Projection, Tensor]] = field(default_factory=dict)
-
-    def is_of(self, theta_d: nn.Parameter, factor: Tensor | float, mode: tuple[bool, ...]) -> bool:
-        same = theta_d is self.theta_d and factor is self.factor and mode == self.mode
-        return same and torch.equal(theta_d, self.numbers)
+    made: dict[Joint, list[Tensor]] = field(default_factory=dict)
 
 
 class _Scale:
@@ -137,18 +155,27 @@ class _Scale:
     adjoint = apply
 
 
+def _mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 def gather(kind: type[Joint], projections: Sequence[Projection]) -> JointPieces | None:
     """The small tensors among them, as many in one go as fit; None where none has company."""
     groups, entries = [[]], 0
+    kept = 2 * projections[0].block.d  # z, and the bits of theta_d
     for projection in projections:
         size = sum(kind.extent(projection))
-        if size > SMALL or projection.block.given is not None:
+        if size > SMALL or not projection.block.cache or projection.block.given is not None:
             continue
+        if kept + entries + size > KEPT:
+            break
         if entries // TOGETHER != (entries + size) // TOGETHER:
             groups.append([])
         entries += size
-        if entries > KEPT:
-            break
         groups[-1].append(projection)
-    joints = [kind(group) for group in groups if len(group) > 1]
-    return JointPieces(joints) if joints else None
+    groups = [(kind(group), group) for group in groups if len(group) > 1]
+    return JointPieces(groups) if groups else None

@@ -29,6 +29,7 @@ class JointBlocks(Joint):
         return member.block.n, member.size - member.last
 
     def draw(self, device: torch.device) -> tuple:
+        """c: [blocks, 1, length], D: [tensors, 1, length], the tensor of each block, H_k: [tensors, k, k], H, A."""
         one = self.members[0]
         c = torch.cat([member.draw_coefficients(device) for member in self.members])
         counts = torch.tensor([member.count for member in self.members], device=device)

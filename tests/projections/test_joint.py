@@ -1,7 +1,9 @@
 """Small tensors made together: the same P, seen anew whatever becomes of theta_d between two uses."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -157,21 +159,63 @@ def test_copies_are_made_anew():
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
         (others,) = {twin.pieces for twin in twins}
         assert others is not pieces
-        assert {member for one in others.joints for member in one.members} == set(twins)
         other = vector()
         square(twins, others, other).backward()
         torch.testing.assert_close(other.grad, expected(alone(parts), other)[1], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_states_are_held_once(cache):
-    parts, pieces = members("fastjl", cache=cache)
-    for part in parts:
-        part.column_square_norms()
-    assert all(part._drawn for part in parts) == cache
-    square(parts, pieces, vector())
-    assert not any(part._drawn for part in parts)
-    assert all(bool(one._drawn) == cache for one in pieces.joints)
+def test_what_is_kept_goes_with_the_model():
+    """A graph that led back to what is kept of it would never be collected."""
+    parts, pieces = members("fastjl")
+    square(parts, pieces, vector()).backward()
+    gone = weakref.ref(pieces)
+    del parts, pieces
+    gc.collect()
+    assert gone() is None
+
+
+def test_another_dtype_or_graph_is_seen():
+    parts, pieces = members("fastjl")
+    theta_d, fired = vector(), []
+    square(parts, pieces, theta_d)
+    theta_d.data = theta_d.data.double()
+    assert pieces.normalised(theta_d, 0.5).dtype == torch.float64
+    theta_d.data = theta_d.data.float()
+    square(parts, pieces, theta_d)
+    theta_d.data = theta_d.data.double()
+    theta_d.data = theta_d.data.float()  # with each change of the dtype gradients end in another node
+    node = torch.autograd.graph.get_gradient_edge(theta_d).node
+    node.register_hook(lambda *_: fired.append(1))
+    square(parts, pieces, theta_d).backward()
+    assert fired == [1]
+
+
+def test_a_nan_is_the_same_number(monkeypatch):
+    parts, pieces = members("fastjl")
+    theta_d, calls = nn.Parameter(torch.full((D,), torch.nan)), []
+    before = type(pieces.joints[0]).apply
+    monkeypatch.setattr(type(pieces.joints[0]), "apply", lambda self, z: calls.append(1) or before(self, z))
+    square(parts, pieces, theta_d)
+    assert calls == [1]
+
+
+def test_a_z_serves_the_mode_it_was_made_in():
+    parts, pieces = members("fastjl")
+    theta_d = vector()
+    z = pieces.normalised(theta_d, 0.5)
+    with torch.no_grad():
+        assert not parts[0](z).requires_grad
+    assert parts[0](z).requires_grad
+
+
+def test_what_is_handed_out_is_a_copy():
+    parts, pieces = members("fastjl")
+    with torch.no_grad():
+        z = pieces.normalised(vector(), 0.5)
+        first = parts[0](z)
+        expected = first.clone()
+        first.zero_()
+        torch.testing.assert_close(parts[0](z), expected)
 
 
 def test_who_is_made_together(monkeypatch):
@@ -180,9 +224,13 @@ def test_who_is_made_together(monkeypatch):
     monkeypatch.setattr(joint, "KEPT", 900)
     parts, pieces = members("sparse", sizes=[100, 501, 150, 40, 200, 100, 500, 7])
     assert [[part.block.n for part in one.members] for one in pieces.joints] == [[100, 150, 40], [200, 100]]
+    assert not {part for one in pieces.joints for part in one.members} & set(parts)
     assert [part.block.n for part in parts if part.pieces is None] == [501, 500, 7]
     assert members("sparse", sizes=[100, 501])[1] is None
     assert members("sparse", given=(torch.zeros(1),))[1] is None
+    assert members("sparse", cache=False)[1] is None
+    assert members("sparse", d=395, sizes=[50, 60])[1] is not None
+    assert members("sparse", d=396, sizes=[50, 60])[1] is None  # z is kept too
     assert members("fastjl", 2)[1] is None
     assert members("dense")[1] is None
 

@@ -156,6 +156,14 @@ def test_workers_share_a_sweep_and_one_of_them_reports(recipe, capsys):
     assert not list((recipe.parent / "results").glob("*.lock"))
 
 
+@pytest.mark.parametrize("workers", ["-1", "some"])
+def test_workers_are_a_number(recipe, workers, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        run.main([str(recipe), "--workers", workers])
+    said = f"{error.value} {capsys.readouterr().err}"
+    assert f"got {workers}" in said or f"'{workers}'" in said
+
+
 def test_a_worker_that_fails_is_told(recipe):
     with (
         pytest.raises(RuntimeError, match="(?s)A helping process failed.*no such thing"),

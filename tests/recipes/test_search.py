@@ -118,6 +118,9 @@ def test_a_search_takes_no_seed(recipe):
     recipe.write_text("model: fc\nprojection: fastjl\nd: auto\nthreshold: 0.9\nd_max: 8\n")
     with pytest.raises(ValueError, match="`d: auto` takes seeds from 0 on, got `seed`"):
         run.main([str(recipe), "--seed", "3"])
+    recipe.write_text(recipe.read_text() + "seed: [0, 1]\n")
+    with pytest.raises(ValueError, match="`d: auto` takes seeds from 0 on, got `seed`"):
+        run.main([str(recipe)])
 
 
 def test_a_search_and_a_grid_may_share_runs_and_what_is_not_reached_is_said(recipe, capsys):
