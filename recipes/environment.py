@@ -40,12 +40,18 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, with "-dirty" where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    """The commit of the code, with "-dirty" where files differ from it, but for what recipes write."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        written = [f":(exclude)recipes/*/{folder}/*" for folder in ("plots", "results")]
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu() -> str:
