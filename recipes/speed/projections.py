@@ -125,19 +125,23 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
     plain = theta_d.detach()
     pieces = type(maps[0]).together(maps)
     joints = list(getattr(pieces, "joints", ()))
-    alone = [(p, g) for p, g in zip(maps, grads, strict=True) if not any(p in joint.members for joint in joints)]
-    of, zeros = dict(zip(maps, grads, strict=True)), [[torch.zeros(pad) for _, pad in j.extents] for j in joints]
+    of = {p.block.name: g for p, g in zip(maps, grads, strict=True)}
+    joined = {member.block.name for joint in joints for member in joint.members}
+    alone = [p for p in maps if p.block.name not in joined]
+    zeros = [[torch.zeros(pad) for _, pad in joint.extents] for joint in joints]
 
     def forward():
-        return [p.apply(plain) for p in (*joints, *(p for p, _ in alone))]
+        return [p.apply(plain) for p in (*joints, *alone)]
 
     def backward():
         total = torch.zeros_like(plain)
         for joint, pads in zip(joints, zeros, strict=True):
-            padded = [part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member], pad)]
+            padded = [
+                part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member.block.name], pad)
+            ]
             total += joint.adjoint(torch.cat(padded))
-        for p, g in alone:
-            total += p.adjoint(g)
+        for p in alone:
+            total += p.adjoint(of[p.block.name])
 
     def both():
         z = pieces.normalised(theta_d, 1.0) if joints else theta_d
@@ -146,8 +150,7 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
         with torch.no_grad():
             theta_d.add_(1e-3)  # as an optimiser: what is kept is made anew
 
-    both()  # what is drawn twice before is dropped
-    state = tensors([joint.state(plain) for joint in joints] + [p.state(plain.device) for p, _ in alone])
+    state = tensors([joint.state(plain) for joint in joints] + [p.state(plain.device) for p in maps])
     return Contender(forward, backward, state, both)
 
 
