@@ -73,7 +73,7 @@ def test_every_recipe_runs_tiny(file, tmp_path, capsys):
 )
 def test_every_search_runs_tiny(file, tmp_path, capsys):
     tiny = TINY | {"lr": 0.1, "threshold": 0.15, "d_min": 1, "d_max": 8, "seeds": 1, "max_runs": 3}
-    del tiny["d"]
+    del tiny["d"], tiny["seed"]
     run.main([str(file), *options(tiny, tmp_path)])
     asked = read(file, tiny).searches
     assert {file.stem for file in (tmp_path / "searches").iterdir()} == {search.name for search in asked}
