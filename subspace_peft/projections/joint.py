@@ -49,11 +49,13 @@ class Joint(ABC):
     def state(self, x: Tensor) -> tuple:
         """What is drawn, on the device of x and in the dtype that x is computed in."""
         wanted = x.device, working(x).dtype
-        if self._drawn[:2] != wanted:
-            with torch.inference_mode(False), torch.no_grad():
-                drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
+        if self._drawn[:2] == wanted:
+            return self._drawn[2]
+        with torch.inference_mode(False), torch.no_grad():
+            drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
+        if self.members[0].block.cache:
             self._drawn = *wanted, drawn
-        return self._drawn[2]
+        return drawn
 
     def forget(self) -> None:
         """Drop what is drawn, until it is needed again."""
@@ -93,19 +95,19 @@ class JointPieces(Pieces):
             self._forget()
             return None
         trains = theta_d.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        now = _Now(theta_d, factor, _mode(), get_gradient_edge(theta_d).node if trains else None)
+        ends = theta_d, factor, get_gradient_edge(theta_d).node if trains else None
         bits = theta_d.detach().view(BITS[theta_d.itemsize])
         kept = self._kept
-        if kept is None or kept.now != now or kept.dtype != theta_d.dtype or not torch.equal(kept.bits, bits):
+        if kept is None or not kept.is_of(ends, theta_d.dtype, bits):
             z = Map.apply(theta_d, _Scale(factor), False)
-            self._kept = kept = _Kept(now, theta_d.dtype, bits.clone(), z)
+            self._kept = kept = _Kept(ends, _mode(), theta_d.dtype, bits.clone(), z)
         return kept.z
 
     def piece(self, z, member):
         if _is_traced():
             return None
         kept = self._kept
-        if kept is None or z is not kept.z or kept.now.mode != _mode():
+        if kept is None or z is not kept.z or kept.mode != _mode():
             return None
         joint, at = self._places[member]
         if joint not in kept.made:
@@ -122,25 +124,18 @@ class JointPieces(Pieces):
         return self.__dict__ | {"_kept": None}
 
 
-class _Now:
-    """What z depends on besides the numbers of theta_d, all compared by identity but for the mode."""
-
-    def __init__(self, theta_d: nn.Parameter, factor: Tensor | float, mode: tuple[bool, bool], edge: object):
-        self.theta_d, self.factor, self.mode = theta_d, factor, mode
-        self.edge = edge  # where the graph ends: torch exchanges it when `.data` gets another dtype or device
-
-    def __eq__(self, other: object) -> bool:
-        same = self.theta_d is other.theta_d and self.factor is other.factor and self.edge is other.edge
-        return same and self.mode == other.mode
-
-
 @dataclass
 class _Kept:
-    now: _Now
+    ends: tuple  # theta_d, the factor, and where the graph ends: with `.data` of another dtype or device at a new node
+    mode: tuple[bool, bool]
     dtype: torch.dtype
     bits: Tensor  # of theta_d: as numbers, nan is never the same
     z: Tensor
     made: dict[Joint, list[Tensor]] = field(default_factory=dict)
+
+    def is_of(self, ends: tuple, dtype: torch.dtype, bits: Tensor) -> bool:
+        same = all(one is other for one, other in zip(self.ends, ends, strict=True)) and self.mode == _mode()
+        return same and self.dtype == dtype and torch.equal(self.bits, bits)
 
 
 class _Scale:
@@ -169,7 +164,7 @@ def gather(kind: type[Joint], projections: Sequence[Projection]) -> JointPieces 
     kept = 2 * projections[0].block.d  # z, and the bits of theta_d
     for projection in projections:
         size = sum(kind.extent(projection))
-        if size > SMALL or not projection.block.cache or projection.block.given is not None:
+        if size > SMALL or projection.block.given is not None:
             continue
         if kept + entries + size > KEPT:
             break

@@ -199,6 +199,18 @@ def test_a_nan_is_the_same_number(monkeypatch):
     assert calls == [1]
 
 
+@pytest.mark.parametrize("name", ["fastfood", "fastjl", "sparse"])
+def test_without_the_cache_nothing_of_P_is_kept(name):
+    found = []
+    for cache in (True, False):
+        parts, pieces = members(name, cache=cache)
+        theta_d = vector()
+        square(parts, pieces, theta_d).backward()
+        found.append(theta_d.grad)
+        assert [bool(one._drawn) for one in pieces.joints] == [cache]
+    assert torch.equal(*found)
+
+
 def test_a_z_serves_the_mode_it_was_made_in():
     parts, pieces = members("fastjl")
     theta_d = vector()
@@ -228,7 +240,6 @@ def test_who_is_made_together(monkeypatch):
     assert [part.block.n for part in parts if part.pieces is None] == [501, 500, 7]
     assert members("sparse", sizes=[100, 501])[1] is None
     assert members("sparse", given=(torch.zeros(1),))[1] is None
-    assert members("sparse", cache=False)[1] is None
     assert members("sparse", d=395, sizes=[50, 60])[1] is not None
     assert members("sparse", d=396, sizes=[50, 60])[1] is None  # z is kept too
     assert members("fastjl", 2)[1] is None
