@@ -131,7 +131,8 @@ class Sweep:
         group = [run]
         try:
             group.extend(self.company(run))
-            bar.n = 0 if bar.disable else self.epochs_done()
+            if not bar.disable:
+                bar.n = self.epochs_done()
             bar.set_description(f"{run}" + (f" and {len(group) - 1} like it" if group[1:] else ""), refresh=False)
             bar.set_postfix()
             for one, result in zip(group, self.results_of(group, report), strict=True):
