@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import environment, search
-from recipes.data import load
-from recipes.grid import SEARCH, TRAJECTORY, check_keys, known_keys, read
-from recipes.report import conclude
-from recipes.results import Results
-from recipes.settings import Settings
-from recipes.sharing import carry_out, decided, helped_by, take
-from recipes.together import alike, train_together
-from recipes.train import train
+from recipes.lab import environment, search
+from recipes.lab.grid import SEARCH, TRAJECTORY, check_keys, known_keys, read
+from recipes.lab.results import Results
+from recipes.lab.sharing import carry_out, decided, helped_by, take
+from recipes.reports.report import conclude
+from recipes.tasks.data import load
+from recipes.training.settings import Settings
+from recipes.training.together import alike, train_together
+from recipes.training.train import train
 from subspace_peft import Trajectory
 
 

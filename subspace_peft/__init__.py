@@ -3,13 +3,13 @@
 Importing this package makes the adapter type SUBSPACE_PEFT known to PEFT.
 """
 
-from .compress import compress
-from .config import SubspaceConfig
-from .fold import fold
-from .groups import gamma_for, parameter_groups
-from .model import SubspaceModel
+from .adapter.compress import compress
+from .adapter.config import SubspaceConfig
+from .adapter.fold import fold
+from .adapter.model import SubspaceModel
+from .adapter.register import register
 from .projections import PROJECTIONS
-from .register import register
+from .rates import gamma_for, parameter_groups
 from .spectra import Spectra, SpectraCallback
 from .trajectory import Trajectory, TrajectoryCallback, coefficients, reconstruct
 

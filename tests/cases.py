@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from subspace_peft import SubspaceConfig
-from subspace_peft.adapter_file import find_vectors, unique_coordinates
+from subspace_peft.adapter.walk import find_vectors, unique_coordinates
 from tests.models import (
     MLP,
     Attention,
@@ -171,8 +171,8 @@ def move(model: nn.Module, adapter: str = "default", size: float = 0.05, seed: i
 @torch.no_grad()
 def dense_P(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """P of weight coordinates by the tensors it moves, from unit vectors: [n, d] each."""
-    factor = find_vectors(model).factors[adapter]
-    units = torch.eye(theta_d(model, adapter).numel()) * factor
+    scale = find_vectors(model).scales[adapter]
+    units = torch.eye(theta_d(model, adapter).numel()) * scale
     return {
         name: c.increment(units).reshape(len(units), -1).T for name, c in unique_coordinates(model, adapter).items()
     }

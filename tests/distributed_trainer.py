@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from subspace_peft import SubspaceTrainer
-from subspace_peft.full_space import full_space
+from subspace_peft.adapter.full_space import full_space
 from subspace_peft.optim import PBFGS, ClassGradientNewton, PPlusBFGS, repeatable
 from tests.cases import settings, theta_d
 

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.data import Split, batches, load
-from recipes.models import CLASSES, build
-from recipes.plots import save
-from recipes.summary import markdown, spread
+from recipes.lab import environment
+from recipes.reports.dimension import markdown, spread
+from recipes.reports.figures import save
+from recipes.tasks.data import Split, batches, load
+from recipes.tasks.models import CLASSES, build
 from subspace_peft.landscape import coverage, hessian_product, lanczos
 from subspace_peft.optim import class_gradients
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.collected import Settings, digits
 from recipes.deep_linear.networks import compressed, descend, product, start
 from recipes.deep_linear.runs import main
-from recipes.plots import save
-from recipes.summary import markdown
+from recipes.lab.collected import Settings, digits
+from recipes.reports.dimension import markdown
+from recipes.reports.figures import save
 
 
 LEVELS = (1e-1, 1e-2, 1e-3)

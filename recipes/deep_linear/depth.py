@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.deep_linear.completion import measure, reached
 from recipes.deep_linear.runs import main
-from recipes.plots import save
-from recipes.summary import markdown
+from recipes.reports.dimension import markdown
+from recipes.reports.figures import save
 
 
 LEVEL = 0.1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from recipes.collected import Collected, Settings, conclude, spanned
+from recipes.lab.collected import Collected, Settings, conclude, spanned
 
 
 FOLDER = Path(__file__).parent

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.data import Split, load
-from recipes.grid import read
-from recipes.models import build
-from recipes.plots import save
-from recipes.settings import Settings
-from recipes.summary import spread
-from recipes.train import predict
+from recipes.lab import environment
+from recipes.lab.grid import read
+from recipes.reports.dimension import spread
+from recipes.reports.figures import save
+from recipes.tasks.data import Split, load
+from recipes.tasks.models import build
+from recipes.training.settings import Settings
+from recipes.training.train import predict
 from subspace_peft import Trajectory, coefficients, reconstruct
 
 

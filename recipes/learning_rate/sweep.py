@@ -29,8 +29,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment, models
-from recipes.data import Split, batches, load
+from recipes.lab import environment
+from recipes.tasks import models
+from recipes.tasks.data import Split, batches, load
 from subspace_peft import SubspaceConfig, parameter_groups
 
 

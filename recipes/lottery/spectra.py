@@ -19,13 +19,13 @@ from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.compression import labels
-from recipes.grid import read
-from recipes.plots import MARKERS, save
-from recipes.results import Results
-from recipes.settings import Settings
-from recipes.summary import markdown
+from recipes.lab import environment
+from recipes.lab.grid import read
+from recipes.lab.results import Results
+from recipes.reports.compression import labels
+from recipes.reports.dimension import markdown
+from recipes.reports.figures import MARKERS, save
+from recipes.training.settings import Settings
 from subspace_peft import Trajectory
 
 

@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.models import CLASSES, SHAPES, build
-from recipes.settings import Settings
-from recipes.summary import markdown
-from recipes.train import wrap
+from recipes.lab import environment
+from recipes.reports.dimension import markdown
+from recipes.tasks.models import CLASSES, SHAPES, build
+from recipes.training.settings import Settings
+from recipes.training.train import wrap
 from subspace_peft import compress
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.collected import Settings, digits
-from recipes.data import Split
+from recipes.lab.collected import Settings, digits
 from recipes.spectra.networks import accuracy
+from recipes.tasks.data import Split
 from subspace_peft.spectra import BLOCKS, SIDES, Spectra, matrices
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.collected import Settings
-from recipes.data import Split
+from recipes.lab.collected import Settings
+from recipes.tasks.data import Split
 
 
 EVALUATED_TOGETHER = 500

@@ -6,9 +6,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recipes.collected import Settings
-from recipes.plots import save
-from recipes.summary import markdown
+from recipes.lab.collected import Settings
+from recipes.reports.dimension import markdown
+from recipes.reports.figures import save
 from subspace_peft.spectra import BLOCKS, SIDES, blocks
 
 

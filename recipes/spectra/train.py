@@ -21,11 +21,11 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.collected import Collected, Settings, conclude, spanned
-from recipes.data import batches, load
+from recipes.lab.collected import Collected, Settings, conclude, spanned
 from recipes.spectra.dynamics import dynamics, truncated, watched
 from recipes.spectra.networks import accuracy, logits, network
 from recipes.spectra.report import label, plot, text
+from recipes.tasks.data import batches, load
 
 
 DEFAULTS = {"activation": "relu", "start": "default", "image_size": 0, "images": 0, "bf16": False}

@@ -26,9 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from subspace_peft.hadamard import hadamard, next_power_of_two
-from subspace_peft.projections import PROJECTIONS, Block
+from recipes.lab import environment
+from subspace_peft.projections import PROJECTIONS, TensorRows
+from subspace_peft.projections.hadamard import hadamard, next_power_of_two
 
 
 N = 200_000
@@ -72,7 +72,7 @@ def measure(name: str, d: int) -> dict:
     if name == "published":
         operator, factor = Published(N, d), 1.0
     else:
-        operator = PROJECTIONS[name](Block(name="weight", n=N, d=d))
+        operator = PROJECTIONS[name](TensorRows(name="weight", n=N, d=d))
         factor = math.sqrt(operator.moved / operator.column_square_norms().sum().item())  # normalization="rows"
     with torch.no_grad():
         rows, columns = rows_and_columns(operator, N, d)

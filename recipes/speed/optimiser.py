@@ -2,7 +2,7 @@
 
     python recipes/speed/optimiser.py [--rounds 30] [--threads 2] [--network lenet] [--batch 1024] [--output <file>]
 
-A network of recipes.models on random images; d = 40 random orthonormal columns over all its weights. What a step costs
+A network of recipes.tasks on random images; d = 40 random orthonormal columns over all its weights. What a step costs
 beyond its trials is its time less as many forwards of the wrapped network as it made trials, each measured in the same
 round. Interleaved, so that whatever else the machine does falls on all alike; the load is written beside the medians.
 """
@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.models import CLASSES, SHAPES, build
 from recipes.speed.record import keep
+from recipes.tasks.models import CLASSES, SHAPES, build
 from subspace_peft import SubspaceConfig
-from subspace_peft.full_space import full_space
+from subspace_peft.adapter.full_space import full_space
 from subspace_peft.optim import PBFGS, PPlusBFGS
 
 

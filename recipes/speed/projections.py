@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
+from recipes.lab import environment
 from recipes.speed.butterfly import ButterflyFastfood
-from subspace_peft.projections import PROJECTIONS, Block
+from subspace_peft.projections import PROJECTIONS, TensorRows
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -112,22 +112,22 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
     maps, offset = [], 0
     for k, n in enumerate(entries):
         if name == "identity":
-            block = Block(f"{k}", n, sum(entries), offset=offset)
+            block = TensorRows(f"{k}", n, sum(entries), offset=offset)
         elif name == "coordinate":
             share = d * (offset + n) // sum(entries) - d * offset // sum(entries)  # d positions in all
             positions = torch.arange(share) * (n // max(share, 1))
-            block = Block(f"{k}", n, d, column=d * offset // sum(entries), given=positions)
+            block = TensorRows(f"{k}", n, d, column=d * offset // sum(entries), given=positions)
         else:
-            block = Block(f"{k}", n, d, given=torch.randn(n, d) if name == "basis" else None)
+            block = TensorRows(f"{k}", n, d, given=torch.randn(n, d) if name == "basis" else None)
         maps.append(PROJECTIONS[name](block))
         offset += n
-    theta_d = nn.Parameter(torch.randn(maps[0].block.d))
+    theta_d = nn.Parameter(torch.randn(maps[0].rows.d))
     plain = theta_d.detach()
     pieces = type(maps[0]).together(maps)
     joints = list(getattr(pieces, "joints", ()))
-    of = {p.block.name: g for p, g in zip(maps, grads, strict=True)}
-    joined = {member.block.name for joint in joints for member in joint.members}
-    alone = [p for p in maps if p.block.name not in joined]
+    of = {p.rows.name: g for p, g in zip(maps, grads, strict=True)}
+    joined = {member.rows.name for joint in joints for member in joint.members}
+    alone = [p for p in maps if p.rows.name not in joined]
     zeros = [[torch.zeros(pad) for _, pad in joint.extents] for joint in joints]
 
     def forward():
@@ -137,11 +137,11 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
         total = torch.zeros_like(plain)
         for joint, pads in zip(joints, zeros, strict=True):
             padded = [
-                part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member.block.name], pad)
+                part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member.rows.name], pad)
             ]
             total += joint.adjoint(torch.cat(padded))
         for p in alone:
-            total += p.adjoint(of[p.block.name])
+            total += p.adjoint(of[p.rows.name])
 
     def both():
         z = pieces.normalised(theta_d, 1.0) if joints else theta_d

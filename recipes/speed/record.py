@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recipes import environment
+from recipes.lab import environment
 
 
 Load = tuple[float, float, float]

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.speed.record import keep
 from subspace_peft import SubspaceConfig
-from subspace_peft.config import NORMALIZATIONS
-from subspace_peft.layer import SubspaceLayer
+from subspace_peft.adapter.config import NORMALIZATIONS
+from subspace_peft.adapter.layer import SubspaceLayer
 
 
 D_SMALL = 1000
@@ -55,7 +55,7 @@ def storages(model: nn.Module) -> int:
         for coordinates in layer.coordinates["default"].values():
             for projection in coordinates.projections.values():
                 visit(projection._drawn.values())
-                for joint in getattr(projection.pieces, "joints", ()):
+                for joint in getattr(projection.joint_cache, "joints", ()):
                     visit(joint._drawn)
     return sum(seen.values())
 

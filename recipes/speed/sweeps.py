@@ -2,7 +2,7 @@
 
     python recipes/speed/sweeps.py [--rounds 5] [--runs 1 5 20 40] [--cases ...] [--threads 1] [--output <file>]
 
-Networks of recipes.models on random images; theta_d by Adam. The runs of dense have five d and as many seeds as there
+Networks of recipes.tasks on random images; theta_d by Adam. The runs of dense have five d and as many seeds as there
 are fives of runs, those of other projections have seeds alone. "together" shares P, its networks in turn or side by
 side (`torch.func.vmap`). Times are for one run: a step of R runs, divided by R, and the set-up, in which P is drawn.
 "whole" is a recipe run from its start to its result, by `train` and by `train_together`.
@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.data import Split, load
-from recipes.models import CLASSES, SHAPES, build
-from recipes.optimizers import OPTIMIZERS, update
-from recipes.settings import Settings
 from recipes.speed.record import keep
-from recipes.together import Networks, train_together
-from recipes.train import train, wrap
+from recipes.tasks.data import Split, load
+from recipes.tasks.models import CLASSES, SHAPES, build
+from recipes.training.optimizers import OPTIMIZERS, update
+from recipes.training.settings import Settings
+from recipes.training.together import Networks, train_together
+from recipes.training.train import train, wrap
 
 
 CASES = {  # largest d, batch

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.summary import markdown
+from recipes.lab import environment
+from recipes.reports.dimension import markdown
 from subspace_peft.landscape import affine_distance, affine_threshold
 
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.plots import save
-from recipes.summary import markdown
+from recipes.lab import environment
+from recipes.reports.dimension import markdown
+from recipes.reports.figures import save
 from recipes.theory.spectra import SMALLEST, SPECTRA
 from subspace_peft.landscape import (
     ellipsoid_support,

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.data import Split, batches, load
-from recipes.models import build
-from recipes.plots import save
-from recipes.summary import markdown, spread
+from recipes.lab import environment
+from recipes.reports.dimension import markdown, spread
+from recipes.reports.figures import save
+from recipes.tasks.data import Split, batches, load
+from recipes.tasks.models import build
 from subspace_peft import SubspaceConfig
 from subspace_peft.landscape import linearized
 from subspace_peft.measure import threshold_dimension

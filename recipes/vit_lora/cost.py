@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.data import Split
-from recipes.models import CLASSES, SHAPES
+from recipes.lab import environment
+from recipes.tasks.data import Split
+from recipes.tasks.models import CLASSES, SHAPES
 from recipes.vit_lora.finetune import parser
 from recipes.vit_lora.settings import Settings, read
 from recipes.vit_lora.training import train

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes import environment
-from recipes.results import Results
-from recipes.sharing import carry_out
+from recipes.lab import environment
+from recipes.lab.results import Results
+from recipes.lab.sharing import carry_out
 from recipes.vit_lora import report
 from recipes.vit_lora.images import splits, whole
 from recipes.vit_lora.settings import KEYS, Settings, read

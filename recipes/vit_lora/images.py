@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from recipes.data import Split, augment, load
+from recipes.tasks.data import Split, augment, load
 from recipes.vit_lora.settings import Settings
 
 

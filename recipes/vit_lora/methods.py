@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.data import Split
+from recipes.tasks.data import Split
 from recipes.vit_lora.settings import Settings
 from subspace_peft import SubspaceConfig
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from recipes.plots import MARKERS, save
-from recipes.results import Results
+from recipes.lab.results import Results
+from recipes.reports.figures import MARKERS, save
 from recipes.vit_lora.settings import Recipe, Settings
 from subspace_peft.measure import Dimension, intrinsic_dimension
 

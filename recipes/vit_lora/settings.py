@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from recipes.axes import check_keys, points, typed
-from recipes.named import Named, unnamed
+from recipes.lab.axes import check_keys, points, typed
+from recipes.lab.named import Named, unnamed
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 

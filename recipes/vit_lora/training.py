@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.data import Split
+from recipes.tasks.data import Split
 from recipes.vit_lora.images import Batches
 from recipes.vit_lora.methods import base_model, digest, groups, saved, trainable, wrap
 from recipes.vit_lora.settings import Settings

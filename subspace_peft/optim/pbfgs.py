@@ -80,7 +80,7 @@ class PPlusBFGS(Optimizer):
         w <- w + P s - lr m,    m <- momentum m + g - P P^T g,    g at w before the step.
 
     P s is added to theta_d and the rest to the weights of the base: what is trained is the base too, see
-    `subspace_peft.full_space.full_space`, which gives `weights` and `lift`. Where no s is found it is zero.
+    `subspace_peft.adapter.full_space.full_space`, which gives `weights` and `lift`. Where no s is found it is zero.
 
     State: PBFGS's of theta_d, and m of each weight as `momentum_buffer`.
 

@@ -1,6 +1,6 @@
 """What P is: one file a projection, and the only list of them."""
 
-from .base import Block, Pieces, Projection
+from .base import JointCache, Projection, TensorRows
 from .basis import Basis
 from .coordinate import Coordinate
 from .dense import Dense
@@ -20,4 +20,4 @@ PROJECTIONS: dict[str, type[Projection]] = {
     "identity": Identity,
 }
 
-__all__ = ["PROJECTIONS", "Block", "Pieces", "Projection"]
+__all__ = ["PROJECTIONS", "JointCache", "Projection", "TensorRows"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..philox import Philox
+from .philox import Philox
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorRows:
     """Everything that the rows of P of one tensor may depend on.
 
     None of it depends on the other tensors, but for `offset` and `column`, which only identity and coordinate read.
@@ -39,11 +39,11 @@ def full_precision(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-class Pieces(ABC):
+class JointCache(ABC):
     """P z of several tensors made at once, of which one asks for its own; z is theta_d normalised."""
 
     @abstractmethod
-    def normalised(self, theta_d: Tensor, factor: Tensor | float) -> Tensor | None:
+    def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
         """z, where it is kept from one layer to the next."""
 
     @abstractmethod
@@ -129,19 +129,19 @@ class Projection(ABC):
 
     VERSION = 1  # the newest projection version that this class can draw
 
-    def __init__(self, block: Block):
-        if not 1 <= block.version <= self.VERSION:
+    def __init__(self, rows: TensorRows):
+        if not 1 <= rows.version <= self.VERSION:
             raise ValueError(
-                f"`projection_version` must be 1 to {self.VERSION} for {type(self).__name__}, got {block.version}; "
+                f"`projection_version` must be 1 to {self.VERSION} for {type(self).__name__}, got {rows.version}; "
                 "install a newer subspace_peft to load this adapter."
             )
-        self.block = block
-        self.pieces: Pieces | None = None
+        self.rows = rows
+        self.joint_cache: JointCache | None = None
         self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
-        piece = self.pieces and self.pieces.piece(theta_d, self)
+        piece = self.joint_cache and self.joint_cache.piece(theta_d, self)
         if piece is not None and origin is not None:
             return origin + piece.view(origin.shape)
         if piece is not None:
@@ -170,21 +170,21 @@ class Projection(ABC):
         """sum_i P_ij^2 over the rows of this tensor, exact: float64 [d] on the CPU."""
 
     @classmethod
-    def together(cls, projections: Sequence[Projection]) -> Pieces | None:
+    def together(cls, projections: Sequence[Projection]) -> JointCache | None:
         """What makes P theta_d of several of these tensors at once, if that is faster."""
         return None
 
     @property
     def moved(self) -> int:
         """How many rows are not zero."""
-        return self.block.n
+        return self.rows.n
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         """What apply and adjoint need and the seed gives; the base has none."""
         return ()
 
     def philox(self, purpose: str) -> Philox:
-        return Philox(self.block.seed, self.block.name, purpose, self.block.version)
+        return Philox(self.rows.seed, self.rows.name, purpose, self.rows.version)
 
     def state(self, device: torch.device) -> tuple[Tensor, ...]:
         """The drawn state on `device`."""
@@ -195,9 +195,9 @@ class Projection(ABC):
     def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
         # A tensor made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            given = self.block.given
+            given = self.rows.given
             drawn = tree_map(lambda x: x.to(device), given) if isinstance(given, tuple) else self.draw(device)
-        if self.block.cache:
+        if self.rows.cache:
             if device.type != "cpu":  # there it was drawn for the column norms
                 self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
@@ -213,8 +213,8 @@ class Projection(ABC):
         return self.__dict__ | {"_drawn": {}}
 
     def __repr__(self) -> str:
-        block = dataclasses.replace(self.block, given=None)
-        return f"{type(self).__name__}({block})"
+        rows = dataclasses.replace(self.rows, given=None)
+        return f"{type(self).__name__}({rows})"
 
 
 def working(x: Tensor) -> Tensor:

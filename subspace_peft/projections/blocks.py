@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..hadamard import kronecker, matrix, multiply, next_power_of_two, radices
-from .base import Block, Projection, working
+from .base import Projection, TensorRows, working
+from .hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 from .joint import gather
 from .joint_blocks import JointBlocks
 
@@ -29,16 +29,16 @@ class Blocks(Projection):
     that is constant, or periodic in a power of two, to one number.
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        self.size = next_power_of_two(block.d)
-        self.count = -(-block.n // self.size)
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        self.size = next_power_of_two(rows.d)
+        self.count = -(-rows.n // self.size)
         self.shared = self.share()
         self.length = self.size // self.shared  # of c_b
         self.sizes = (self.shared, *radices(self.length))
-        self.last = block.n - (self.count - 1) * self.size  # rows of the last block
+        self.last = rows.n - (self.count - 1) * self.size  # rows of the last block
         self.joinable = True  # whether A of several tensors has a joint form
-        self.few = block.n * block.d <= FEW
+        self.few = rows.n * rows.d <= FEW
 
     @abstractmethod
     def share(self) -> int:
@@ -84,17 +84,17 @@ class Blocks(Projection):
         state = self.draw_coefficients(device), self.draw_factors(device), self.draw_first(device)
         if not self.few:
             return state
-        return (self._adjoint(torch.eye(self.block.n, dtype=torch.float64, device=device), state).float(),)
+        return (self._adjoint(torch.eye(self.rows.n, dtype=torch.float64, device=device), state).float(),)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         z, state = working(theta_d), self.state(theta_d.device)
-        y = z @ state[0].to(z.dtype).mT if self.few else self._apply(z.reshape(-1, self.block.d).contiguous(), state)
-        return y.view(*theta_d.shape[:-1], self.block.n).to(theta_d.dtype)
+        y = z @ state[0].to(z.dtype).mT if self.few else self._apply(z.reshape(-1, self.rows.d).contiguous(), state)
+        return y.view(*theta_d.shape[:-1], self.rows.n).to(theta_d.dtype)
 
     def adjoint(self, grad: Tensor) -> Tensor:
         g, state = working(grad), self.state(grad.device)
-        z = g @ state[0].to(g.dtype) if self.few else self._adjoint(g.reshape(-1, self.block.n).contiguous(), state)
-        return z.view(*grad.shape[:-1], self.block.d).to(grad.dtype)
+        z = g @ state[0].to(g.dtype) if self.few else self._adjoint(g.reshape(-1, self.rows.n).contiguous(), state)
+        return z.view(*grad.shape[:-1], self.rows.d).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -108,8 +108,8 @@ class Blocks(Projection):
             c, factors = c.to(z.dtype), [h.to(z.dtype) for h in factors]
         v, batch = self._before(z, factors, first), z.shape[0]
         if torch.compiler.is_compiling() or batch * self.count * self.size <= CHUNK:
-            return self._transform(v, c, factors).view(batch, -1)[:, : self.block.n]
-        out = z.new_empty(batch, self.block.n)
+            return self._transform(v, c, factors).view(batch, -1)[:, : self.rows.n]
+        out = z.new_empty(batch, self.rows.n)
         for row, y in zip(v.unsqueeze(1), out, strict=True):
             for blocks, entries in self._pieces():
                 part = y[entries]
@@ -167,7 +167,7 @@ class Blocks(Projection):
         """Sum of the squares of rows start..stop of the last block, from the rows: float64 [d]."""
         c, factors, first = state
         factors, last = [h.double() for h in factors], c[-1:].double()
-        total = torch.zeros(self.block.d, dtype=torch.float64)
+        total = torch.zeros(self.rows.d, dtype=torch.float64)
         step = max(1, ROWS // self.size)
         for at in range(start, stop, step):
             rows = one_hot(torch.arange(at, min(at + step, stop)), self.size).double()

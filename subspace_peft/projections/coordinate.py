@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Block, Projection
+from .base import Projection, TensorRows
 
 
 class Coordinate(Projection):
@@ -12,35 +12,35 @@ class Coordinate(Projection):
     `given`: sorted positions inside the tensor; `column`: how many columns belong to tensors before this one.
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        given = block.given
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        given = rows.given
         if given is None or given.dim() != 1 or given.is_floating_point():
-            raise ValueError(f"`coordinate` needs the positions inside {block.name} as a vector of integers.")
+            raise ValueError(f"`coordinate` needs the positions inside {rows.name} as a vector of integers.")
         k = len(given)
-        if block.column + k > block.d:
-            raise ValueError(f"{block.name} needs columns {block.column} to {block.column + k}, but d = {block.d}.")
-        if k and (given[0] < 0 or given[-1] >= block.n or (given[1:] <= given[:-1]).any()):
-            raise ValueError(f"Positions inside {block.name} must be sorted, distinct and below n = {block.n}.")
+        if rows.column + k > rows.d:
+            raise ValueError(f"{rows.name} needs columns {rows.column} to {rows.column + k}, but d = {rows.d}.")
+        if k and (given[0] < 0 or given[-1] >= rows.n or (given[1:] <= given[:-1]).any()):
+            raise ValueError(f"Positions inside {rows.name} must be sorted, distinct and below n = {rows.n}.")
 
     @property
     def moved(self) -> int:
-        return len(self.block.given)
+        return len(self.rows.given)
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        return (self.block.given.detach().to(device, torch.int64),)
+        return (self.rows.given.detach().to(device, torch.int64),)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         (positions,) = self.state(theta_d.device)
-        zero = theta_d.new_zeros((*theta_d.shape[:-1], self.block.n))
-        return zero.index_copy(-1, positions, theta_d.narrow(-1, self.block.column, self.moved))
+        zero = theta_d.new_zeros((*theta_d.shape[:-1], self.rows.n))
+        return zero.index_copy(-1, positions, theta_d.narrow(-1, self.rows.column, self.moved))
 
     def adjoint(self, grad: Tensor) -> Tensor:
         (positions,) = self.state(grad.device)
-        after = self.block.d - self.block.column - self.moved
-        return torch.nn.functional.pad(grad.index_select(-1, positions), (self.block.column, after))
+        after = self.rows.d - self.rows.column - self.moved
+        return torch.nn.functional.pad(grad.index_select(-1, positions), (self.rows.column, after))
 
     def column_square_norms(self) -> Tensor:
-        norms = torch.zeros(self.block.d, dtype=torch.float64)
-        norms[self.block.column : self.block.column + self.moved] = 1
+        norms = torch.zeros(self.rows.d, dtype=torch.float64)
+        norms[self.rows.column : self.rows.column + self.moved] = 1
         return norms

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Block, Projection, working
+from .base import Projection, TensorRows, working
 
 
 HELD_BYTES = 2**30  # a P up to this size (for one tensor) is held, a larger one is redrawn piece by piece
@@ -17,20 +17,20 @@ class Dense(Projection):
     for a larger one, and any range of rows can be drawn alone.
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        self.step = max(1, PIECE // block.d)  # rows at a time
-        self.held = block.cache and 4 * block.n * block.d <= HELD_BYTES
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        self.step = max(1, PIECE // rows.d)  # rows at a time
+        self.held = rows.cache and 4 * rows.n * rows.d <= HELD_BYTES
 
-    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+    def _normals(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Rows start..stop of P, transposed: float32 [d, stop - start]."""
-        return self.philox("dense").normals(start, stop, device, range(self.block.d))
+        return self.philox("dense").normals(start, stop, device, range(self.rows.d))
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(self.rows(*span, device) for span in self._spans()) if self.held else ()
+        return tuple(self._normals(*span, device) for span in self._spans()) if self.held else ()
 
     def _spans(self) -> list[tuple[int, int]]:
-        return [(at, min(at + self.step, self.block.n)) for at in range(0, self.block.n, self.step)]
+        return [(at, min(at + self.step, self.rows.n)) for at in range(0, self.rows.n, self.step)]
 
     def _pieces(self, device: torch.device):
         """Yields (start, stop, those rows of P transposed [d, stop - start])."""
@@ -40,7 +40,7 @@ class Dense(Projection):
 
     @torch.compiler.disable
     def _redraw(self, start: int, stop: int, device: torch.device) -> Tensor:
-        return self.rows(start, stop, device)
+        return self._normals(start, stop, device)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         z = working(theta_d)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..hadamard import hadamard
 from .blocks import Blocks
+from .hadamard import hadamard
 
 
 PAIRS = 2**24  # products at a time for the column norms; what is left to the rows themselves follows from it
@@ -32,7 +32,7 @@ class Fastfood(Blocks):
     def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
         # an exact power of two: no rounding enters P
         scale = 2.0 ** -((self.size.bit_length() - 1) // 2)
-        signs = self.philox("fastfood signs").signs(0, self.block.d, device).mul_(scale)
+        signs = self.philox("fastfood signs").signs(0, self.rows.d, device).mul_(scale)
         order = self.philox("fastfood permutation").permutations(self.size, 0, 1, device)[0]
         return signs, order, order.argsort()
 
@@ -49,7 +49,7 @@ class Fastfood(Blocks):
 
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         signs, _, inverse = state
-        return hadamard(_permuted(v, inverse))[..., : self.block.d] * signs
+        return hadamard(_permuted(v, inverse))[..., : self.rows.d] * signs
 
     def square_norms(self, state: tuple) -> Tensor:
         """Rows a..a + r of a block, a a multiple of r = 2^s: by Parseval, with x_p = H[a, p] G_p,
@@ -59,7 +59,7 @@ class Fastfood(Blocks):
         which is sum_p x_p^2 plus a Hadamard transform of the products x_p x_p', put where Π_p xor Π_p' is.
         """
         gaussian, _, (signs, order, _) = state
-        squares = gaussian[:-1].double().square().sum() * self.size + torch.zeros(self.block.d, dtype=torch.float64)
+        squares = gaussian[:-1].double().square().sum() * self.size + torch.zeros(self.rows.d, dtype=torch.float64)
         last, start = gaussian[-1].double(), 0
         for r in (2**s for s in reversed(range(6, self.size.bit_length()))):
             if self.last & r and self.size**2 // (2 * r) <= PAIRS:
@@ -68,7 +68,7 @@ class Fastfood(Blocks):
                 x, positions = x.view(-1, r), order.view(-1, r)
                 at, products = positions[u] ^ positions[v], 2 * x[u] * x[v]
                 cross = x.new_zeros(self.size).index_add_(0, at.flatten(), products.flatten())
-                squares += r * (x.square().sum() + hadamard(cross)[: self.block.d])
+                squares += r * (x.square().sum() + hadamard(cross)[: self.rows.d])
                 start += r
         return squares * signs[0].double() ** 2 + self.row_squares(start, self.last, state)
 

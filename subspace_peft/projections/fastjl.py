@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Block
+from .base import TensorRows
 from .blocks import Blocks
 
 
@@ -24,9 +24,9 @@ class FastJL(Blocks):
     D2 is a product of signs (see Blocks).
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        self.nnz = block.nnz_per_row or 1
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        self.nnz = rows.nnz_per_row or 1
         self.joinable = self.nnz == 1
 
     def share(self) -> int:
@@ -38,9 +38,9 @@ class FastJL(Blocks):
     def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
         inner = self.philox("fastjl inner signs").signs(0, self.size, device)
         if self.nnz == 1:
-            return (inner[: self.block.d].clone(),)
+            return (inner[: self.rows.d].clone(),)
         slots = self.nnz * self.size
-        order = self.philox("fastjl scatter").permutations(self.block.d, 0, -(-slots // self.block.d), device)
+        order = self.philox("fastjl scatter").permutations(self.rows.d, 0, -(-slots // self.rows.d), device)
         weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
         return weights * inner, order.view(-1)[:slots].view(self.nnz, -1)
 
@@ -50,23 +50,23 @@ class FastJL(Blocks):
     def first(self, z: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
-            return torch.constant_pad_nd(z * weights, (0, self.size - self.block.d))
+            return torch.constant_pad_nd(z * weights, (0, self.size - self.rows.d))
         return (z[:, state[1]] * weights).sum(1)
 
     def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
-            return v[..., : self.block.d] * weights
-        zero = v.new_zeros(len(v), self.block.d)
+            return v[..., : self.rows.d] * weights
+        zero = v.new_zeros(len(v), self.rows.d)
         return zero.index_add(1, state[1].flatten(), (v.unsqueeze(1) * weights).flatten(1))
 
     def square_norms(self, state: tuple) -> Tensor:
         if self.nnz == 1:
-            return torch.full((self.block.d,), float(self.block.n), dtype=torch.float64)
+            return torch.full((self.rows.d,), float(self.rows.n), dtype=torch.float64)
         weights, columns = state[2]
         # a position may hold one column twice: first the sum, then its square
-        s = torch.zeros(self.size * self.block.d, dtype=torch.float64)
-        at = torch.arange(self.size) * self.block.d + columns
+        s = torch.zeros(self.size * self.rows.d, dtype=torch.float64)
+        at = torch.arange(self.size) * self.rows.d + columns
         s.index_add_(0, at.flatten(), weights.double().flatten())
         whole = self.size * s.view(self.size, -1).square().sum(0)
         if 2 * self.last < self.size:  # the smaller side of the crop

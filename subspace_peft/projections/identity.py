@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Block, Pieces, Projection
+from .base import JointCache, Projection, TensorRows
 
 
-class Cuts(Pieces):
+class Cuts(JointCache):
     """theta_d cut for all tensors at once.
 
     The derivative of one cut is one vector of D; that of a cut for each tensor is a vector of D for each tensor.
@@ -21,9 +21,9 @@ class Cuts(Pieces):
         self._cut_at: tuple[int, ...] = ()
         self._pieces: dict[Identity, Tensor] = {}
         for member in members:
-            member.pieces = self
+            member.joint_cache = self
 
-    def normalised(self, theta_d, factor):
+    def normalised(self, theta_d, scale):
         return None
 
     def piece(self, theta_d, member):
@@ -34,7 +34,7 @@ class Cuts(Pieces):
             return None
         now = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # another after each step of an optimiser
         if now != self._cut_at:
-            pieces = theta_d.split([one.block.n for one in self.members])
+            pieces = theta_d.split([one.rows.n for one in self.members])
             self._cut_at, self._pieces = now, dict(zip(self.members, pieces, strict=True))
         return self._pieces[member]
 
@@ -45,11 +45,11 @@ class Cuts(Pieces):
 class Identity(Projection):
     """P = I, d = D: this tensor's rows are `offset` to `offset + n`. Full fine-tuning, or LoRA with low_rank."""
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        if block.offset + block.n > block.d:
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        if rows.offset + rows.n > rows.d:
             raise ValueError(
-                f"`identity` has d = D: {block.name} ends at entry {block.offset + block.n}, but d = {block.d}."
+                f"`identity` has d = D: {rows.name} ends at entry {rows.offset + rows.n}, but d = {rows.d}."
             )
 
     @classmethod
@@ -58,13 +58,13 @@ class Identity(Projection):
 
     def apply(self, theta_d: Tensor) -> Tensor:
         # a copy: the output of a Function must not be a view of its input
-        return theta_d.narrow(-1, self.block.offset, self.block.n).clone()
+        return theta_d.narrow(-1, self.rows.offset, self.rows.n).clone()
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        after = self.block.d - self.block.offset - self.block.n
-        return torch.nn.functional.pad(grad, (self.block.offset, after))
+        after = self.rows.d - self.rows.offset - self.rows.n
+        return torch.nn.functional.pad(grad, (self.rows.offset, after))
 
     def column_square_norms(self) -> Tensor:
-        norms = torch.zeros(self.block.d, dtype=torch.float64)
-        norms[self.block.offset : self.block.offset + self.block.n] = 1
+        norms = torch.zeros(self.rows.d, dtype=torch.float64)
+        norms[self.rows.offset : self.rows.offset + self.rows.n] = 1
         return norms

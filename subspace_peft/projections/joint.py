@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .base import Map, Pieces, Projection, working
+from .base import JointCache, Map, Projection, working
 
 
 SMALL = 2**17  # entries up to which a tensor is made with others: its calls cost as much as its numbers
@@ -25,7 +25,7 @@ class Joint(ABC):
 
     def __init__(self, members: Sequence[Projection]):
         # Of its own: graphs hold the joint, and must not through it hold what is kept of them.
-        self.members = [type(member)(member.block) for member in members]
+        self.members = [type(member)(member.rows) for member in members]
         self.extents = [self.extent(member) for member in members]
         self._drawn: tuple = ()
 
@@ -53,7 +53,7 @@ class Joint(ABC):
             return self._drawn[2]
         with torch.inference_mode(False), torch.no_grad():
             drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
-        if self.members[0].block.cache:
+        if self.members[0].rows.cache:
             self._drawn = *wanted, drawn
         return drawn
 
@@ -69,7 +69,7 @@ class Joint(ABC):
         return self.__dict__ | {"_drawn": ()}
 
 
-class JointPieces(Pieces):
+class JointPieces(JointCache):
     """z, which is theta_d normalised, and P z of the small tensors of an adapter, for as long as theta_d is the same.
 
     Layers ask for one tensor's at a time. Nothing is saved in the graphs of what is kept, so any number of backwards
@@ -81,10 +81,10 @@ class JointPieces(Pieces):
         self._places = {member: (joint, at) for joint, members in groups for at, member in enumerate(members)}
         self._kept: _Kept | None = None
         for member in self._places:
-            member.pieces = self
+            member.joint_cache = self
 
-    def normalised(self, theta_d: Tensor, factor: Tensor | float) -> Tensor | None:
-        """theta_d times the factor; None where it is not to be kept.
+    def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
+        """theta_d times the scale; None where it is not to be kept.
 
         That is for what torch.func and wrappers put in the place of a parameter, in a graph that is traced, and on a
         GPU, which the comparison would make wait.
@@ -95,11 +95,11 @@ class JointPieces(Pieces):
             self._forget()
             return None
         trains = theta_d.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        ends = theta_d, factor, get_gradient_edge(theta_d).node if trains else None
+        ends = theta_d, scale, get_gradient_edge(theta_d).node if trains else None
         bits = theta_d.detach().view(BITS[theta_d.itemsize])
         kept = self._kept
         if kept is None or not kept.is_of(ends, theta_d.dtype, bits):
-            z = Map.apply(theta_d, _Scale(factor), False)
+            z = Map.apply(theta_d, _Scale(scale), False)
             self._kept = kept = _Kept(ends, _mode(), theta_d.dtype, bits.clone(), z)
         return kept.z
 
@@ -126,7 +126,7 @@ class JointPieces(Pieces):
 
 @dataclass
 class _Kept:
-    ends: tuple  # theta_d, the factor, and where the graph ends: with `.data` of another dtype or device at a new node
+    ends: tuple  # theta_d, the scale, and where the graph ends: with `.data` of another dtype or device at a new node
     mode: tuple[bool, bool]
     dtype: torch.dtype
     bits: Tensor  # of theta_d: as numbers, nan is never the same
@@ -139,13 +139,13 @@ class _Kept:
 
 
 class _Scale:
-    """x -> factor x, its own transpose."""
+    """x -> scale x, its own transpose."""
 
-    def __init__(self, factor: Tensor | float):
-        self.factor = factor
+    def __init__(self, scale: Tensor | float):
+        self.scale = scale
 
     def apply(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        return x * self.scale
 
     adjoint = apply
 
@@ -161,10 +161,10 @@ def _is_traced() -> bool:
 def gather(kind: type[Joint], projections: Sequence[Projection]) -> JointPieces | None:
     """The small tensors among them, as many in one go as fit; None where none has company."""
     groups, entries = [[]], 0
-    kept = 2 * projections[0].block.d  # z, and the bits of theta_d
+    kept = 2 * projections[0].rows.d  # z, and the bits of theta_d
     for projection in projections:
         size = sum(kind.extent(projection))
-        if size > SMALL or projection.block.given is not None:
+        if size > SMALL or projection.rows.given is not None:
             continue
         if kept + entries + size > KEPT:
             break

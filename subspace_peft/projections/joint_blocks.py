@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..hadamard import kronecker, matrix
 from .base import working
+from .hadamard import kronecker, matrix
 from .joint import Joint
 
 
@@ -26,7 +26,7 @@ class JointBlocks(Joint):
 
     @staticmethod
     def extent(member: Blocks) -> tuple[int, int]:
-        return member.block.n, member.size - member.last
+        return member.rows.n, member.size - member.last
 
     def draw(self, device: torch.device) -> tuple:
         """c: [blocks, 1, length], D: [tensors, 1, length], the tensor of each block, H_k: [tensors, k, k], H, A."""
@@ -45,7 +45,7 @@ class JointBlocks(Joint):
 
     def apply(self, z: Tensor) -> Tensor:
         one, (c, signs, owner, shared, plain, first) = self.members[0], self.state(z)
-        v = one.first(working(z).reshape(-1, 1, one.block.d), *first)
+        v = one.first(working(z).reshape(-1, 1, one.rows.d), *first)
         if one.shared > 1:
             v = shared @ v.view(-1, len(self.members), one.shared, one.length)
         v = v.view(-1, len(self.members), one.shared, one.length).index_select(1, owner).mul_(c)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Block, Projection, working
+from .base import Projection, TensorRows, working
 from .joint import Joint, gather
 
 
@@ -18,25 +18,25 @@ class Sparse(Projection):
     up to one.
     """
 
-    def __init__(self, block: Block):
-        super().__init__(block)
-        self.nnz = block.nnz_per_row or 1
-        if self.nnz > block.d:
-            raise ValueError(f"`nnz_per_row` must be at most d = {block.d}, got {self.nnz}; lower it or raise `d`.")
-        self.rows = block.d // self.nnz  # that one permutation serves
+    def __init__(self, rows: TensorRows):
+        super().__init__(rows)
+        self.nnz = rows.nnz_per_row or 1
+        if self.nnz > rows.d:
+            raise ValueError(f"`nnz_per_row` must be at most d = {rows.d}, got {self.nnz}; lower it or raise `d`.")
+        self.served = rows.d // self.nnz  # that one permutation serves
 
     @classmethod
     def together(cls, projections):
         return gather(JointSparse, projections)
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        n, d, nnz = self.block.n, self.block.d, self.nnz
+        n, d, nnz = self.rows.n, self.rows.d, self.nnz
         index = torch.empty(n, nnz, dtype=torch.int32, device=device)
         step = max(1, PIECE // d)  # permutations at a time
-        for at in range(0, n, step * self.rows):
-            stop = min(at + step * self.rows, n)
-            first, last = at // self.rows, -(-stop // self.rows)
-            stacked = self.philox("sparse columns").permutations(d, first, last, device)[:, : self.rows * nnz]
+        for at in range(0, n, step * self.served):
+            stop = min(at + step * self.served, n)
+            first, last = at // self.served, -(-stop // self.served)
+            stacked = self.philox("sparse columns").permutations(d, first, last, device)[:, : self.served * nnz]
             signs = self.philox("sparse signs").signs(at * nnz, stop * nnz, device).view(-1, nnz)
             # a sign is part of the index: entries d.. of (theta_d, -theta_d)
             index[at:stop] = stacked.reshape(-1, nnz)[: stop - at] + d * (signs < 0)
@@ -48,11 +48,11 @@ class Sparse(Projection):
 
     def adjoint(self, grad: Tensor) -> Tensor:
         (index,) = self.state(grad.device)
-        return _scattered(grad, index, self.block.d)
+        return _scattered(grad, index, self.rows.d)
 
     def column_square_norms(self) -> Tensor:
         (index,) = self.state(torch.device("cpu"))
-        return torch.bincount(index.view(-1).long() % self.block.d, minlength=self.block.d).double()
+        return torch.bincount(index.view(-1).long() % self.rows.d, minlength=self.rows.d).double()
 
 
 class JointSparse(Joint):
@@ -62,7 +62,7 @@ class JointSparse(Joint):
 
     @staticmethod
     def extent(member: Sparse) -> tuple[int, int]:
-        return member.block.n, 0
+        return member.rows.n, 0
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         return (torch.cat([member.draw(device)[0] for member in self.members]),)
@@ -71,7 +71,7 @@ class JointSparse(Joint):
         return _gathered(z, *self.state(z))
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        return _scattered(grad, *self.state(grad), self.members[0].block.d)
+        return _scattered(grad, *self.state(grad), self.members[0].rows.d)
 
 
 def _gathered(theta_d: Tensor, index: Tensor) -> Tensor:

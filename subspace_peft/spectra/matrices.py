@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..layer import SubspaceLayer
+from ..adapter.layer import SubspaceLayer
 from ..plain_model import WRAPPERS, unwrapped, whole
 
 

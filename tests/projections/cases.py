@@ -2,7 +2,7 @@
 
 import torch
 
-from subspace_peft.projections import PROJECTIONS, Block
+from subspace_peft.projections import PROJECTIONS, TensorRows
 
 
 def make(name, n, d, nnz=None, /, **changes):
@@ -15,7 +15,7 @@ def make(name, n, d, nnz=None, /, **changes):
         changes |= {"given": torch.randperm(n, generator=generator)[:k].sort().values, "column": d - k}
     elif name == "identity":
         d, changes["offset"] = n + 5, 2
-    return PROJECTIONS[name](Block(**{"name": "a.weight", "n": n, "d": d, "nnz_per_row": nnz} | changes))
+    return PROJECTIONS[name](TensorRows(**{"name": "a.weight", "n": n, "d": d, "nnz_per_row": nnz} | changes))
 
 
 def random(*shape, dtype=torch.float64):
@@ -24,4 +24,4 @@ def random(*shape, dtype=torch.float64):
 
 def explicit(projection):
     """P, from unit vectors: float64 [n, d]."""
-    return projection(torch.eye(projection.block.d, dtype=torch.float64)).T
+    return projection(torch.eye(projection.rows.d, dtype=torch.float64)).T

@@ -22,7 +22,7 @@ SMALL = [(name, 40, 12, None) for name in PROJECTIONS] + [("fastjl", 3000, 37, N
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matrix(case):
     projection = make(*case)
-    n, d = projection.block.n, projection.block.d
+    n, d = projection.rows.n, projection.rows.d
     P = explicit(projection)
     assert P.shape == (n, d)
     torch.testing.assert_close(projection.transpose(torch.eye(n, dtype=torch.float64)), P, rtol=0, atol=1e-11)
@@ -53,7 +53,7 @@ def test_column_norms_of_cropped_blocks(name, nnz, n, monkeypatch):
 def test_linear_with_exact_adjoint(name, n, d, seed):
     projection = make(name, n, d, seed=seed)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-        z, g = random(2, projection.block.d, dtype=dtype), random(n, dtype=dtype)
+        z, g = random(2, projection.rows.d, dtype=dtype), random(n, dtype=dtype)
         y = projection(z)
         torch.testing.assert_close(projection(z[0] - 2 * z[1]), y[0] - 2 * y[1], rtol=0, atol=tolerance * 100 * d**0.5)
         up, down = y[0].double(), projection.transpose(g).double()
@@ -66,16 +66,16 @@ def test_linear_with_exact_adjoint(name, n, d, seed):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_batched(case):
     projection = make(*case)
-    z, g = random(2, 3, projection.block.d), random(2, 3, projection.block.n)
+    z, g = random(2, 3, projection.rows.d), random(2, 3, projection.rows.n)
     torch.testing.assert_close(projection(z)[1, 2], projection(z[1, 2]))
     torch.testing.assert_close(projection.transpose(g)[1, 2], projection.transpose(g[1, 2]))
     # strided, and expanded as by the backward of a sum
     torch.testing.assert_close(projection(z.transpose(0, 1)), projection(z).transpose(0, 1))
     torch.testing.assert_close(
-        projection(random(projection.block.d, 2).T)[1], projection(random(projection.block.d, 2)[:, 1])
+        projection(random(projection.rows.d, 2).T)[1], projection(random(projection.rows.d, 2)[:, 1])
     )
     torch.testing.assert_close(projection.transpose(g.transpose(0, 1)), projection.transpose(g).transpose(0, 1))
-    ones = torch.ones((), dtype=torch.float64).expand(projection.block.n)
+    ones = torch.ones((), dtype=torch.float64).expand(projection.rows.n)
     torch.testing.assert_close(projection.transpose(ones), projection.transpose(ones.contiguous()))
 
 
@@ -83,7 +83,7 @@ def test_batched(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(case, dtype):
     projection = make(*case)
-    z, g = random(projection.block.d).to(dtype), random(projection.block.n).to(dtype)
+    z, g = random(projection.rows.d).to(dtype), random(projection.rows.n).to(dtype)
     assert torch.equal(projection(z), projection(z.float()).to(dtype))
     assert torch.equal(projection.transpose(g), projection.transpose(g.float()).to(dtype))
 
@@ -93,17 +93,17 @@ def test_half_precision_is_computed_in_float32(case, dtype):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_derivatives(case):
     projection = make(*case)
-    P, z = explicit(projection), random(projection.block.d)
+    P, z = explicit(projection), random(projection.rows.d)
     for transform in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(transform(projection)(z), P)
-    torch.testing.assert_close(torch.func.jacrev(projection.transpose)(random(projection.block.n)), P.T)
+    torch.testing.assert_close(torch.func.jacrev(projection.transpose)(random(projection.rows.n)), P.T)
     square = lambda z: projection(z).square().sum() / 2  # noqa: E731
     torch.testing.assert_close(torch.func.grad(square)(z), P.T @ (P @ z))
     torch.testing.assert_close(torch.func.hessian(square)(z), P.T @ P)
-    per_sample = torch.vmap(torch.func.grad(square))(random(3, projection.block.d))
-    torch.testing.assert_close(per_sample[1], torch.func.grad(square)(random(3, projection.block.d)[1]))
-    columns = torch.vmap(projection, in_dims=1, out_dims=1)(random(projection.block.d, 3))
-    torch.testing.assert_close(columns, P @ random(projection.block.d, 3))
+    per_sample = torch.vmap(torch.func.grad(square))(random(3, projection.rows.d))
+    torch.testing.assert_close(per_sample[1], torch.func.grad(square)(random(3, projection.rows.d)[1]))
+    columns = torch.vmap(projection, in_dims=1, out_dims=1)(random(projection.rows.d, 3))
+    torch.testing.assert_close(columns, P @ random(projection.rows.d, 3))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z, z + 1)
         tangent = torch.autograd.forward_ad.unpack_dual(projection(dual)).tangent
@@ -113,7 +113,7 @@ def test_derivatives(case):
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_gradgradcheck(name):
     projection = make(name, 9, 4)
-    z = random(projection.block.d).requires_grad_()
+    z = random(projection.rows.d).requires_grad_()
     cubes = lambda z: projection(z) ** 3  # noqa: E731
     assert torch.autograd.gradcheck(cubes, z, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(cubes, z)
@@ -122,7 +122,7 @@ def test_gradgradcheck(name):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_compiles(case):
     projection = make(*case)
-    z = random(projection.block.d).requires_grad_()
+    z = random(projection.rows.d).requires_grad_()
     expected = torch.autograd.grad(projection(z).square().sum(), z)  # also draws the state
     compiled = torch.compile(lambda z: projection(z).square().sum(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z), expected)
@@ -134,7 +134,7 @@ def test_saves_nothing_for_backward(case):
     projection = make(*case)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        y = projection(random(projection.block.d).requires_grad_())
+        y = projection(random(projection.rows.d).requires_grad_())
     assert y.requires_grad
     assert saved == []
 
@@ -142,7 +142,7 @@ def test_saves_nothing_for_backward(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cache_changes_no_bit_and_no_copy_carries_it(case):
     projection, redrawn = make(*case), make(*case, cache=False)
-    z, g = random(projection.block.d, dtype=torch.float32), random(projection.block.n, dtype=torch.float32)
+    z, g = random(projection.rows.d, dtype=torch.float32), random(projection.rows.n, dtype=torch.float32)
     y, x = projection(z), projection.transpose(g)
     assert torch.equal(projection(z), y)
     assert redrawn._drawn == {}
@@ -158,9 +158,9 @@ def test_cache_changes_no_bit_and_no_copy_carries_it(case):
 def test_state_drawn_in_inference_mode_serves_training(case):
     projection = make(*case)
     with torch.inference_mode():
-        projection(torch.zeros(projection.block.d))
+        projection(torch.zeros(projection.rows.d))
         projection.column_square_norms()
-    z = random(projection.block.d, dtype=torch.float32).requires_grad_()
+    z = random(projection.rows.d, dtype=torch.float32).requires_grad_()
     projection(z).square().sum().backward()
     assert z.grad is not None
     assert not projection(z.detach()).is_inference()

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from subspace_peft.philox import Philox
-from subspace_peft.projections import PROJECTIONS, Block
+from subspace_peft.projections import PROJECTIONS, TensorRows
+from subspace_peft.projections.philox import Philox
 
 
 FILE = Path(__file__).parents[1] / "golden" / "projections.safetensors"
@@ -36,7 +36,7 @@ DRAWS = {
 
 def rows(name, n, d, nnz, version):
     """The first and the last rows of P, float32 [4 or fewer, d]."""
-    block = Block("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version)
+    block = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version)
     kept = sorted({*range(n)[: ROWS // 2], *range(n)[-ROWS // 2 :]})
     unit = torch.zeros(len(kept), n, dtype=torch.float64)
     unit[range(len(kept)), kept] = 1

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from subspace_peft.projections import Block
+from subspace_peft.projections import TensorRows
 from subspace_peft.projections.identity import Identity
 from tests.cases import BY_NAME, loss, theta_d, wrap
-from tests.walks import Allocations
+from tests.trajectory.walks import Allocations
 
 
 SIZES = [3, 4, 2]
 
 
 def projections():
-    parts = [Identity(Block(name=str(i), n=n, d=9, offset=sum(SIZES[:i]))) for i, n in enumerate(SIZES)]
+    parts = [Identity(TensorRows(name=str(i), n=n, d=9, offset=sum(SIZES[:i]))) for i, n in enumerate(SIZES)]
     Identity.together(parts)
     return parts
 
@@ -100,7 +100,7 @@ def test_copies_are_cut_anew():
     theta_d, parts = vector(), projections()
     square(parts, theta_d)
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
-        assert len({id(twin.pieces) for twin in twins}) == 1
+        assert len({id(twin.joint_cache) for twin in twins}) == 1
         other = vector()
         square(twins, other).backward()
         torch.testing.assert_close(other.grad, GRADIENT * other.detach())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from subspace_peft.projections import PROJECTIONS, Block, joint
+from subspace_peft.projections import PROJECTIONS, TensorRows, joint
 from tests.cases import BY_NAME, loss, theta_d, wrap
 from tests.projections.cases import explicit, random
 
@@ -23,7 +23,7 @@ FACTORS = [0.5, torch.linspace(1, 2, D)]
 
 def members(name, nnz=None, d=D, sizes=SIZES, **changes):
     made = [
-        PROJECTIONS[name](Block(**{"name": str(i), "n": n, "d": d, "nnz_per_row": nnz} | changes))
+        PROJECTIONS[name](TensorRows(**{"name": str(i), "n": n, "d": d, "nnz_per_row": nnz} | changes))
         for i, n in enumerate(sizes)
     ]
     return made, PROJECTIONS[name].together(made)
@@ -33,11 +33,11 @@ def vector() -> nn.Parameter:
     return nn.Parameter(random(D, dtype=torch.float32))
 
 
-def square(parts, pieces, theta_d, factor=0.5):
+def square(parts, joint_cache, theta_d, factor=0.5):
     """A sum over the tensors, made as layers make it: each asks for z and for its own tensor."""
     total = 0
     for i, part in enumerate(parts):
-        z = pieces.normalised(theta_d, factor)
+        z = joint_cache.normalised(theta_d, factor)
         total = total + (i + 1) * part(theta_d * factor if z is None else z).square().sum()
     return total
 
@@ -52,7 +52,7 @@ def expected(parts, theta_d, factor=0.5):
 def alone(parts):
     twins = copy.deepcopy(parts)
     for twin in twins:
-        twin.pieces = None
+        twin.joint_cache = None
     return twins
 
 
@@ -60,8 +60,8 @@ def alone(parts):
 @pytest.mark.parametrize(("name", "nnz"), KINDS)
 def test_the_same_numbers_as_alone(name, nnz, d):
     """Up to float32: few rows of P are held in it."""
-    parts, pieces = members(name, nnz if d > 1 else None, d)
-    (one,) = pieces.joints
+    parts, joint_cache = members(name, nnz if d > 1 else None, d)
+    (one,) = joint_cache.joints
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-1)):
         z = random(2, 3, d, dtype=dtype)
         whole = one.apply(z)
@@ -75,11 +75,11 @@ def test_the_same_numbers_as_alone(name, nnz, d):
 @pytest.mark.parametrize("factor", FACTORS, ids=["rows", "columns"])
 @pytest.mark.parametrize(("name", "nnz"), KINDS)
 def test_gradients(name, nnz, factor):
-    parts, pieces = members(name, nnz)
+    parts, joint_cache = members(name, nnz)
     theta_d = vector()
     total, gradient = expected(alone(parts), theta_d, factor)
     for times in (1, 2, 3):  # gradients add up, each through the same graph
-        found = square(parts, pieces, theta_d, factor)
+        found = square(parts, joint_cache, theta_d, factor)
         found.backward()
         torch.testing.assert_close(found, total.float())
         torch.testing.assert_close(theta_d.grad, times * gradient, rtol=1e-4, atol=1e-3)
@@ -97,56 +97,57 @@ def test_gradients(name, nnz, factor):
     ],
 )
 def test_what_changed_theta_d_is_seen(change):
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     theta_d = vector()
-    square(parts, pieces, theta_d).backward()
+    square(parts, joint_cache, theta_d).backward()
     change(theta_d)
     theta_d.grad = None
-    square(parts, pieces, theta_d).backward()
+    square(parts, joint_cache, theta_d).backward()
     gradient = expected(alone(parts), theta_d)[1]
     torch.testing.assert_close(theta_d.grad, gradient, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def test_what_else_changes():
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     one, other = vector(), nn.Parameter(torch.ones(D))
-    z = pieces.normalised(one, 0.5)
-    assert pieces.normalised(one, 0.5) is z
+    z = joint_cache.normalised(one, 0.5)
+    assert joint_cache.normalised(one, 0.5) is z
     assert parts[0](z).grad_fn is not None
-    assert torch.equal(pieces.normalised(other, 0.5), torch.full((D,), 0.5))
-    assert torch.equal(pieces.normalised(other, 0.25), torch.full((D,), 0.25))
-    assert parts[0].pieces.piece(z, parts[0]) is None
+    assert torch.equal(joint_cache.normalised(other, 0.5), torch.full((D,), 0.5))
+    assert torch.equal(joint_cache.normalised(other, 0.25), torch.full((D,), 0.25))
+    assert parts[0].joint_cache.piece(z, parts[0]) is None
     with torch.no_grad():
-        assert not pieces.normalised(other, 0.25).requires_grad
+        assert not joint_cache.normalised(other, 0.25).requires_grad
     with torch.inference_mode():
-        assert pieces.normalised(other, 0.25).is_inference()
-    assert not pieces.normalised(other, 0.25).is_inference()
-    assert pieces.normalised(other, 0.25).requires_grad
+        assert joint_cache.normalised(other, 0.25).is_inference()
+    assert not joint_cache.normalised(other, 0.25).is_inference()
+    assert joint_cache.normalised(other, 0.25).requires_grad
     other.requires_grad_(False)
-    assert not pieces.normalised(other, 0.25).requires_grad
+    assert not joint_cache.normalised(other, 0.25).requires_grad
 
 
 def test_under_transforms_nothing_is_kept():
-    parts, pieces = members("fastfood")
+    parts, joint_cache = members("fastfood")
     theta_d = vector()
-    found = torch.func.grad(lambda x: square(parts, pieces, x))(theta_d.detach())
+    found = torch.func.grad(lambda x: square(parts, joint_cache, x))(theta_d.detach())
     torch.testing.assert_close(found, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
     x = torch.ones(())
-    torch.func.grad(lambda x: (x * square(parts, pieces, theta_d)).sum())(x)
-    torch.func.vmap(lambda x: x * square(parts, pieces, theta_d))(torch.ones(3))
-    square(parts, pieces, theta_d).backward()
+    torch.func.grad(lambda x: (x * square(parts, joint_cache, theta_d)).sum())(x)
+    torch.func.vmap(lambda x: x * square(parts, joint_cache, theta_d))(torch.ones(3))
+    square(parts, joint_cache, theta_d).backward()
     torch.testing.assert_close(theta_d.grad, found, rtol=1e-4, atol=1e-3)
-    (first,) = torch.autograd.grad(square(parts, pieces, theta_d), theta_d, create_graph=True)
+    (first,) = torch.autograd.grad(square(parts, joint_cache, theta_d), theta_d, create_graph=True)
     (second,) = torch.autograd.grad(first @ theta_d.detach(), theta_d)
     torch.testing.assert_close(second, first.detach(), rtol=1e-4, atol=1e-3)  # of a quadratic form
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_parts(reentrant):
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     theta_d, x = vector(), torch.ones((), requires_grad=True)
     total = sum(
-        (i + 1) * checkpoint(lambda x, i=i: x * square(parts[i : i + 1], pieces, theta_d), x, use_reentrant=reentrant)
+        (i + 1)
+        * checkpoint(lambda x, i=i: x * square(parts[i : i + 1], joint_cache, theta_d), x, use_reentrant=reentrant)
         for i in range(len(parts))
     )
     total.backward()
@@ -154,11 +155,11 @@ def test_checkpointed_parts(reentrant):
 
 
 def test_copies_are_made_anew():
-    parts, pieces = members("fastjl")
-    square(parts, pieces, vector())
+    parts, joint_cache = members("fastjl")
+    square(parts, joint_cache, vector())
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
-        (others,) = {twin.pieces for twin in twins}
-        assert others is not pieces
+        (others,) = {twin.joint_cache for twin in twins}
+        assert others is not joint_cache
         other = vector()
         square(twins, others, other).backward()
         torch.testing.assert_close(other.grad, expected(alone(parts), other)[1], rtol=1e-4, atol=1e-3)
@@ -166,36 +167,36 @@ def test_copies_are_made_anew():
 
 def test_what_is_kept_goes_with_the_model():
     """A graph that led back to what is kept of it would never be collected."""
-    parts, pieces = members("fastjl")
-    square(parts, pieces, vector()).backward()
-    gone = weakref.ref(pieces)
-    del parts, pieces
+    parts, joint_cache = members("fastjl")
+    square(parts, joint_cache, vector()).backward()
+    gone = weakref.ref(joint_cache)
+    del parts, joint_cache
     gc.collect()
     assert gone() is None
 
 
 def test_another_dtype_or_graph_is_seen():
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     theta_d, fired = vector(), []
-    square(parts, pieces, theta_d)
+    square(parts, joint_cache, theta_d)
     theta_d.data = theta_d.data.double()
-    assert pieces.normalised(theta_d, 0.5).dtype == torch.float64
+    assert joint_cache.normalised(theta_d, 0.5).dtype == torch.float64
     theta_d.data = theta_d.data.float()
-    square(parts, pieces, theta_d)
+    square(parts, joint_cache, theta_d)
     theta_d.data = theta_d.data.double()
     theta_d.data = theta_d.data.float()  # with each change of the dtype gradients end in another node
     node = torch.autograd.graph.get_gradient_edge(theta_d).node
     node.register_hook(lambda *_: fired.append(1))
-    square(parts, pieces, theta_d).backward()
+    square(parts, joint_cache, theta_d).backward()
     assert fired == [1]
 
 
 def test_a_nan_is_the_same_number(monkeypatch):
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     theta_d, calls = nn.Parameter(torch.full((D,), torch.nan)), []
-    before = type(pieces.joints[0]).apply
-    monkeypatch.setattr(type(pieces.joints[0]), "apply", lambda self, z: calls.append(1) or before(self, z))
-    square(parts, pieces, theta_d)
+    before = type(joint_cache.joints[0]).apply
+    monkeypatch.setattr(type(joint_cache.joints[0]), "apply", lambda self, z: calls.append(1) or before(self, z))
+    square(parts, joint_cache, theta_d)
     assert calls == [1]
 
 
@@ -203,27 +204,27 @@ def test_a_nan_is_the_same_number(monkeypatch):
 def test_without_the_cache_nothing_of_P_is_kept(name):
     found = []
     for cache in (True, False):
-        parts, pieces = members(name, cache=cache)
+        parts, joint_cache = members(name, cache=cache)
         theta_d = vector()
-        square(parts, pieces, theta_d).backward()
+        square(parts, joint_cache, theta_d).backward()
         found.append(theta_d.grad)
-        assert [bool(one._drawn) for one in pieces.joints] == [cache]
+        assert [bool(one._drawn) for one in joint_cache.joints] == [cache]
     assert torch.equal(*found)
 
 
 def test_a_z_serves_the_mode_it_was_made_in():
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     theta_d = vector()
-    z = pieces.normalised(theta_d, 0.5)
+    z = joint_cache.normalised(theta_d, 0.5)
     with torch.no_grad():
         assert not parts[0](z).requires_grad
     assert parts[0](z).requires_grad
 
 
 def test_what_is_handed_out_is_a_copy():
-    parts, pieces = members("fastjl")
+    parts, joint_cache = members("fastjl")
     with torch.no_grad():
-        z = pieces.normalised(vector(), 0.5)
+        z = joint_cache.normalised(vector(), 0.5)
         first = parts[0](z)
         expected = first.clone()
         first.zero_()
@@ -234,10 +235,10 @@ def test_who_is_made_together(monkeypatch):
     monkeypatch.setattr(joint, "SMALL", 500)
     monkeypatch.setattr(joint, "TOGETHER", 300)
     monkeypatch.setattr(joint, "KEPT", 900)
-    parts, pieces = members("sparse", sizes=[100, 501, 150, 40, 200, 100, 500, 7])
-    assert [[part.block.n for part in one.members] for one in pieces.joints] == [[100, 150, 40], [200, 100]]
-    assert not {part for one in pieces.joints for part in one.members} & set(parts)
-    assert [part.block.n for part in parts if part.pieces is None] == [501, 500, 7]
+    parts, joint_cache = members("sparse", sizes=[100, 501, 150, 40, 200, 100, 500, 7])
+    assert [[part.rows.n for part in one.members] for one in joint_cache.joints] == [[100, 150, 40], [200, 100]]
+    assert not {part for one in joint_cache.joints for part in one.members} & set(parts)
+    assert [part.rows.n for part in parts if part.joint_cache is None] == [501, 500, 7]
     assert members("sparse", sizes=[100, 501])[1] is None
     assert members("sparse", given=(torch.zeros(1),))[1] is None
     assert members("sparse", d=395, sizes=[50, 60])[1] is not None
@@ -251,7 +252,7 @@ def test_a_step_of_a_model_applies_each_joint_once(name, monkeypatch):
     case = BY_NAME["llama"]
     model = wrap(case, projection=name)
     calls = []
-    kind = type(next(m for m in model.modules() if hasattr(m, "pieces")).pieces["default"].joints[0])
+    kind = type(next(m for m in model.modules() if hasattr(m, "joint_caches")).joint_caches["default"].joints[0])
     for way in ("apply", "adjoint"):
         before = getattr(kind, way)
         monkeypatch.setattr(kind, way, lambda self, x, way=way, before=before: calls.append(way) or before(self, x))

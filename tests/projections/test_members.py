@@ -5,8 +5,8 @@ import torch
 from scipy import stats
 from torch.utils._pytree import tree_leaves
 
-from subspace_peft.hadamard import radices
-from subspace_peft.projections import PROJECTIONS, Block
+from subspace_peft.projections import PROJECTIONS, TensorRows
+from subspace_peft.projections.hadamard import radices
 from tests.projections.cases import explicit, make, random
 
 
@@ -80,7 +80,7 @@ def test_fastjl_is_signs_with_orthogonal_columns(d):
     projection = make("fastjl", 3 * 1024, d)
     P = explicit(projection)
     assert P.abs().eq(1).all()
-    assert torch.equal(P.T @ P, projection.block.n * torch.eye(d, dtype=torch.float64))
+    assert torch.equal(P.T @ P, projection.rows.n * torch.eye(d, dtype=torch.float64))
 
 
 def test_every_tensor_reads_every_coordinate():
@@ -139,8 +139,8 @@ def test_radices_multiply_to_the_size():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Block("w", 5, 3, given=torch.ones(5, 4)), r"`basis` must have shape \(5, 3\) for w, got \(5, 4\)"),
-        (Block("w", 5, 3), r"`basis` must have shape \(5, 3\) for w, got None"),
+        (TensorRows("w", 5, 3, given=torch.ones(5, 4)), r"`basis` must have shape \(5, 3\) for w, got \(5, 4\)"),
+        (TensorRows("w", 5, 3), r"`basis` must have shape \(5, 3\) for w, got None"),
     ],
 )
 def test_basis_of_another_shape(block, message):
@@ -151,7 +151,7 @@ def test_basis_of_another_shape(block, message):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_basis_keeps_its_dtype(dtype):
     given = random(20, 4).to(dtype)
-    projection = PROJECTIONS["basis"](Block("w", 20, 4, given=given))
+    projection = PROJECTIONS["basis"](TensorRows("w", 20, 4, given=given))
     torch.testing.assert_close(explicit(projection), given.double())
     assert projection._drawn[given.device][0].dtype == dtype
 
@@ -170,11 +170,11 @@ def test_basis_keeps_its_dtype(dtype):
 )
 def test_coordinate_refuses(given, column, message):
     with pytest.raises(ValueError, match=message):
-        PROJECTIONS["coordinate"](Block("w", 5, 3, given=given, column=column))
+        PROJECTIONS["coordinate"](TensorRows("w", 5, 3, given=given, column=column))
 
 
 def test_coordinate_of_no_position_moves_nothing():
-    projection = PROJECTIONS["coordinate"](Block("w", 5, 3, given=torch.tensor([], dtype=torch.int64)))
+    projection = PROJECTIONS["coordinate"](TensorRows("w", 5, 3, given=torch.tensor([], dtype=torch.int64)))
     assert projection.moved == 0
     assert torch.equal(projection(torch.ones(3)), torch.zeros(5))
     assert torch.equal(projection.transpose(torch.ones(5)), torch.zeros(3))
@@ -182,4 +182,4 @@ def test_coordinate_of_no_position_moves_nothing():
 
 def test_identity_must_fit():
     with pytest.raises(ValueError, match="ends at entry 7, but d = 6"):
-        PROJECTIONS["identity"](Block("w", 5, 6, offset=2))
+        PROJECTIONS["identity"](TensorRows("w", 5, 6, offset=2))

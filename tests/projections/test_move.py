@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from subspace_peft.projections import PROJECTIONS, Block
+from subspace_peft.projections import PROJECTIONS, TensorRows
 
 
-P = PROJECTIONS["fastfood"](Block(name="w", n=12, d=5))
+P = PROJECTIONS["fastfood"](TensorRows(name="w", n=12, d=5))
 Z = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ORIGINS = torch.randn(7, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from recipes.collected import Collected, digits, spanned
 from recipes.deep_linear import collapse, completion, depth, dynamics
 from recipes.deep_linear.networks import compressed, descend, product, start
 from recipes.deep_linear.runs import FOLDER, _value
+from recipes.lab.collected import Collected, digits, spanned
 
 
 def generator(seed=0):

@@ -5,13 +5,14 @@ import json
 import pytest
 from torch import nn
 
-from recipes import low_rank, train
-from recipes.grid import grid
+from recipes.lab.grid import grid
+from recipes.lab.results import Results
 from recipes.low_rank_training import cost
-from recipes.models import build
-from recipes.results import Results
+from recipes.reports import low_rank
 from recipes.run import main
-from recipes.settings import Settings
+from recipes.tasks.models import build
+from recipes.training import train
+from recipes.training.settings import Settings
 
 
 RECIPE = {"seed": [0, 1], "model": "fc", "dataset": ["mnist", "usps"]}

@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from recipes import run, train
-from recipes.grid import read
-from recipes.models import build
-from recipes.results import Results
-from recipes.settings import Settings
-from recipes.sharing import helped_by
+from recipes import run
+from recipes.lab.grid import read
+from recipes.lab.results import Results
+from recipes.lab.sharing import helped_by
+from recipes.tasks.models import build
+from recipes.training import train
+from recipes.training.settings import Settings
 from subspace_peft import Trajectory
 from tests.recipes.files import options, results, written
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.data import Split
+from recipes.tasks.data import Split
 from recipes.vit_lora import cost, finetune
 from recipes.vit_lora.images import Batches, splits
 from recipes.vit_lora.methods import base_model, trainable, wrap

@@ -1,0 +1,1 @@
+"""Adapter: everything that PEFT calls, from the config to the file."""

@@ -1,0 +1,65 @@
+"""Compressing: a model of replaced weights as a plain model whose modules really are two smaller ones."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import align_module_device
+from peft import PeftModel
+from torch import nn
+
+from ..coordinates.factored import Factored, smaller
+from .layer import SubspaceLayer
+from .walk import find_vectors, named_layers, plain
+
+
+@torch.no_grad()
+def compress(model: PeftModel, adapter_name: str = "default") -> nn.Module:
+    """The plain model in which a module of weight B A is an nn.Sequential of two: rank (rows + columns) entries.
+
+    It has no adapters, none of the weights W_0 that were replaced, and the adapter's outputs to rounding; all its
+    parameters train. The model that was given is taken apart for it, as by `merge_and_unload`.
+
+    Raises:
+        ValueError: before anything is changed, if the adapter replaces no weight, another one is active or merged, or
+            a replaced weight is tied.
+    """
+    layers = _checked(model, adapter_name)
+    z = find_vectors(model).normalised(adapter_name)
+    parts: dict[str, Factored] = {}
+    for name, layer in layers.items():
+        with align_module_device(layer.base_layer):  # its weights may be offloaded
+            left, right = layer.coordinates[adapter_name]["weight"].factors(z.to(layer.base_layer.weight.device))
+            parts[plain(name)] = smaller(layer.base_layer, left, right)
+    compressed = model.merge_and_unload(adapter_names=[adapter_name])
+    for name, module in parts.items():
+        compressed.set_submodule(name, module)
+    return compressed.requires_grad_(True)
+
+
+def _checked(model: PeftModel, adapter: str) -> dict[str, SubspaceLayer]:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`model` must be a PeftModel, got {type(model).__name__}; save the adapter, and load it by "
+            "PeftModel.from_pretrained(base, dir)."
+        )
+    configs = model.peft_config
+    if adapter not in configs or not getattr(configs[adapter], "replace_weight", False):
+        raise ValueError(
+            f"`adapter_name` must be that of an adapter with replace_weight=True, got {adapter!r}; the model has "
+            f"{', '.join(configs)}; merge_and_unload() is for those that add to a weight."
+        )
+    if list(model.active_adapters) != [adapter]:
+        raise ValueError(
+            f"The adapter that is compressed must be the only active one, {model.active_adapters} are; call "
+            f"set_adapter({adapter!r}), or merge the others into the base first."
+        )
+    layers = {name: layer for name, layer in named_layers(model.get_base_model()) if layer.coordinates.get(adapter)}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"No adapter must be merged when a model is compressed, `{name}` has one; unmerge it.")
+        if layer.shared[adapter] or list(layers.values()).count(layer) > 1:
+            raise ValueError(
+                f"A tied weight cannot become two modules in one place alone, as that of `{name}` would; use "
+                "merge_and_unload(), or leave it out of `target_modules`."
+            )
+    return layers

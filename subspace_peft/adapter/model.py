@@ -1,0 +1,218 @@
+"""SubspaceModel: one theta_d for all target tensors of a model; what is scaled, loaded and saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from . import file as adapter_file
+from .config import SubspaceConfig
+from .file import identity
+from .given_projection import GIVEN
+from .layer import SubspaceLayer
+from .plan import Plan
+from .targets import ALL, expand_all, expand_all_linear, find_targets, near_names
+from .vectors import SubspaceVectors
+from .walk import PREFIX, VECTORS, unique_coordinates
+
+
+class SubspaceModel(BaseTuner):
+    """A model of which theta = origin + P theta_d trains, theta being D entries and theta_d d numbers.
+
+    Built by `get_peft_model(model, SubspaceConfig(...))`.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SubspaceLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ---------------------------------------------------------------------------------------------- wrapping a model
+
+    def inject_adapter(
+        self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
+    ) -> None:
+        """PEFT's; the config alone says where the adapter goes, since theta_d's key in a file names no module."""
+        taken = getattr(model, VECTORS, None)
+        if taken is not None and adapter_name in taken.subspace_peft_theta_d:
+            raise ValueError(
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another or "
+                "delete it first."
+            )
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
+        """Plan everything and check it, before a module or the config is touched."""
+        named = copy.copy(config)
+        if config.target_modules == ALL:
+            named.target_modules = expand_all(model)
+        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            named.target_modules = expand_all_linear(model, config)
+        self._plan = None
+        targets = find_targets(model, named, partial(self._matches, named))
+        if targets:
+            self._plan = Plan(config, targets)
+            config.target_modules = named.target_modules
+        elif self._all_excluded(model, named):
+            raise ValueError(
+                f"`exclude_modules` = {named.exclude_modules} takes away every module that `target_modules` = "
+                f"{named.target_modules} names; leave one."
+            )
+        elif near := near_names(model, named):
+            raise ValueError(
+                f"Target modules {named.target_modules} not found in the base model; names near to it: "
+                f"{', '.join(near)}."
+            )
+
+    def _all_excluded(self, model: nn.Module, config: SubspaceConfig) -> bool:
+        everything = copy.copy(config)
+        everything.exclude_modules = None
+        return bool(config.exclude_modules and find_targets(model, everything, partial(self._matches, everything)))
+
+    def _matches(self, config: SubspaceConfig, name: str) -> bool:
+        found = super()._check_target_module_exists(config, name)
+        return bool(found) and not isinstance(found, _ExcludedModule)
+
+    def _check_target_module_exists(self, config: SubspaceConfig, key: str):
+        """PEFT's; a module that an earlier adapter wraps also answers for its parts, which PEFT passes over."""
+        found = super()._check_target_module_exists(config, key)
+        return found or self._wraps_a_target(key) or found
+
+    def _wraps_a_target(self, key: str) -> bool:
+        if self._plan is None:
+            return False
+        layer = self.model.get_submodule(key)
+        if not isinstance(layer, SubspaceLayer):
+            return False
+        parts = {id(module) for module in layer.base_layer.modules()}
+        return any(id(target.parent) in parts for target in self._plan.targets)
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
+        """Carry out the whole plan at the first of PEFT's calls: a tied tensor moves modules that have no turn."""
+        if self._plan is None:
+            return
+        if not hasattr(self.model, VECTORS):
+            self.model.add_module(VECTORS, SubspaceVectors(adapter_name))
+        vectors = getattr(self.model, VECTORS)
+        self._plan.apply(vectors, adapter_name)
+        self._plan = None
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """theta_d is float32 whatever the base is, unless the user asks for the dtype of the base."""
+        # PEFT's would also cast batch-norm statistics, which must have the dtype of the base's.
+        theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
+        dtype = torch.float32
+        if not autocast_adapter_dtype:
+            layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
+            dtype = attrgetter(next(iter(layer.coordinates[adapter_name])))(layer.base_layer).dtype
+        if theta_d[adapter_name].dtype != dtype:
+            theta_d[adapter_name] = theta_d[adapter_name].to(dtype)
+
+    # ------------------------------------------------------------------------------------------------ using adapters
+
+    def _layers(self) -> Iterator[SubspaceLayer]:
+        return (module for module in self.model.modules() if isinstance(module, SubspaceLayer))
+
+    @property
+    def D(self) -> int:
+        """How many numbers theta has, for the active adapter."""
+        return self.peft_config[self.active_adapters[0]].D
+
+    def moved_share(self, adapter_name: str = "default") -> float:
+        """The share of the D entries of theta that P moves."""
+        coordinates = unique_coordinates(self.model, adapter_name)
+        return sum(c.moves for c in coordinates.values()) / self.peft_config[adapter_name].D
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
+        """A new adapter whose theta_d is the weighted sum of those of others: exact, since P is linear.
+
+        Raises:
+            ValueError: where it would not be exact: another P, low-rank coordinates, or another combination.
+        """
+        if kwargs.get("combination_type", "linear") not in ("linear", None):
+            raise ValueError(f"`combination_type` must be 'linear', got {kwargs['combination_type']!r}; leave it out.")
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another."
+            )
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"`weights` must have one number an adapter, got {len(weights)} for {len(adapters)}.")
+        configs = [self.peft_config[adapter] for adapter in adapters]
+        identities = {identity(config) for config in configs}
+        if len(identities) > 1 or configs[0].coordinates != "weight" or configs[0].projection in GIVEN:
+            raise ValueError(
+                "Adapters can be summed only if they share one seeded P (seed, d, projection, targets) over weight "
+                f"coordinates, got {adapters}; merge them one after the other instead."
+            )
+        statistics = [n for n, _ in self.model.named_buffers() if ".subspace_peft_running_" in n]
+        if statistics:
+            raise ValueError("Adapters that hold batch-norm statistics have no exact sum; merge them one by one.")
+        new = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
+        self.peft_config[adapter_name] = new
+        self.inject_adapter(self.model, adapter_name)
+        theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
+        with torch.no_grad():
+            theta_d[adapter_name].copy_(sum(w * theta_d[a] for a, w in zip(adapters, weights, strict=True)))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """Hand `adapter_names`, one adapter a sample, from the model's forward to its layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in names for _ in range(beams)]
+
+        def hand_over(layer, args, kwargs):
+            return args, {**kwargs, "adapter_names": names}
+
+        handles = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in self._layers()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT does not look inside a tuner layer, where the children of a target with parameters of its own are.
+        while nested := [
+            (m, name, c) for m in model.modules() for name, c in m.named_children() if isinstance(c, SubspaceLayer)
+        ]:
+            for parent, name, layer in nested:
+                if merge and not layer.merged:  # a module under several names meets it more than once
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                setattr(parent, name, layer.base_layer)
+        if hasattr(model, VECTORS):
+            delattr(model, VECTORS)
+        return model
+
+    # --------------------------------------------------------------------------------------------- the adapter's file
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        return adapter_file.select(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.removesuffix(f".{adapter_name}")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        return adapter_file.remap(model, config, adapter_name, state_dict)

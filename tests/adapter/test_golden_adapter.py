@@ -1,0 +1,78 @@
+"""Adapters written once, whole: they must load and give the same outputs for good.
+
+`python -m tests.test_golden_adapter` writes those that are missing; what is there is never written again.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from subspace_peft import SubspaceConfig
+from tests.cases import theta_d
+from tests.models import ConvNet
+
+
+FOLDER = Path(__file__).parents[1] / "golden" / "adapter"
+LOW_RANK = {"coordinates": "low_rank", "rank": 2, "alpha": 4.0}
+REPLACED = {**LOW_RANK, "replace_weight": True, "target_modules": ["conv1", "head"]}
+ADAPTERS = {
+    "dense": {"projection": "dense", "d": 11, "seed": 1},
+    "sparse": {"projection": "sparse", "d": 11, "seed": 2**62, "nnz_per_row": 2},
+    "fastfood": {"projection": "fastfood", "d": 70, "seed": 3, "normalization": "columns"},
+    "fastjl": {"projection": "fastjl", "d": 70, "seed": 4},
+    "low_rank": {"projection": "fastfood", "d": 11, "seed": 5, **LOW_RANK},
+    "three_factors": {"projection": "fastjl", "d": 11, "seed": 6, **LOW_RANK, "factors": 3, "gamma": 0.5},
+    "svd": {"projection": "sparse", "d": 11, "seed": 7, **REPLACED},
+    "orthogonal": {"projection": "fastfood", "d": 11, "seed": 8, "start": "orthogonal", **REPLACED},
+    "random": {"projection": "fastjl", "d": 11, "seed": 9, "start": "random", "factors": 3, **REPLACED},
+}
+
+
+def exact(shape, step: int) -> torch.Tensor:
+    """Eighths from -1 to 1, in an order that repeats only after 17: the same on every machine."""
+    n = torch.Size(shape).numel()
+    return ((torch.arange(n) * step) % 17 - 8).float().view(shape) / 8
+
+
+@torch.no_grad()
+def base() -> nn.Module:
+    model = ConvNet().eval()
+    for step, parameter in enumerate(model.parameters(), 3):
+        parameter.copy_(exact(parameter.shape, step) / 2)
+    return model
+
+
+def inputs() -> torch.Tensor:
+    return exact((2, 3, 8, 8), 5)
+
+
+@torch.no_grad()
+def write(name: str) -> None:
+    model = get_peft_model(base(), SubspaceConfig(**{"target_modules": "all", **ADAPTERS[name]})).eval()
+    theta_d(model).copy_(
+        exact(theta_d(model).shape, 7) / (2 if name in ("fastfood", "low_rank", "three_factors") else 16)
+    )
+    model.save_pretrained(FOLDER / name)
+    os.remove(FOLDER / name / "README.md")
+    save_file({"outputs": model(inputs()), "base": base()(inputs())}, FOLDER / name / "outputs.safetensors")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@torch.no_grad()
+def test_outputs_are_those_of_the_day_it_was_written(name):
+    expected = load_file(FOLDER / name / "outputs.safetensors")
+    torch.testing.assert_close(base()(inputs()), expected["base"], rtol=0, atol=1e-6)
+    model = PeftModel.from_pretrained(base(), FOLDER / name).eval()
+    torch.testing.assert_close(model(inputs()), expected["outputs"], rtol=0, atol=1e-6)
+    assert (expected["outputs"] - expected["base"]).abs().max() > 1e-2
+
+
+if __name__ == "__main__":
+    for name in ADAPTERS:
+        if not (FOLDER / name).exists():
+            write(name)

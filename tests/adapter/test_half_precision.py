@@ -1,0 +1,166 @@
+"""Half-precision bases: theta_d is float32, and an increment that the base's dtype cannot hold still acts."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
+
+from subspace_peft.adapter.layer import SubspaceLayer
+from tests.cases import BY_NAME, CASES, loss, move, outputs, run, settings, theta_d, train, wrap
+
+
+HALF = [torch.bfloat16, torch.float16]
+LINEAR = {  # a module of 4 inputs and the shape of an input after its 4 channels
+    "linear": (lambda: nn.Linear(4, 3), ()),
+    "conv1d_of_transformers": (lambda: Conv1D(3, 4), ()),
+    "conv2d": (lambda: nn.Conv2d(4, 3, 2), (3, 3)),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 3, 2), (3,)),
+}
+
+
+def half(case, dtype, **changes):
+    return get_peft_model(case.model().to(dtype), settings(**changes)).eval()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_a_half_precision_base_trains_in_float32(case, dtype):
+    model = half(case, dtype)
+    x = case.batch()
+    x = x.to(dtype) if x.is_floating_point() else x
+    assert theta_d(model).dtype == torch.float32
+    start = run(model, x)
+    with torch.no_grad():
+        reference = run(case.model().to(dtype).requires_grad_(False), x)
+    assert start.dtype == dtype
+    torch.testing.assert_close(start, reference, rtol=2e-2, atol=2e-2)
+    loss(model.train(), x).backward()
+    assert theta_d(model).grad.dtype == torch.float32
+    assert theta_d(model).grad.isfinite().all()
+    assert theta_d(model).grad.count_nonzero() == 7
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kind", LINEAR)
+@torch.no_grad()
+def test_an_increment_below_the_bases_resolution_acts(kind, dtype):
+    """Weights of 1 on inputs that cancel: the base's output is 0, so all of the output is the increment's."""
+    build, shape = LINEAR[kind]
+    base = nn.Sequential(build()).to(dtype)
+    base[0].weight.fill_(1)
+    base[0].bias.fill_(0)
+    x = torch.tensor([1.0, -1, 1, -1], dtype=dtype).view(1, 4, *(1 for _ in shape)).expand(2, 4, *shape)
+    assert not base(x).any()
+    model = get_peft_model(base, settings(parameters=["weight"])).eval()
+    assert not model(x).any()
+    move(model, size=0.02 * torch.finfo(dtype).eps)
+    layer = model.base_model.model[0]
+    increment = layer.get_delta_weight("default")
+    weight = layer.base_layer.weight
+    assert torch.equal((weight + increment).to(dtype), weight)
+    expected = torch.func.functional_call(copy.deepcopy(layer.base_layer).float(), {"weight": increment}, (x.float(),))
+    assert expected.count_nonzero() == expected.numel()
+    torch.testing.assert_close(model(x).float(), expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "convnet"])
+def test_autocast(name):
+    case = BY_NAME[name]
+    model = wrap(case)
+    train(model, case)
+    expected = outputs(model, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outputs(model, case)
+        torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+        value = loss(model.train(), case.batch())
+    value.backward()
+    assert theta_d(model).grad.dtype == torch.float32
+    assert theta_d(model).grad.count_nonzero() == 7
+
+
+def test_autocast_of_low_rank_coordinates():
+    case = BY_NAME["llama"]
+    model = wrap(case, coordinates="low_rank", rank=2, target_modules="all-linear")
+    move(model)
+    expected = outputs(model, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(outputs(model, case).float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_autocast_adapter_dtype():
+    case = BY_NAME["mlp"]
+    model = get_peft_model(case.model().bfloat16(), settings(), autocast_adapter_dtype=False)
+    assert theta_d(model).dtype == torch.bfloat16
+    model.add_adapter("other", settings(seed=1))
+    assert theta_d(model, "other").dtype == torch.float32
+    assert run(model, case.batch().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_merging_into_a_half_precision_base(dtype):
+    case = BY_NAME["mlp"]
+    model = half(case, dtype)
+    move(model, size=1)
+    x = case.batch().to(dtype)
+    with torch.no_grad():
+        adapted = run(model, x)
+        plain = model.merge_and_unload(safe_merge=True)
+        assert {p.dtype for p in plain.parameters()} == {dtype}
+        torch.testing.assert_close(run(plain, x), adapted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl"])
+def test_theta_d_stays_float32_under_autocast(projection):
+    model = wrap(BY_NAME["norms"], projection=projection)
+    move(model)
+    layer = next(m for m in model.modules() if isinstance(m, SubspaceLayer))
+    with torch.no_grad():
+        expected = layer.increments(["default"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = layer.increments(["default"])
+    for path, increment in expected.items():
+        assert torch.equal(under[path], increment)
+
+
+def scaled_embedding():
+    return BartScaledWordEmbedding(5, 4, padding_idx=None, embed_scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        (lambda: nn.Embedding(5, 4), lambda w: w[1:4]),
+        (scaled_embedding, lambda w: 2 * w[1:4]),
+        (lambda: nn.EmbeddingBag(5, 4, mode="sum"), lambda w: w[1:4].sum(0)),
+    ],
+    ids=["embedding", "scaled", "bag"],
+)
+@torch.no_grad()
+def test_an_embeddings_increment_below_its_resolution_acts(build, rows, dtype):
+    base = nn.Sequential(build()).to(dtype)
+    base[0].weight.copy_(torch.tensor([[0.0], [1], [-1], [0], [0]]).expand(5, 4))  # of the bag only the sum is zero
+    model = get_peft_model(base, settings()).eval()
+    x = torch.tensor([[1, 2, 3]])
+    move(model, size=0.02 * torch.finfo(dtype).eps)
+    layer = model.base_model.model[0]
+    increment = layer.get_delta_weight("default")
+    assert torch.equal((layer.base_layer.weight + increment).to(dtype)[1:3], layer.base_layer.weight[1:3])
+    expected = rows(layer.base_layer.weight.double() + increment.double())
+    zero = rows(layer.base_layer.weight.double()) == 0
+    got = model(x)[0].double()
+    assert got[zero].count_nonzero() == zero.sum() > 0
+    torch.testing.assert_close(got[zero], expected[zero], rtol=0.05, atol=0.02 * expected[zero].abs().max().item())
+
+
+@torch.no_grad()
+def test_a_bag_of_maxima_is_not_linear():
+    model = get_peft_model(nn.Sequential(nn.EmbeddingBag(5, 4, mode="max")).bfloat16(), settings()).eval()
+    move(model, size=1)
+    layer, x = model.base_model.model[0], torch.tensor([[1, 2, 3]])
+    moved = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(model(x)[0].float(), moved[1:4].amax(0), rtol=0.01, atol=0.01)

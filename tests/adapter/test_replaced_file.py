@@ -1,0 +1,69 @@
+"""The file of an adapter that replaces weights: the start of its factors is in it."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from subspace_peft.adapter.walk import unique_coordinates
+from subspace_peft.coordinates.starts import STARTS
+from tests.cases import BY_NAME, move, outputs, replaced, train
+
+
+@pytest.mark.parametrize("projection", ["fastfood", "fastjl", "sparse", "dense", "identity"])
+@pytest.mark.parametrize("start", STARTS)
+def test_save_and_load(start, projection, tmp_path):
+    case = BY_NAME["convnet"]
+    changes = {"projection": projection, "d": None if projection == "identity" else 9}
+    model = replaced("convnet", start=start, **changes)
+    train(model, case)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(case.model(), tmp_path).eval(), case), outputs(model, case))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_start_is_that_of_the_file(start, tmp_path):
+    """A base whose weights were rounded since, or singular vectors of another sign, change nothing."""
+    case = BY_NAME["mlp"]
+    model = replaced("mlp", start=start)
+    move(model)
+    model.save_pretrained(tmp_path)
+    base = case.model()
+    with torch.no_grad():
+        base.fc1.weight.mul_(-1.5)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(outputs(loaded, case), outputs(model, case))
+
+
+def test_a_file_without_the_start_is_refused(tmp_path):
+    case = BY_NAME["mlp"]
+    replaced("mlp").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    key = next(key for key in whole if "start.fc1" in key and key.endswith(".B"))
+    save_file({k: t for k, t in whole.items() if "start.fc1" not in k}, file)
+    with pytest.raises(ValueError, match="replaced weight start, for `fc1.weight` it does not"):
+        PeftModel.from_pretrained(case.model(), tmp_path)
+    save_file({**whole, key: whole[key][:3].clone()}, file)
+    with pytest.raises(ValueError, match="start of `fc1.weight` in the adapter file must be"):
+        PeftModel.from_pretrained(case.model(), tmp_path)
+    save_file({**whole, key.replace("fc1", "fc9"): whole[key].clone()}, file)
+    with pytest.raises(ValueError, match="for `fc9.weight` it has no place"):
+        PeftModel.from_pretrained(case.model(), tmp_path)
+
+
+def test_the_file_is_as_small_as_the_start_allows(tmp_path):
+    sizes = {}
+    for start in STARTS:
+        model = replaced("llama", start=start)
+        model.save_pretrained(tmp_path / start)
+        sizes[start] = sum(t.numel() for t in load_file(tmp_path / start / "adapter_model.safetensors").values())
+    count = len(unique_coordinates(replaced("llama"), "default"))
+    assert sizes["orthogonal"] == sizes["random"] == 9 + 1 + count
+    assert sizes["svd"] == 9 + 1 + replaced("llama").base_model.D
+
+
+def test_factors_of_another_kind_are_not_loaded():
+    saved = get_peft_model_state_dict(replaced("mlp", start="random"))
+    with pytest.raises(ValueError, match="must belong to the adapter it is loaded into"):
+        set_peft_model_state_dict(replaced("mlp", start="orthogonal"), saved)

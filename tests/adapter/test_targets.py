@@ -1,0 +1,227 @@
+"""Targets: which tensors are theta, and errors before anything is touched."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+from subspace_peft import SubspaceConfig
+from subspace_peft.adapter.layer import SubspaceLayer
+from subspace_peft.adapter.walk import unique_coordinates
+from tests.cases import BY_NAME, REPLACED, base_outputs, move, outputs, refused, settings, train, wrap
+from tests.models import MLP, Bare
+
+
+def moved(model, adapter="default") -> set[str]:
+    return set(unique_coordinates(model, adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_modules": ["fc1"]}, ["fc1.bias", "fc1.weight"]),
+        ({"target_modules": ["fc1"], "parameters": ["weight"]}, ["fc1.weight"]),
+        ({"target_modules": ".*2", "parameters": ["bias"], "d": 2}, ["fc2.bias"]),
+        ({"target_modules": "all", "exclude_modules": ["fc1"]}, ["fc2.bias", "fc2.weight"]),
+        ({"target_modules": "all-linear", "parameters": ["weight"]}, ["fc1.weight", "fc2.weight"]),
+    ],
+    ids=str,
+)
+def test_names_expressions_and_shorthands(changes, expected):
+    assert sorted(moved(wrap(BY_NAME["mlp"], **changes))) == expected
+
+
+def test_all_finds_the_parameters_of_modules_with_children():
+    assert {"scale.gain", "scale.shift", "scale.inner.weight"} < moved(wrap(BY_NAME["bare"]))
+    vit = moved(wrap(BY_NAME["vit"]))
+    assert vit == {name for name, _ in BY_NAME["vit"].model().named_parameters()}
+    assert any(name.endswith("cls_token") for name in vit)
+
+
+def test_all_linear_leaves_out_the_output_layer():
+    assert not any("lm_head" in name for name in moved(wrap(BY_NAME["llama"], target_modules="all-linear")))
+    bert = moved(wrap(BY_NAME["bert"], target_modules="all-linear"))
+    assert any("query" in name for name in bert)
+
+
+def test_layers_to_transform():
+    model = wrap(BY_NAME["llama"], target_modules=["q_proj"], layers_to_transform=[1])
+    assert moved(model) == {"model.layers.1.self_attn.q_proj.weight"}
+
+
+@pytest.mark.parametrize("shorthand", ["all", "all-linear"])
+@pytest.mark.parametrize("name", ["mlp", "llama", "vit", "bare"])
+def test_a_second_adapter_finds_the_same_targets(name, shorthand):
+    case = BY_NAME[name]
+    model = wrap(case, target_modules=shorthand)
+    model.add_adapter("other", settings(target_modules=shorthand, seed=1, d=5))
+    assert moved(model, "other") == moved(model)
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
+def test_a_tied_weight_is_one_tensor_with_its_first_name():
+    model = wrap(BY_NAME["tied"], target_modules=["out"])
+    assert moved(model) == {"tokens.weight"}
+    assert model.peft_config["default"].D == 44
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["fc3"]}, "not found in the base model.*names near to it.*fc1"),
+        ({"target_modules": ["nothing_like_it"]}, "not found in the base model|No modules were targeted"),
+        (
+            {"target_modules": ["fc1"], "exclude_modules": ["fc1"]},
+            "`exclude_modules` = {'fc1'} takes away every module",
+        ),
+        ({"target_modules": ["act"]}, "`act` owns none"),
+        ({"parameters": ["wieght"]}, "parameters named \\['wieght'\\]"),
+        ({"parameters": ["weight", "bais"]}, "none owns `bais`; names near to it: bias\\."),
+        ({"target_modules": "all-linear", "d": 115}, "`d` must be at most the D = 114 adapted entries"),
+        ({"d": 115}, "`d` must be at most the D = 114 adapted entries, got 115; lower `d` or widen"),
+        ({"projection": "identity", "d": 7}, "has d = D = 114, got d = 7; leave `d` out"),
+        ({"coordinates": "low_rank", "rank": 5}, "`rank` must be at most the smaller dimension, 4 for `fc2.weight`"),
+        ({"coordinates": "low_rank", "rank": 1, "parameters": ["bias"]}, "two or more dimensions, found none"),
+        ({"projection": "basis", "d": None}, "`basis` is needed"),
+        ({"projection": "coordinate", "d": None}, "`mask` is needed"),
+        ({"projection": "basis"}, "`basis` is needed"),
+        ({"projection": "coordinate"}, "`mask` is needed"),
+    ],
+    ids=str,
+)
+def test_errors_come_before_anything_is_touched(changes, message):
+    torch.manual_seed(0)
+    model = MLP()
+    model.act = nn.Tanh()
+    config = settings(**changes)
+    asked = {name: getattr(config, name) for name in ("target_modules", "d", "D", "fingerprint")}
+    with refused(model, message):
+        get_peft_model(model, config)
+    assert {name: getattr(config, name) for name in asked} == asked
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_config_that_another_model_filled_in():
+    config = settings(projection="identity", d=None)
+    get_peft_model(MLP(), config)
+    smaller = nn.Sequential(nn.Linear(6, 4))
+    with refused(smaller, "at most the D = 28 .* got 114; .* a config of its own: .* for one of D = 114"):
+        config.target_modules = "all"
+        get_peft_model(smaller, config)
+
+
+def test_quantised_weights_are_refused():
+    model = MLP()
+    model.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)
+    with refused(model, "`fc1.weight` is torch.int8, a quantised weight"):
+        get_peft_model(model, settings())
+    get_peft_model(model, settings(exclude_modules=["fc1"]))
+
+
+def test_a_root_that_owns_parameters_is_refused_by_all():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.inner = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="the model itself owns \\['gain'\\]"):
+        get_peft_model(Root(), settings(d=1))
+
+
+def test_a_module_with_another_methods_adapter_is_refused():
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["fc1"]), MLP())
+    del model.peft_config
+    with (
+        pytest.warns(UserWarning, match="for a second time"),
+        pytest.raises(ValueError, match="adapters of one PEFT type: `fc1`"),
+    ):
+        get_peft_model(model, settings())
+
+
+def test_a_failing_second_adapter_leaves_the_first():
+    case = BY_NAME["bare"]
+    model = wrap(case)
+    with refused(model, "at most the D"):
+        model.add_adapter("other", settings(d=10_000))
+    assert moved(model) == {name for name, _ in Bare().named_parameters()}
+    model.add_adapter("other", settings(d=5))
+
+
+def test_a_batch_norm_of_modules_to_save_is_left_to_peft():
+    case = BY_NAME["convnet"]
+    model = wrap(case, target_modules=["conv1", "conv2"], modules_to_save=["bn1", "head"])
+    assert isinstance(model.base_model.model.bn1, ModulesToSaveWrapper)
+    assert isinstance(model.base_model.model.bn2, SubspaceLayer)
+    train(model, case)
+    assert torch.isfinite(outputs(model, case)).all()
+
+
+def test_an_embedding_that_rewrites_its_weight_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match="max_norm"):
+        get_peft_model(model, settings())
+    assert type(model[0]) is nn.Embedding
+
+
+@torch.no_grad()
+def test_a_second_adapter_inside_what_the_first_wraps():
+    """PEFT passes over the parts of a wrapped module; here a module is found by its name in the base model."""
+    case = BY_NAME["bare"]
+    model, alone = wrap(case, target_modules=["scale"], d=3), wrap(case, target_modules=["inner"])
+    model.add_adapter("other", settings(target_modules=["inner"]))
+    model.set_adapter("other")
+    assert moved(model) == {"scale.gain", "scale.shift"}
+    assert moved(model, "other") == moved(alone) == {"scale.inner.weight", "scale.inner.bias"}
+    move(model, "other")
+    move(alone)
+    assert torch.equal(outputs(model, case), outputs(alone, case))
+    with refused(model, "not found in the base model"):
+        model.add_adapter("third", settings(target_modules=["outer_space"]))
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), base_outputs(case))
+
+
+def test_a_batch_norm_under_two_names_has_one_set_of_statistics(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4)
+        return nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm)
+
+    x, base = torch.randn(16, 4), build()
+    model = get_peft_model(build(), settings(target_modules=["0"]))
+    inner = model.base_model.model
+    assert inner[1] is inner[3]
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+        assert torch.equal(model.eval()(x), base.eval()(x))
+    model.save_pretrained(tmp_path)
+    assert sum("running" in name for name in load_file(tmp_path / "adapter_model.safetensors")) == 2
+    loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+    model.add_adapter("other", settings(target_modules=["1"]))
+    assert inner[1] is inner[3]
+    adapted = model(x)
+    plain = model.merge_and_unload()
+    assert type(plain[1]) is nn.BatchNorm1d
+    assert plain[1] is plain[3]
+    torch.testing.assert_close(plain(x), adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "changes", "message"),
+    [
+        ("mlp", "all", {"rank": 5}, "`rank` must be at most the smaller dimension, 4 for `fc2.weight`"),
+        ("convnet", ["conv2"], {}, "`conv2.weight` is of Conv2d of 2 groups"),
+        ("recurrent", "all", {"parameters": None}, "must be given modules that run as two smaller ones"),
+        ("attention", "all", {"parameters": None}, "must be given modules that run as two smaller ones"),
+        ("norms", "all", {}, "need target tensors of two or more dimensions"),
+    ],
+)
+def test_modules_that_do_not_fit(name, targets, changes, message):
+    model = BY_NAME[name].model()
+    with refused(model, message):
+        get_peft_model(model, SubspaceConfig(**{**REPLACED, "target_modules": targets, **changes}))

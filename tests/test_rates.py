@@ -1,0 +1,98 @@
+"""Learning rates: of theta_d and the head, of the outer and the inner factors."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from subspace_peft import SubspaceConfig, gamma_for, parameter_groups
+from subspace_peft.adapter.walk import unique_coordinates
+from tests.cases import BY_NAME, loss, settings, theta_d, wrap
+
+
+CASE = BY_NAME["mlp"]
+
+
+def test_theta_d_and_head():
+    model = wrap(CASE, target_modules=["fc1"], modules_to_save=["fc2"])
+    vector, head = parameter_groups(model, lr=1e-3, head_lr=3e-2, weight_decay=0.1)
+    assert vector == {"params": [theta_d(model)], "lr": 1e-3, "weight_decay": 0.0}
+    assert [p.shape for p in head["params"]] == [(4, 10), (4,)]
+    assert (head["lr"], head["weight_decay"]) == (3e-2, 0.1)
+    before = [p.detach().clone() for p in (*vector["params"], *head["params"])]
+    optimizer = torch.optim.AdamW([vector, head])
+    loss(model, CASE.batch()).backward()
+    optimizer.step()
+    for old, new, lr in zip(before, (*vector["params"], *head["params"]), (1e-3, 3e-2, 3e-2), strict=True):
+        assert (new - old).abs().max().item() == pytest.approx(lr, rel=0.25)
+
+
+def test_the_heads_rate_if_left_out_and_no_head():
+    model = wrap(CASE, target_modules=["fc1"], modules_to_save=["fc2"])
+    assert parameter_groups(model, lr=1e-3)[1]["lr"] == 1e-2
+    assert len(parameter_groups(wrap(CASE), lr=1e-3)) == 1
+
+
+def test_all_adapters_that_train():
+    model = wrap(CASE, "one")
+    model.add_adapter("two", settings(seed=1))
+    model.base_model.set_adapter(["one", "two"])
+    assert len(parameter_groups(model, lr=1e-3)[0]["params"]) == 2
+
+
+def test_without_theta_d():
+    with pytest.raises(ValueError, match="must have a theta_d that trains, found none; wrap it"):
+        parameter_groups(CASE.model(), lr=1e-3)
+    with pytest.raises(ValueError, match="found none"):
+        parameter_groups(wrap(CASE, inference_mode=True), lr=1e-3)
+
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 0.02, "eps": 1e-16}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "eps": 1e-16}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_outer_factors_train_as_in_a_parameter_group_of_their_own(name):
+    kind, options = OPTIMIZERS[name]
+    rate = 0.04
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    config = {"coordinates": "low_rank", "rank": 2, "replace_weight": True, "factors": 3, "projection": "identity"}
+    ours = get_peft_model(
+        network, SubspaceConfig(**config, gamma=gamma_for(rate, kind), target_modules=["0"])
+    ).double()
+    start = next(iter(unique_coordinates(ours, "default").values())).start(torch.device("cpu"))
+    U, W, V = (nn.Parameter(factor.double()) for factor in start)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    groups = [{"params": [W]}, {"params": [U, V], "lr": rate * options["lr"]}]
+    by_groups = kind(groups, **options)
+    by_gamma = kind([p for p in ours.parameters() if p.requires_grad], **options)
+    for _ in range(6):
+        for optimizer, predict in ((by_groups, lambda: x @ (U @ W @ V).mT), (by_gamma, lambda: ours(x))):
+            optimizer.zero_grad()
+            (predict() - y).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(x), x @ (U @ W @ V).mT, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(U, start[0].double(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind", "message"),
+    [
+        (-0.1, torch.optim.SGD, "`rate` must be a finite number of at least 0, got -0.1"),
+        (float("nan"), torch.optim.Adam, "`rate` must be a finite number"),
+        (0.1, torch.optim.LBFGS, "got LBFGS; set `gamma` by hand"),
+        (0.1, "sgd", "got str; set `gamma` by hand"),
+    ],
+)
+def test_rates_without_a_gamma(rate, kind, message):
+    with pytest.raises(ValueError, match=message):
+        gamma_for(rate, kind)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimiser_is_as_good_as_its_class(kind):
+    assert gamma_for(0.04, kind([nn.Parameter(torch.zeros(1))], lr=1e-2)) == gamma_for(0.04, kind)

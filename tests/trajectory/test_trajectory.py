@@ -1,0 +1,164 @@
+"""Trajectory: what is recorded, its coordinates, and what is refused."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+from subspace_peft import SubspaceConfig, Trajectory, coefficients, reconstruct
+from subspace_peft.adapter.walk import find_vectors
+from tests.cases import BY_NAME, wrap
+from tests.models import MLP, Tied
+from tests.trajectory.walks import SHAPES, flat, walk, write
+
+
+def test_a_sample_is_what_trains(tmp_path):
+    model = MLP()
+    model.fc1.bias.requires_grad_(False)
+    path = Trajectory(tmp_path / "new" / "folder").add(model)
+    assert path == tmp_path / "new" / "folder" / "00000000.safetensors"
+    state = load_file(path)
+    assert set(state) == {"fc1.weight", "fc2.weight", "fc2.bias"}
+    for name, tensor in state.items():
+        assert torch.equal(tensor, model.get_parameter(name))
+
+
+def test_tied_tensors_are_recorded_once(tmp_path):
+    trajectory = Trajectory(tmp_path)
+    trajectory.add(Tied())
+    assert set(trajectory.sample(0)) == {"tokens.weight", "middle.weight", "middle.bias"}
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, compiled, lambda module: nn.DataParallel(compiled(module))])
+def test_names_are_those_of_the_plain_model(wrapper, tmp_path):
+    trajectory = Trajectory(tmp_path)
+    trajectory.add(wrapper(MLP()))
+    assert trajectory.shapes == SHAPES
+    inner = nn.Sequential(compiled(nn.Linear(2, 2)))
+    trajectory = Trajectory(tmp_path / "inner")
+    trajectory.add(inner)
+    assert set(trajectory.shapes) == {"0.weight", "0.bias"}
+
+
+def test_steps(tmp_path):
+    trajectory, model = Trajectory(tmp_path), MLP()
+    for step in (None, 7, None, 3, 123456789):
+        trajectory.add(model, step)
+    (tmp_path / "00000009.safetensors.tmp").write_bytes(b"from a process that was killed")
+    assert trajectory.steps == [0, 3, 7, 8, 123456789]
+    assert len(trajectory) == 5
+    assert Trajectory(tmp_path, initial=False).steps == [3, 7, 8, 123456789]
+    assert Trajectory(tmp_path, last=7).steps == [0, 3, 7]
+    with torch.no_grad():
+        model.fc1.bias.add_(1)
+    trajectory.add(model, 3)
+    assert len(trajectory) == 5
+    assert torch.equal(trajectory.sample(1)["fc1.bias"], model.fc1.bias)
+    assert not torch.equal(trajectory.sample(-1)["fc1.bias"], model.fc1.bias)
+
+
+def test_coefficients_and_reconstruction(tmp_path):
+    W = walk(6)
+    trajectory = write(tmp_path, W)
+    full = trajectory.basis(5)
+    origin = trajectory.sample(0)
+    for i in range(6):
+        w = trajectory.sample(i)
+        c = coefficients(full, w, origin)
+        torch.testing.assert_close(c, (flat(full).T.double() @ (W[:, i] - W[:, 0]).double()).float())
+        again = reconstruct(full, c, origin)  # five directions hold six points
+        for name in SHAPES:
+            torch.testing.assert_close(again[name], w[name])
+    two = trajectory.basis(2)
+    part = reconstruct(two, coefficients(two, w, origin), origin)
+    P = flat(two).double()
+    torch.testing.assert_close(
+        flat(part).double(), P @ P.T @ (W[:, -1] - W[:, 0]).double() + W[:, 0], atol=1e-6, rtol=0
+    )
+
+
+def test_coefficients_of_tensors_that_are_laid_out_otherwise():
+    generator = torch.Generator().manual_seed(0)
+    basis = {"a": torch.randn(2, 3, 4, 4, 5, generator=generator)}
+    w, origin = ({"a": torch.randn(2, 3, 4, 4, generator=generator)} for _ in range(2))
+    expected = coefficients(basis, w, origin)
+    w["a"], origin["a"] = (t["a"].to(memory_format=torch.channels_last) for t in (w, origin))
+    assert torch.equal(coefficients(basis, w, origin), expected)
+
+
+def test_coefficients_of_other_tensors():
+    basis, zero = {"a": torch.eye(4)[:, :2]}, {"a": torch.zeros(4), "b": torch.zeros(3)}
+    assert torch.equal(coefficients(basis, {"a": torch.arange(4.0)}, zero), torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"`a` must be of shape \[4\] as in the basis, got none"):
+        coefficients(basis, {"c": torch.zeros(4)}, zero)
+    with pytest.raises(ValueError, match=r"`a` must be of shape \[4\] as in the basis, got \[5\]"):
+        reconstruct(basis, torch.zeros(2), {"a": torch.zeros(5)})
+
+
+def test_other_refusals(tmp_path):
+    recorded = write(tmp_path, walk(4))
+    with pytest.raises(ValueError, match="must hold samples, '.*empty' holds none; record some with"):
+        Trajectory(tmp_path / "empty").basis(1)
+    with pytest.raises(ValueError, match=r"`fc9.weight` must be in the samples.*holds 4 other tensors, 'fc1.weight'"):
+        recorded.basis(1, names=["fc9.weight"])
+    with pytest.raises(ValueError, match="`names` must name one tensor or more, got none"):
+        recorded.basis(1, names=[])
+    with pytest.raises(ValueError, match="`memory` must be at least 160 bytes for 4 samples, got 100"):
+        Trajectory(tmp_path, memory=100).basis(2)
+    with pytest.raises(ValueError, match="`dtype` must be one of torch.float64.*got torch.int64"):
+        recorded.basis(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="`step` must be an integer of at least 0, got -1"):
+        recorded.add(MLP(), -1)
+    with pytest.raises(ValueError, match="this model has none; set requires_grad, or record the base"):
+        recorded.add(wrap(BY_NAME["mlp"]).requires_grad_(False))
+    partitioned = MLP()
+    partitioned.fc1.weight.ds_id = 0  # as DeepSpeed marks them
+    with pytest.raises(ValueError, match="ZeRO-3 has left `fc1.weight` empty; take ZeRO-2 or FSDP"):
+        recorded.add(partitioned)
+
+
+def test_training_in_the_subspace_of_a_trajectory(tmp_path):
+    """DLDR on digits: sample SGD, train in ten dimensions from the initial weights, save, load."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def steps(model, lr, count):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
+        for step in range(count):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            yield step
+
+    def accuracy(model):
+        with torch.no_grad():
+            return (model(x).argmax(1) == y).float().mean().item()
+
+    model, trajectory = network(), Trajectory(tmp_path / "samples")
+    trajectory.add(model)
+    for step in steps(model, 0.2, 30):
+        if step % 2:
+            trajectory.add(model)
+    sampled, start = accuracy(model), accuracy(network())
+    config = SubspaceConfig(
+        projection="basis", basis=tmp_path / "samples", d=10, target_modules="all", normalization="columns"
+    )
+    adapted = get_peft_model(network(), config)
+    assert accuracy(adapted) == start
+    for _ in steps(adapted, 0.5, 60):
+        pass
+    assert find_vectors(adapted).subspace_peft_theta_d["default"].shape == (10,)
+    assert accuracy(adapted) > max(0.9, sampled - 0.02) > start + 0.5
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(network(), tmp_path / "adapter")
+    assert torch.equal(loaded(x), adapted(x))
