@@ -1,7 +1,5 @@
 """Compression D_l and separation S_l of the features of each layer, in linear and ReLU networks (Qu 2023).
-
-    python recipes/deep_linear/collapse.py [<settings>.yaml] [--set KEY=VALUE ...] [--output <folder>]
-    python recipes/deep_linear/collapse.py --plot
+    python recipes/run.py recipes/deep_linear/collapse.yaml
 
 K classes of n samples each, N = K n orthonormal inputs, one-hot targets: min 1/2 |W_L s(... s(W_1 X)) - Y|_F^2.
 Theorem (Wang et al. 2023): D_l falls geometrically, D_{l+1} / D_l between c eps^2 / (kappa (4n)^(1/L)) and
@@ -9,7 +7,6 @@ kappa eps^2 / (c (n/2)^(1/L)). To compare, eps^2 / n^(1/L): what varies within c
 layer, what varies between them by the L-th root of the singular values sqrt(n) of Y X^T.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.deep_linear.networks import Weights, descend, start
-from recipes.deep_linear.runs import main
-from recipes.lab.collected import Settings, digits
+from recipes.lab.kinds import measured
+from recipes.lab.results import Results
+from recipes.lab.rounding import digits
+from recipes.lab.settings import PlainSettings
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import save
 from subspace_peft.spectra import ClassFeatures
@@ -41,7 +37,7 @@ def features(weights: Weights, X: Tensor, activation: str) -> list[Tensor]:
     return [*found, weights[-1] @ X]
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: PlainSettings) -> dict[str, Any]:
     K, n, d, L, activation = (settings[key] for key in ("K", "n", "d", "depth", "activation"))
     generator = torch.Generator().manual_seed(settings["seed"])
     X = start([d, d], "orthogonal", 1.0, generator)[0][:, : K * n]
@@ -81,7 +77,8 @@ def fit(run: dict[str, Any]) -> tuple[float, float]:
     return float(np.exp(slope)), 1 - residual.var() / logs.var()
 
 
-def text(runs: list[dict[str, Any]]) -> str:
+def text(runs: list[PlainSettings], results: Results) -> str:
+    runs = results.records(runs)
     rows = []
     for run in runs:
         settings, (ratio, r2) = run["settings"], fit(run)
@@ -95,8 +92,9 @@ def text(runs: list[dict[str, Any]]) -> str:
     return "\n".join(markdown([*header, "S_1 ... S_{L-1}", "iterations", "loss"], rows))
 
 
-def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """D_l over layers by depth, by eps and by start, of the first seed; the loss over iterations by eps."""
+    runs = results.records(runs)
     runs = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
     deep = max(run["settings"]["depth"] for run in runs)
     shallow = [run for run in runs if run["settings"]["depth"] == min(run["settings"]["depth"] for run in runs)]
@@ -128,5 +126,4 @@ def _draw(axis: plt.Axes, runs: list[dict[str, Any]], key: str, title: str, what
     axis.set(xlabel="layer l", ylabel=f"{what}_l", title=title, yscale="log" if what == "D" else "linear")
 
 
-if __name__ == "__main__":
-    main(measure, text, plot, "collapse", __doc__)
+KIND = measured("deep_linear.collapse", measure)

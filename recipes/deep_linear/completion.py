@@ -1,7 +1,5 @@
 """Deep matrix factorisation and completion: the whole network, the compressed one, a narrow one (Qu 2023).
-
-    python recipes/deep_linear/completion.py [<settings>.yaml] [--set KEY=VALUE ...] [--output <folder>]
-    python recipes/deep_linear/completion.py recipes/deep_linear/settings/factorisation.yaml --plot
+    python recipes/run.py recipes/deep_linear/completion.yaml
 
 min 1/2 |Omega (W_{L:1} - Phi)|_F^2 by gradient descent from an eps-orthogonal start, Phi [d, d] of rank r, of which
 the share `seen` is seen (1: factorisation). "whole" has L weights of [d, d]; "compressed" U W~_L ... W~_1 V^T starts
@@ -9,7 +7,6 @@ from the invariant subspace of that same network, W~_l [2r, 2r], and moves U and
 has weights of `width`. The error is |W_{L:1} - Phi|_F / |Phi|_F over all entries, seen or not.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.deep_linear.networks import compressed, descend, product, start
-from recipes.deep_linear.runs import main
-from recipes.lab.collected import Settings, digits
+from recipes.lab.kinds import measured
+from recipes.lab.results import Results
+from recipes.lab.rounding import digits
+from recipes.lab.settings import PlainSettings
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import save
 
@@ -30,7 +26,7 @@ from recipes.reports.figures import save
 LEVELS = (1e-1, 1e-2, 1e-3)
 
 
-def problem(settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def problem(settings: PlainSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Phi = A B^T of Gaussian factors, of norm 1, and Omega, independent entries. [d, d]"""
     d, r = settings["d"], settings["rank"]
     A, B = torch.randn(2, d, r, generator=generator, dtype=torch.float64)
@@ -39,7 +35,7 @@ def problem(settings: Settings, generator: torch.Generator) -> tuple[Tensor, Ten
     return Phi / torch.linalg.matrix_norm(Phi, 2), seen.double()
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: PlainSettings) -> dict[str, Any]:
     device = settings.get("device", "cpu")
     d, L, eps, network = (settings[key] for key in ("d", "depth", "eps", "network"))
     Phi, seen = problem(settings, torch.Generator().manual_seed(settings["seed"]))
@@ -78,13 +74,14 @@ def reached(run: dict[str, Any], level: float) -> tuple[int, float] | None:
     return None if at is None else (curve["step"][at], curve["seconds"][at])
 
 
-def label(settings: Settings) -> str:
+def label(settings: PlainSettings) -> str:
     if settings["network"] == "compressed":
         return f"compressed, 2r̂ = {2 * settings['estimate']}, γ = {settings['gamma']:g}"
     return f"{settings['network']}, width {settings.get('width', settings['d'])}"
 
 
-def text(runs: list[dict[str, Any]]) -> str:
+def text(runs: list[PlainSettings], results: Results) -> str:
+    runs = results.records(runs)
     rows = []
     for run in runs:
         settings = run["settings"]
@@ -98,8 +95,9 @@ def text(runs: list[dict[str, Any]]) -> str:
     return "\n".join(markdown(header, rows))
 
 
-def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """The error over iterations and over seconds, of the first seed."""
+    runs = results.records(runs)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     shown = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
     for axis, key, unit in zip(axes, ("step", "seconds"), ("iterations", "seconds of one core"), strict=True):
@@ -113,5 +111,4 @@ def plot(runs: list[dict[str, Any]], file: Path) -> Path:
     return save(figure, file)
 
 
-if __name__ == "__main__":
-    main(measure, text, plot, "completion", __doc__)
+KIND = measured("deep_linear.completion", measure)

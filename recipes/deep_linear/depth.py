@@ -1,21 +1,16 @@
 """Depth 2 against 3, and the width, in matrix completion: what is learned of the entries that are not seen (Qu 2023).
-
-python recipes/deep_linear/depth.py [<settings>.yaml] [--set KEY=VALUE ...] [--output <folder>]
-python recipes/deep_linear/depth.py --plot
+python recipes/run.py recipes/deep_linear/depth.yaml
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from recipes.deep_linear.completion import measure, reached
-from recipes.deep_linear.runs import main
+from recipes.deep_linear.completion import reached
+from recipes.lab.results import Results
+from recipes.lab.settings import PlainSettings
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import save
 
@@ -34,7 +29,8 @@ def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def text(runs: list[dict[str, Any]]) -> str:
+def text(runs: list[PlainSettings], results: Results) -> str:
+    runs = results.records(runs)
     rows = []
     for (depth, width, seen), group in table(runs).groupby(["depth", "width", "seen"]):
         errors = ", ".join(f"{error:.1e}" for error in group.error)
@@ -44,8 +40,9 @@ def text(runs: list[dict[str, Any]]) -> str:
     return "\n".join(markdown(header, rows))
 
 
-def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """The error against the share seen, at full width; iterations against the width."""
+    runs = results.records(runs)
     all_runs = table(runs)
     widest, shared = all_runs.width.max(), all_runs[all_runs.width < all_runs.width.max()].seen.unique()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -61,7 +58,3 @@ def plot(runs: list[dict[str, Any]], file: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend()
     return save(figure, file)
-
-
-if __name__ == "__main__":
-    main(measure, text, plot, "depth", __doc__)

@@ -1,7 +1,5 @@
 """Singular values and subspaces of deep linear networks under gradient descent, and the law of parsimony in numbers.
-
-    python recipes/deep_linear/dynamics.py [<settings>.yaml] [--set KEY=VALUE ...] [--output <folder>]
-    python recipes/deep_linear/dynamics.py --plot
+    python recipes/run.py recipes/deep_linear/dynamics.yaml
 
 Qu 2023, after Yaras et al. 2023: W_l(t) = U_l diag(W~_l(t), rho(t) I) V_l^T with U_l, V_l that do not move. They are
 known before training: V_{1,2} is the null space of Phi and of Phi^T W_{L:1}(0), U_{l,2} = W_{l:1}(0) V_{1,2} / eps^l =
@@ -11,7 +9,6 @@ V_{l+1,2}. And rho follows a recursion of its own, with weight decay lambda:
     rho(t + 1) = (1 - eta lambda) rho(t)                            case 2, d_y = r
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.deep_linear.networks import Weights, descend, product, start
-from recipes.deep_linear.runs import main
-from recipes.lab.collected import Settings, digits
+from recipes.lab.kinds import measured
+from recipes.lab.results import Results
+from recipes.lab.rounding import digits
+from recipes.lab.settings import PlainSettings
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import save
 from subspace_peft.spectra import SIDES, Spectra
@@ -33,7 +29,7 @@ from subspace_peft.spectra import SIDES, Spectra
 KEYS = ("case", "whitened", "eps", "momentum", "weight_decay")
 
 
-def data(settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def data(settings: PlainSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """X [d, N] and Y = Phi X [d_y, N], Phi of rank r: the top of a square Gaussian matrix, or r rows of one."""
     d, r = settings["d"], settings["rank"]
     Phi = torch.randn(d, d, generator=generator, dtype=torch.float64)
@@ -60,7 +56,7 @@ def invariant(weights: Weights, Phi: Tensor, r: int, eps: float) -> list[Tensor]
     return subspaces
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: PlainSettings) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(settings["seed"])
     d, r, L, eps, case = (settings[key] for key in ("d", "rank", "depth", "eps", "case"))
     lr, beta, decay = (settings[key] for key in ("lr", "momentum", "weight_decay"))
@@ -108,7 +104,8 @@ def _layer(spectra: Spectra, name: str) -> dict[str, Any]:
     }
 
 
-def text(runs: list[dict[str, Any]]) -> str:
+def text(runs: list[PlainSettings], results: Results) -> str:
+    runs = results.records(runs)
     rows = []
     for run in runs:
         settings = run["settings"]
@@ -128,8 +125,9 @@ def text(runs: list[dict[str, Any]]) -> str:
     return "\n".join(markdown(header, rows))
 
 
-def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """A row for each layer of the first run, and the first layer of one with momentum and of one unwhitened."""
+    runs = results.records(runs)
     rows = [(runs[0], name, "") for name in runs[0]["layers"]]
     for key, value, title in (("momentum", 0.9, "with momentum"), ("whitened", False, "data not whitened")):
         rows += [(run, "W_1", title) for run in runs if run["settings"][key] == value][:1]
@@ -165,5 +163,4 @@ def _numbers(values: list[float | None]) -> list[float]:
     return [float("nan") if each is None else each for each in values]
 
 
-if __name__ == "__main__":
-    main(measure, text, plot, "dynamics", __doc__)
+KIND = measured("deep_linear.dynamics", measure)

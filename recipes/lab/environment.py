@@ -42,7 +42,7 @@ def hardware() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of the code, with "-dirty" where files differ from it, but for what recipes write."""
     try:
-        written = [f":(exclude)recipes/*/{folder}/*" for folder in ("plots", "results")]
+        written = [f":(exclude){files}" for files in ("recipes/*/plots/*", "recipes/*/*.jsonl", "*.md")]
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,16 +1,10 @@
 """Locks between processes, on any machines that share a folder."""
 
+import contextlib
 import os
 import shutil
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-
-WAIT = 0.05
-"""Seconds between looks at a lock that is waited for."""
 
 
 class Lock:
@@ -25,31 +19,32 @@ class Lock:
         The lock names its owner from the moment it appears: a folder is renamed to it, which fails for all processes
         but one, because a folder that is not empty is never replaced.
         """
-        if self._abandoned():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        mine = self._own()
-        mine.mkdir(exist_ok=True)
-        (mine / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
+        self.drop_abandoned()
+        draft = self._draft()
+        draft.mkdir(exist_ok=True)
+        (draft / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
         try:
-            mine.rename(self.folder)
+            draft.rename(self.folder)
         except OSError:
-            shutil.rmtree(mine)
+            shutil.rmtree(draft)
             return False
         return True
 
+    def held(self) -> bool:
+        """Whether a process holds it that is not known to be no more."""
+        return self.folder.exists() and not self._abandoned()
+
+    def drop_abandoned(self) -> None:
+        """Remove it if its owner is no more; of several processes that try, one renames it and the others do not."""
+        if self._abandoned():
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.folder.rename(self._draft()))
+
     def release(self) -> None:
-        shutil.rmtree(self.folder.rename(self._own()))  # emptied in its place, it could be replaced before it is gone
+        # renamed first: emptied in its place, the folder could be replaced before it is gone
+        shutil.rmtree(self.folder.rename(self._draft()))
 
-    @contextmanager
-    def waited_for(self) -> Iterator[None]:
-        while not self.take():
-            time.sleep(WAIT)
-        try:
-            yield
-        finally:
-            self.release()
-
-    def _own(self) -> Path:
+    def _draft(self) -> Path:
         return self.folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
 
     def _abandoned(self) -> bool:

@@ -1,53 +1,44 @@
-"""One JSON file a run, named by its settings, and a lock folder beside it while the run is under way.
+"""Results: one JSON a run while work goes on, JSON Lines once it is done, and one reader for both.
 
-Any number of processes, on any machines that share the folder, take the next run that has neither.
+    <output>/results/<name>.json    a run, written when it ends; <name>.lock beside it while it is under way
+    <output>/<recipe>.jsonl         the runs of a YAML, compacted, a line each: what is under version control
+
+The name is that of the run's settings. Any number of processes, on any machines that share the folder, take the next
+run that has neither a result nor a lock.
 """
 
 import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from recipes.lab.grid import Search
+from recipes.lab import environment
 from recipes.lab.locks import Lock
-from recipes.training.settings import Settings
+from recipes.lab.settings import Run
 
 
 class Results:
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    """The results in one output folder."""
 
-    def path(self, settings: Settings | Search) -> Path:
-        return self.folder / f"{settings.name}.json"
+    def __init__(self, output: Path):
+        self.output, self.folder = output, output / "results"
+        self._compacted: dict[Path, tuple[int, dict[str, Any]]] = {}  # lines by name, and when they were written
 
-    def has(self, settings: Settings | Search) -> bool:
-        return self.path(settings).exists()
+    def path(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.json"
 
-    def take(self, settings: Settings | Search) -> bool:
-        """Whether this process now holds the run."""
-        return self._lock(settings).take()
+    def has(self, run: Run) -> bool:
+        return self.path(run).exists() or run.name in self.compacted()
 
-    def release(self, settings: Settings | Search) -> None:
-        self._lock(settings).release()
-
-    def write(self, settings: Settings | Search, result: dict[str, Any]) -> None:
-        """All of the result or nothing, whenever the process is stopped."""
-        draft = self._lock(settings).folder / "result"
-        draft.write_text(json.dumps({"settings": settings.record(), **result}, indent=1, allow_nan=False) + "\n")
-        draft.replace(self.path(settings))
-
-    def load(self, settings: Settings | Search) -> dict[str, Any]:
+    def load(self, run: Run) -> dict[str, Any]:
         """The result, empty if there is none.
 
         Raises:
             ValueError: if the file is damaged.
         """
-        path = self.path(settings)
+        path = self.path(run)
         if not path.exists():
-            return {}
+            return self.compacted().get(run.name, {})
         try:
             return json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -55,45 +46,107 @@ class Results:
                 f"A result must be JSON, got {str(path)!r}: {error}; delete it, to run it again."
             ) from None
 
-    def table(self, runs: list[Settings]) -> pd.DataFrame:
-        """One row for each run that has a result: its settings, D, accuracies and seconds of training.
+    def records(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
+        """The results of those runs that have one, in their order."""
+        return [result for run in runs if (result := self.load(run))]
 
-        Where training images were measured, also the loss and the accuracy on those, after the last epoch and at best.
+    def compacted(self) -> dict[str, dict[str, Any]]:
+        """The results in the JSON Lines files, by name."""
+        for file in self.output.glob("*.jsonl"):
+            written = file.stat().st_mtime_ns
+            if self._compacted.get(file, (None,))[0] != written:
+                self._compacted[file] = written, dict(read_lines(file))
+        return {name: result for _, lines in self._compacted.values() for name, result in lines.items()}
 
-        Raises:
-            ValueError: if a file is damaged, or was written by another version.
-        """
-        rows = []
-        for run in runs:
-            if result := self.load(run):
-                try:
-                    rows.append(run.record() | _numbers(run, result))
-                except (KeyError, IndexError, TypeError) as error:
-                    raise ValueError(
-                        f"A result must be in the layout of this version, {str(self.path(run))!r} is not: "
-                        f"{type(error).__name__} {error}; delete it, to run it again, or use its own version."
-                    ) from None
-        return pd.DataFrame(rows)
+    def write(self, run: Run, result: dict[str, Any]) -> None:
+        """All of the result or nothing, whenever the process is stopped. The lock must be held."""
+        draft = self._lock(run).folder / "result"
+        draft.write_text(json.dumps({"settings": run.record(), **result}, indent=1, allow_nan=False) + "\n")
+        draft.replace(self.path(run))
 
-    def _lock(self, settings: Settings | Search) -> Lock:
-        return Lock(self.folder / f"{settings.name}.lock")
+    def take(self, run: Run) -> bool:
+        """Whether this process now holds the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self._lock(run).take()
+
+    def held(self, run: Run) -> bool:
+        """Whether a process holds the run."""
+        return self._lock(run).held()
+
+    def release(self, run: Run) -> None:
+        self._lock(run).release()
+
+    def drop_abandoned(self) -> None:
+        """Remove the locks of processes that are no more."""
+        for folder in self.folder.glob("*.lock"):
+            Lock(folder).drop_abandoned()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _lock(self, run: Run) -> Lock:
+        return Lock(self.folder / f"{run.name}.lock")
 
 
-def _numbers(run: Settings, result: dict[str, Any]) -> dict[str, float]:
-    numbers = {key: result[key] for key in ("D", "final_accuracy", "best_accuracy")}
-    if result["epochs"][-1]["train_loss"] is None:  # logits of nan have a first class, too
-        numbers |= {"final_accuracy": math.nan}
-    if run.measured:
-        numbers |= _measured(result["epochs"])
-    return numbers | {"seconds": result["seconds"]["train"]}
+def compact(results: Results, runs: Iterable[Run], file: Path) -> int:
+    """Move the results of these runs into `file`, JSON Lines in the order of their names; how many were moved.
+
+    A run that another file of the folder already holds stays there: recipes share runs. Every other file, and every
+    line of `file` that belongs to no run, is left as it is.
+    """
+    lines = dict(read_lines(file)) if file.exists() else {}
+    elsewhere = results.compacted().keys() - lines.keys()
+    moved = {run.name: run for run in runs if results.path(run).exists()}
+    lines |= {name: results.load(run) for name, run in moved.items() if name not in elsewhere}
+    draft = file.with_suffix(".draft")
+    draft.write_text("".join(as_line(name, lines[name]) for name in sorted(lines)))
+    if moved:
+        draft.replace(file)
+    else:
+        draft.unlink()
+    for run in moved.values():
+        results.path(run).unlink()
+    results.drop_abandoned()
+    return len(moved)
 
 
-def _measured(epochs: list[dict[str, Any]]) -> dict[str, float]:
-    accuracies = [epoch["train_accuracy"] for epoch in epochs]
-    losses = [math.nan if epoch["loss"] is None else epoch["loss"] for epoch in epochs]
-    return {
-        "final_train_accuracy": accuracies[-1],
-        "best_train_accuracy": max(accuracies),
-        "final_loss": losses[-1],
-        "best_loss": min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss),
-    }
+def as_line(name: str, result: dict[str, Any]) -> str:
+    return json.dumps({"name": name, **result}, allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+def read_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and result of each line.
+
+    Raises:
+        ValueError: if a line is damaged.
+    """
+    lines = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            result = json.loads(line)
+            lines.append((result.pop("name"), result))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"Line {number} of {str(file)!r} must be a result in JSON with a `name`, {error}; delete the line, to "
+                "run it again."
+            ) from None
+    return lines
+
+
+def write_measurement(file: Path, measured: dict[str, Any]) -> None:
+    """What a script measured, and what with, as the one line of a JSON Lines file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_text(as_line(file.stem, {**measured, **environment.record()}))
+    draft.replace(file)
+
+
+def read_measurement(file: Path) -> dict[str, Any]:
+    """The reverse of `write_measurement`.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged.
+    """
+    if not file.exists():
+        raise ValueError(f"A measurement must be there to be reported, {str(file)!r} is not; make it first.")
+    ((_, measured),) = read_lines(file)
+    return measured

@@ -25,6 +25,7 @@ from recipes.lab.results import Results
 from recipes.reports.compression import labels
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import MARKERS, save
+from recipes.reports.records import table as trainings
 from recipes.training.settings import Settings
 from subspace_peft import Trajectory
 
@@ -102,14 +103,14 @@ def _draw_spectra(axis: Axes, spectra: list[dict[str, Any]]) -> None:
 def _draw_accuracies(axis: Axes, runs: list[Settings], results: Results) -> None:
     names = labels(run for run in runs if _is_lottery(run))
     for i, label in enumerate(dict.fromkeys(names.values())):
-        table = results.table([run for run in runs if names.get(run.name) == label])
+        table = trainings([run for run in runs if names.get(run.name) == label], results)
         if not len(table):
             continue
         for _, line in table.sort_values("d").groupby("seed"):
             axis.plot(line.d, 100 * line[METRIC], color=f"C{i}", linewidth=0.8, alpha=0.5)
         mean = 100 * table.groupby("d")[METRIC].mean()
         axis.plot(mean.index, mean, color=f"C{i}", marker=MARKERS[i % len(MARKERS)], label=f"{label}, mean")
-    full = results.table([run for run in runs if run.projection == "full"])
+    full = trainings([run for run in runs if run.projection == "full"], results)
     if len(full):
         axis.axhline(100 * full[METRIC].mean(), color="black", linestyle=":", label="full training")
     axis.set_xscale("log", base=2)
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"No trajectory of {options.file} on {dataset} is there; record them: recipes/run.py {options.file}."
             )
         print(text(record))
-        print(plot(record, here, Results(output / "results"), output / "plots" / f"{name}.png"))
+        print(plot(record, here, Results(output), output / "plots" / f"{name}.png"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from recipes.lab.results import Results
 from recipes.reports.dimension import dimension, markdown, spread
 from recipes.reports.figures import MARKERS, save
+from recipes.reports.records import table as trainings
 from recipes.training.settings import Settings
 from subspace_peft.measure import intrinsic_dimension, running_maximum
 
@@ -85,9 +86,9 @@ def comparisons(runs: list[Settings], results: Results) -> list[Comparison]:
     for dataset, model in dict.fromkeys((run.dataset, run.model) for run in runs):
         here = [run for run in runs if (run.dataset, run.model) == (dataset, model)]
         order = dict.fromkeys(names[run.name] for run in here if run.projection != "full")
-        tables = {label: results.table([run for run in here if names[run.name] == label]) for label in order}
+        tables = {label: trainings([run for run in here if names[run.name] == label], results) for label in order}
         nested = {names[run.name] for run in here if run.projection == "basis" and run.increments}
-        full = results.table([run for run in here if run.projection == "full"])
+        full = trainings([run for run in here if run.projection == "full"], results)
         tables = {label: table for label, table in tables.items() if len(table)}
         if tables or len(full):
             found.append(Comparison(f"{model} on {dataset}", tables, nested, full))

@@ -1,10 +1,16 @@
 """What the results of a sweep say: accuracy by d, and the intrinsic dimension d_int90 of Li et al. 2018."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 
+from recipes.lab.results import Results
+from recipes.reports.figures import MARKERS, save
+from recipes.reports.records import table as trainings
 from recipes.training.settings import Settings
 from subspace_peft.measure import Dimension, intrinsic_dimension
 
@@ -74,9 +80,9 @@ def dimensions(runs: pd.DataFrame, absolute: Absolute = ABSOLUTE) -> list[Dimens
     Without interpolation, so the true value lies above the grid's next smaller d.
     """
     found = []
-    for task, table in apart(runs).groupby(TASK):
-        full, level = table[table.projection == "full"], level_of(absolute, task[-1])
-        for projection, line in table[table.projection != "full"].groupby("projection"):
+    for task, rows in apart(runs).groupby(TASK):
+        full, level = rows[rows.projection == "full"], level_of(absolute, task[-1])
+        for projection, line in rows[rows.projection != "full"].groupby("projection"):
             relative = intrinsic_dimension(line, fraction=0.9, baseline=full) if len(full) else None
             by_last, by_best = (
                 intrinsic_dimension(line, absolute=level, metric=metric)
@@ -103,8 +109,14 @@ def dimension(found: Dimension | None) -> str:
     return f"{d} ({low} to {high})"
 
 
-def text(runs: pd.DataFrame, absolute: Absolute = ABSOLUTE) -> str:
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError for runs that no table could show."""
+    apart(pd.DataFrame([run.record() for run in runs]))
+
+
+def text(runs: list[Settings], results: Results, absolute: Absolute = ABSOLUTE) -> str:
     """Both tables as Markdown."""
+    runs = trainings(runs, results)
     accuracies = [
         [*task, projection, d or "all", seeds, spread(final, final_sd), spread(best, best_sd), f"{seconds:.0f}"]
         for *task, projection, d, seeds, final, final_sd, best, best_sd, seconds in by_d(runs).itertuples(index=False)
@@ -136,3 +148,42 @@ def markdown(header: list[str], rows: list[list]) -> list[str]:
 
 def spread(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
+
+
+def plot(
+    runs: list[Settings],
+    results: Results,
+    file: Path,
+    published: dict[str, dict[str, int]] | None = None,
+    absolute: Absolute = ABSOLUTE,
+) -> Path:
+    """Accuracy against d, a panel for each data set and model. The band is one standard deviation over seeds.
+
+    Args:
+        published: d_int90 of the papers, by model and source: open markers at the absolute threshold.
+    """
+    tasks = list(by_d(trainings(runs, results)).groupby(TASK))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.8), squeeze=False, layout="constrained")
+    for axis, ((dataset, model), table) in zip(axes[0], tasks, strict=True):
+        panel(axis, table, (published or {}).get(model, {}), 100 * level_of(absolute, model))
+        axis.set_title(f"{model} on {dataset}")
+    return save(figure, file)
+
+
+def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int], absolute: float) -> None:
+    """Mean final accuracy (%) of each projection and of full training, and both thresholds."""
+    full = table[table.projection == "full"].final
+    for marker, (projection, line) in zip(MARKERS, table[table.d > 0].groupby("projection"), strict=False):
+        (curve,) = axis.plot(line.d, line.final, marker=marker, label=projection)
+        low, high = line.final - line.final_sd, line.final + line.final_sd
+        axis.fill_between(line.d, low, high, color=curve.get_color(), alpha=0.15)
+    if len(full):
+        axis.axhline(full.iloc[0], color="black", linewidth=1, label=f"full, {full.iloc[0]:.1f} %")
+        relative = 0.9 * full.iloc[0]
+        axis.axhline(relative, color="grey", linestyle="--", linewidth=1, label=f"90 % of full, {relative:.1f} %")
+    axis.axhline(absolute, color="grey", linestyle=":", linewidth=1, label=f"{absolute:g} %")
+    for marker, (source, d) in zip(reversed(MARKERS), published.items(), strict=False):
+        axis.plot(d, absolute, marker, color="black", markersize=9, fillstyle="none", label=f"{source}: {d}")
+    axis.set(xlabel="d", ylabel="test accuracy after the last epoch, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="best")

@@ -22,6 +22,7 @@ from recipes.lab.results import Results
 from recipes.reports.compression import labels, legend_below
 from recipes.reports.dimension import dimension, markdown, spread
 from recipes.reports.figures import MARKERS, save
+from recipes.reports.records import table as trainings
 from recipes.training.settings import Settings
 from subspace_peft.measure import threshold_dimension
 
@@ -70,13 +71,13 @@ def diagrams(runs: list[Settings], results: Results) -> list[Diagram]:
     found = []
     for dataset, model, name in sets:
         mine = [run for run in inside if (run.dataset, run.model, names[run.name]) == (dataset, model, name)]
-        table = results.table(mine)
+        table = trainings(mine, results)
         if not len(table):
             continue
         several = sum(key[:2] == (dataset, model) for key in sets) > 1
         full = [run for run in runs if (run.projection, run.dataset, run.model) == ("full", dataset, model)]
         title = f"{model} on {dataset}" + (f", {name}" if several else "")
-        found.append(Diagram(title, table, origins(mine, results), results.table(full)))
+        found.append(Diagram(title, table, origins(mine, results), trainings(full, results)))
     return found
 
 

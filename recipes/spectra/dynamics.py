@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.lab.collected import Settings, digits
+from recipes.lab.rounding import digits
+from recipes.lab.settings import PlainSettings
 from recipes.spectra.networks import accuracy
 from recipes.tasks.data import Split
 from subspace_peft.spectra import BLOCKS, SIDES, Spectra, matrices
 
 
-def watched(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
+def watched(model: nn.Module, settings: PlainSettings) -> dict[str, Tensor]:
     return {name: matrix.clone() for name, matrix in matrices(model, settings["weights"])}
 
 
@@ -70,7 +71,7 @@ def of_increments(increments: list[Tensor], K: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def truncated(
-    model: nn.Module, name: str, start: Tensor, directions: dict[str, int], test: Split, settings: Settings
+    model: nn.Module, name: str, start: Tensor, directions: dict[str, int], test: Split, settings: PlainSettings
 ) -> dict[str, float]:
     """Test accuracy with only the first directions of this weight's increment, and all else as trained."""
     weight = model.get_parameter(name)

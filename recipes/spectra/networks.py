@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.lab.collected import Settings
+from recipes.lab.settings import PlainSettings
 from recipes.tasks.data import Split
 
 
 EVALUATED_TOGETHER = 500
 
 
-def network(settings: Settings, pixels: tuple[int, int, int], classes: int) -> nn.Module:
+def network(settings: PlainSettings, pixels: tuple[int, int, int], classes: int) -> nn.Module:
     """An MLP of `widths`, a small ViT of `shape`, or else the ViT of that folder or Hub id under a new classifier.
 
     Start "default": as torch and transformers draw it. "orthogonal": all singular values 1, biases 0.
@@ -41,7 +41,7 @@ def network(settings: Settings, pixels: tuple[int, int, int], classes: int) -> n
     return model
 
 
-def logits(model: nn.Module, split: Split, index: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def logits(model: nn.Module, split: Split, index: Tensor, settings: PlainSettings) -> tuple[Tensor, Tensor]:
     """Of images scaled to [-1, 1]; and their labels."""
     x, size = split.images[index].float() / 127.5 - 1, settings["image_size"]
     if size and size != x.shape[-1]:
@@ -52,7 +52,7 @@ def logits(model: nn.Module, split: Split, index: Tensor, settings: Settings) ->
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, settings: Settings) -> float:
+def accuracy(model: nn.Module, split: Split, settings: PlainSettings) -> float:
     model.eval()
     parts = torch.arange(len(split.labels), device=split.labels.device).split(EVALUATED_TOGETHER)
     right = 0

@@ -6,19 +6,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recipes.lab.collected import Settings
+from recipes.lab.results import Results
+from recipes.lab.settings import PlainSettings
 from recipes.reports.dimension import markdown
 from recipes.reports.figures import save
 from subspace_peft.spectra import BLOCKS, SIDES, blocks
 
 
-def label(settings: Settings) -> str:
+def label(settings: PlainSettings) -> str:
     words = [settings["model"], settings["activation"]] if settings["model"] == "mlp" else [settings["model"]]
     return f"{', '.join(words)}, {settings['start']} start, {settings['optimizer']}, seed {settings['seed']}"
 
 
-def text(runs: list[dict[str, Any]]) -> str:
+def text(runs: list[PlainSettings], results: Results) -> str:
     """The end of each training: a line for each watched weight. Of top, middle and bottom: see `turned`, `_moved`."""
+    runs = results.records(runs)
     rows = []
     for run in runs:
         print(f"{label(run['settings'])}: accuracy {100 * run['accuracy']:.2f} %, seconds {run['cpu_seconds']}")
@@ -57,8 +59,9 @@ def _gone(layer: dict[str, Any], block: str, K: int) -> str:
     return ", ".join(f"{part['gone'][-1]:.1f}" if part else "-" for part in parts)
 
 
-def plot(runs: list[dict[str, Any]], file: Path) -> Path:
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """A row for each run of the first seed, of the last weight watched; in the last panel all of them."""
+    runs = results.records(runs)
     runs = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
     figure, axes = plt.subplots(len(runs), 5, figsize=(20, 3.3 * len(runs)), layout="constrained", squeeze=False)
     for row, run in zip(axes, runs, strict=True):

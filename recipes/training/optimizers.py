@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -16,29 +16,37 @@ from subspace_peft.adapter.full_space import full_space
 from subspace_peft.optim import PBFGS, ClassGradientNewton, PPlusBFGS, repeatable
 
 
-if TYPE_CHECKING:
-    from recipes.training.settings import Settings
+class Choices(Protocol):
+    """What the settings of a run say of its optimiser."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    decay_epoch: int
+    epochs: int
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _descent(kind: type[Optimizer], model: nn.Module, settings: "Settings") -> Optimizer:
+def _descent(kind: type[Optimizer], model: nn.Module, settings: Choices) -> Optimizer:
     momentum = {"momentum": settings.momentum} if settings.momentum else {}
     return kind(_trainable(model), lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
 
 
-def _pbfgs(model: nn.Module, settings: "Settings", curvature: str = "same_batch") -> Optimizer:
+def _pbfgs(model: nn.Module, settings: Choices, curvature: str = "same_batch") -> Optimizer:
     return PBFGS(_trainable(model), curvature=curvature)
 
 
-def _pplusbfgs(model: nn.Module, settings: "Settings", curvature: str = "same_batch") -> Optimizer:
+def _pplusbfgs(model: nn.Module, settings: Choices, curvature: str = "same_batch") -> Optimizer:
     theta_d = _trainable(model)
     return PPlusBFGS(theta_d, *full_space(model), curvature=curvature)
 
 
-def _class_gradient(model: nn.Module, settings: "Settings", **choices) -> Optimizer:
+def _class_gradient(model: nn.Module, settings: Choices, **choices) -> Optimizer:
     return ClassGradientNewton(_trainable(model), lr=settings.lr, **choices)
 
 
@@ -68,11 +76,11 @@ class LarsenAdam(Optimizer):
                 p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta_1))
 
 
-def _larsen_adam(model: nn.Module, settings: "Settings") -> Optimizer:
+def _larsen_adam(model: nn.Module, settings: Choices) -> Optimizer:
     return LarsenAdam(_trainable(model), lr=settings.lr)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, "Settings"], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[nn.Module, Choices], Optimizer]] = {
     "sgd": partial(_descent, torch.optim.SGD),
     "adam": partial(_descent, torch.optim.Adam),
     "adamw": partial(_descent, torch.optim.AdamW),
@@ -95,7 +103,7 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 """The factor on the learning rate after a share t of all steps; `decay` is the share after which "step" falls."""
 
 
-def scheduled(optimizer: Optimizer, settings: "Settings", steps: int) -> LambdaLR:
+def scheduled(optimizer: Optimizer, settings: Choices, steps: int) -> LambdaLR:
     factor, decay = SCHEDULES[settings.schedule], settings.decay_epoch / settings.epochs
     return LambdaLR(optimizer, lambda step: factor(step / steps, decay))
 

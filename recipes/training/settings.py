@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recipes.lab.named import Named, unnamed
+from recipes.lab.settings import Named, unnamed
 from recipes.tasks.models import SHAPES, check
 from recipes.training.optimizers import OPTIMIZERS, SCHEDULES
 from subspace_peft.coordinates.starts import STARTS

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
+from recipes.lab import command, environment
+from recipes.lab.grid import read
 from recipes.tasks.data import Split
 from recipes.tasks.models import CLASSES, SHAPES
-from recipes.vit_lora.finetune import parser
-from recipes.vit_lora.settings import Settings, read
+from recipes.vit_lora.settings import KEYS, Settings
 from recipes.vit_lora.training import train
 
 
@@ -86,12 +86,14 @@ def text(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=20)
-    options.add_argument("--rounds", type=int, default=3)
-    overrides = vars(options.parse_args(arguments))
-    file, output, steps, rounds = (overrides.pop(key) for key in ("file", "output", "steps", "rounds"))
-    output = output or file.parent
+    parser = command.Parser(__doc__)
+    parser.add_argument("file", type=Path, help="the YAML")
+    parser.add_argument("--output", type=Path, help="where the results go; the YAML's folder")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    options, rest = parser.parse_known_args(arguments)
+    file, output, steps, rounds = options.file, options.output or options.file.parent, options.steps, options.rounds
+    overrides = command.settings(rest, KEYS)
     runs = list({replace(run, seed=0, data="", checkpoint=""): None for run in read(file, overrides).runs})
     before = os.getloadavg()
     rows = costs(runs, output, steps, rounds)
@@ -102,4 +104,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

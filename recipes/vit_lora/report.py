@@ -9,7 +9,7 @@ import pandas as pd
 
 from recipes.lab.results import Results
 from recipes.reports.figures import MARKERS, save
-from recipes.vit_lora.settings import Recipe, Settings
+from recipes.vit_lora.settings import Settings
 from subspace_peft.measure import Dimension, intrinsic_dimension
 
 
@@ -19,15 +19,20 @@ COMMON = ("dataset", "base", "image_size", "images", "validation", "epochs", "ba
 """What all rows of a table must share: accuracies of other settings are no spread over seeds."""
 
 
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError if the runs differ in what a table must share."""
+    for key in COMMON:
+        if len(values := {getattr(run, key) for run in runs}) > 1:
+            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+
+
 def table(runs: list[Settings], results: Results) -> pd.DataFrame:
     """One row for each run that has a result.
 
     Raises:
         ValueError: if the runs start from different weights, or differ in what a table must share.
     """
-    for key in COMMON:
-        if len(values := {getattr(run, key) for run in runs}) > 1:
-            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+    check(runs)
     found = [(run, results.load(run)) for run in runs]
     rows = [
         run.record()
@@ -69,15 +74,16 @@ def dimensions(runs: pd.DataFrame) -> dict[str, Dimension]:
     return {label: intrinsic_dimension(part, baseline=full, metric="accuracy") for label, part in parts}
 
 
-def costs(file: Path) -> dict[str, dict[str, float]]:
+def costs(output: Path) -> dict[str, dict[str, float]]:
     """What `cost.py` measured, by the name of the run."""
-    return {row["name"]: row for row in json.loads(file.read_text())["runs"]} if file.exists() else {}
+    files = (output / "results").glob("costs_*.json")
+    return {row["name"]: row for file in files for row in json.loads(file.read_text())["runs"]}
 
 
-def text(recipe: Recipe, results: Results, measured: dict[str, dict[str, float]]) -> str:
+def text(runs: list[Settings], results: Results) -> str:
     """The table of methods: accuracy with its standard deviation over seeds, and what each costs."""
-    runs = table(recipe.runs, results)
-    names = {tuple(getattr(run, key) for key in METHOD): replace(run, seed=0).name for run in recipe.runs}
+    names = {tuple(getattr(run, key) for key in METHOD): replace(run, seed=0).name for run in runs}
+    runs, measured = table(runs, results), costs(results.output)
     lines = [
         "| method | rank | d | trained, without and with the classifier | accuracy, % | seeds | bytes saved "
         "| ms a step | peak MB |",
@@ -95,25 +101,9 @@ def text(recipe: Recipe, results: Results, measured: dict[str, dict[str, float]]
     return "\n".join([*lines, "", *(f"d_int90, {label}: {dimension}" for label, dimension in found.items())])
 
 
-def rates(recipe: Recipe, results: Results) -> str:
-    """The table of a search for learning rates: accuracy by rate, the best in bold."""
-    runs = table(recipe.runs, results)
-    alone = runs.label == "head alone"  # its only rate is the classifier's
-    runs = runs.assign(rate=runs.lr.where(~alone, runs.head_lr), head_lr=runs.head_lr.where(~alone, 0))
-    grid = runs.pivot_table(index=["label", "rank", "d", "head_lr"], columns="rate", values="accuracy", sort=False)
-    grid = grid[sorted(grid)]
-    lines = ["| method | rank | d | rate of the classifier | " + " | ".join(f"{rate:g}" for rate in grid) + " |"]
-    lines.append("|" + " --- |" * (4 + len(grid.columns)))
-    for (label, rank, d, head_lr), row in grid.iterrows():
-        cells = ["" if pd.isna(v) else f"**{v:.1f}**" if v == row.max() else f"{v:.1f}" for v in row]
-        beside = f"{head_lr:g}" if head_lr else ""
-        lines.append(f"| {label} | {rank or ''} | {d or ''} | {beside} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(recipe: Recipe, results: Results, file: Path) -> Path:
+def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """Mean accuracy and its standard deviation against trained numbers, d_int90 as a ring around its point."""
-    runs = table(recipe.runs, results)
+    first, runs = runs[0], table(runs, results)
     rows, found = means(runs), dimensions(runs)
     figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
     for at, (label, line) in enumerate(curves(rows).items()):
@@ -135,25 +125,7 @@ def plot(recipe: Recipe, results: Results, file: Path) -> Path:
     axis.plot([], [], "o", color="black", markersize=14, fillstyle="none", label="d_int90")
     head = f"{rows['head'].max():,.0f}"
     axis.set(xscale="log", xlabel=f"numbers trained beside the {head} of the classifier", ylabel="test accuracy, %")
-    axis.set_title(f"{recipe.runs[0].base or 'a ViT'} → {recipe.runs[0].dataset}")
+    axis.set_title(f"{first.base or 'a ViT'} → {first.dataset}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="lower right", ncols=2)
     return save(figure, file)
-
-
-def conclude(recipe: Recipe, results: Results, output: Path, stem: str) -> None:
-    """Prints what all results so far say, and draws the figure."""
-    done = [run for run in recipe.runs if results.has(run)]
-    if missing := len(recipe.runs) - len(done):
-        print(f"{missing} of {len(recipe.runs)} runs are held by other processes.")
-    if not done:
-        return
-    recipe = recipe._replace(runs=done)
-    if recipe.report == "rates":
-        print(f"\n{rates(recipe, results)}\n")
-    elif recipe.report == "methods":
-        print(f"\n{text(recipe, results, costs(output / 'results' / f'costs_{stem}.json'))}\n")
-        print(f"figure: {plot(recipe, results, output / 'plots' / f'{stem}.png')}")
-    else:
-        for run in done:
-            print(f"{run}: {100 * results.load(run)['final_accuracy']:.2f} %, kept in {output / 'checkpoints'}")

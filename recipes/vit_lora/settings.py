@@ -1,30 +1,14 @@
-"""What a run of this recipe is, and the grid of them that a YAML spans.
+"""What a run of this recipe is: a flat record of settings."""
 
-    dataset: mnist
-    base: fashion_mnist
-    seed: [0, 1, 2]
-    runs:
-      - {method: lora, rank: [1, 2, 8], lr: 3.0e-3}
-      - {method: subspace, projection: [fastfood, fastjl], d: [100, 1000], lr: 1.0e-2}
-
-A list is an axis of the grid; `runs` holds sub-grids, each over the values above it; the command line wins over both.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-
-from recipes.lab.axes import check_keys, points, typed
-from recipes.lab.named import Named, unnamed
+from recipes.lab.settings import Named, typed, unnamed
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 
 
 METHODS = ("full", "head", "lora", "adalora", "subspace")
-REPORTS = ("methods", "rates", "pretraining")
 CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTIONS}
 SHAPE = ("patch_size", "hidden_size", "layers", "heads")
 
@@ -98,26 +82,10 @@ class Settings(Named):
 KEYS = [f.name for f in fields(Settings)]
 
 
-class Recipe(NamedTuple):
-    runs: list[Settings]  # each once, in the order of seeds: the first results already cover the whole grid
-    report: str  # what is made of the results, one of REPORTS
-
-
-def read(file: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Every run of a YAML.
+def settings(values: dict[str, Any]) -> Settings:
+    """A run from one point of the grid.
 
     Raises:
-        ValueError: for an unknown setting, a value of another type, and all that `Settings` refuses.
+        ValueError: for a value of another type, and all that `Settings` refuses.
     """
-    recipe = yaml.safe_load(file.read_text()) or {}
-    parts, report = recipe.pop("runs", [{}]), recipe.pop("report", "methods")
-    if report not in REPORTS:
-        raise ValueError(f"`report` must be one of {', '.join(REPORTS)}, got {report!r}.")
-    runs = {run.name: run for part in parts for run in _product(recipe | part | (overrides or {}))}
-    return Recipe(sorted(runs.values(), key=lambda run: run.seed), report)
-
-
-def _product(values: dict[str, Any]) -> Iterator[Settings]:
-    check_keys(values, KEYS)
-    for point in points(values):
-        yield Settings(**{key: typed(key, value, Settings.__annotations__[key]) for key, value in point.items()})
+    return Settings(**{key: typed(key, value, Settings.__annotations__[key]) for key, value in values.items()})

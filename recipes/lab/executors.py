@@ -1,0 +1,174 @@
+"""Executors: where runs are made, in this process, in others of this machine, or on a cluster.
+
+processes                     a ProcessPoolExecutor of this machine
+dask                          dask.distributed: processes of this machine, or `dask:address=tcp://host:8786`
+slurm                         submitit, a job a run: `slurm:slurm_partition=gpu,gpus_per_node=1,timeout_min=60`
+<module>:<function>           what that function of yours returns: any Executor, or a pool such as Ray's
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Here(Executor):
+    """Makes each run when it is submitted, in this process."""
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class Pool(Executor):
+    """A pool with `apply_async`, as multiprocessing and `ray.util.multiprocessing` have it, as an Executor."""
+
+    def __init__(self, pool: Any):
+        self.pool = pool
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        future = Future()
+        self.pool.apply_async(fn, args, kwargs, future.set_result, future.set_exception)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        (self.pool.terminate if cancel_futures else self.pool.close)()
+        if wait:
+            self.pool.join()
+
+
+class Submitted(Executor):
+    """submitit's jobs as futures; a thread waits for each.
+
+    Args:
+        submit: A `submitit.Executor`.
+    """
+
+    def __init__(self, submit: Any):
+        self.submitit = submit
+        self.jobs: list[Any] = []
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        job, future = self.submitit.submit(fn, *args, **kwargs), Future()
+        self.jobs.append(job)
+
+        def wait() -> None:
+            try:
+                future.set_result(job.result())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for job in self.jobs:
+            if cancel_futures and not job.done():
+                job.cancel()
+
+
+@contextmanager
+def opened(name: str, workers: int, folder: Path) -> Iterator[Executor]:
+    """The executor of this name, with so many workers. Left by an error, it ends what is under way.
+
+    Args:
+        folder: For the files of submitit's jobs.
+
+    Raises:
+        ValueError: if there is no such executor, or its package is not installed.
+    """
+    place, _, words = name.partition(":")
+    if place in MAKERS:
+        options = _options(name, words)
+        executor, close = MAKERS[place](workers, folder, **options)
+    else:
+        executor, close = _from_function(name)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        close(True)
+        raise
+    executor.shutdown()
+    close(False)
+
+
+Made = tuple[Executor, Callable[[bool], None]]
+"""The executor, and what closes the rest: at once, or when all is done."""
+
+
+def _processes(workers: int, folder: Path) -> Made:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch in any state
+    executor = ProcessPoolExecutor(workers, context, _start, (threads,))
+
+    def close(at_once: bool) -> None:
+        for process in multiprocessing.active_children() if at_once else ():
+            process.terminate()
+
+    return executor, close
+
+
+def _start(threads: int) -> None:
+    """In a worker: its share of the cores; and it ends with the process that started it, however that ends."""
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _dask(workers: int, folder: Path, address: str | None = None) -> Made:
+    distributed = _package("distributed", "dask")
+    cluster = {"address": address} if address else {"n_workers": workers, "threads_per_worker": 1}
+    client = distributed.Client(**cluster)
+    return client.get_executor(pure=False), lambda at_once: client.close()
+
+
+def _slurm(workers: int, folder: Path, cluster: str | None = None, **parameters: Any) -> Made:
+    submit = _package("submitit", "slurm").AutoExecutor(folder / "jobs", cluster=cluster)
+    submit.update_parameters(**parameters)
+    return Submitted(submit), lambda at_once: None
+
+
+MAKERS: dict[str, Callable[..., Made]] = {"processes": _processes, "dask": _dask, "slurm": _slurm}
+
+
+def _package(name: str, extra: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"`--executor {extra}` needs the package {name}, which is not installed; pip install "
+            f'"subspace-peft[{extra}]".'
+        ) from None
+
+
+def _options(name: str, words: str) -> dict[str, Any]:
+    """ "a=1,b=c" as {"a": 1, "b": "c"}"""
+    options = dict(word.partition("=")[::2] for word in words.split(",") if word)
+    if not all(key.isidentifier() and value for key, value in options.items()):
+        raise ValueError(f"`--executor` must be a name, or name:key=value,key=value, got {name!r}.")
+    return {key: int(value) if value.isdigit() else value for key, value in options.items()}
+
+
+def _from_function(name: str) -> Made:
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`--executor` must be one of {', '.join(MAKERS)}, or <module>:<function> that returns an Executor, got "
+            f"{name!r}: {error}."
+        ) from None
+    return made if isinstance(made, Executor) else Pool(made), lambda at_once: None

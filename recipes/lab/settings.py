@@ -1,0 +1,74 @@
+"""Settings: a flat record of what a run is, and the name by which its result is found."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import field, fields
+from typing import Any, Protocol
+
+
+class Run(Protocol):
+    """What the engine knows of a run."""
+
+    @property
+    def name(self) -> str: ...
+    def record(self) -> dict[str, Any]: ...
+
+
+def unnamed(default: Any) -> Any:
+    """A setting of how a run is carried out, which changes neither its name nor its record."""
+    return field(default=default, metadata={"unnamed": True})
+
+
+class Named:
+    """A frozen dataclass of settings, named by the hash of those that differ from their defaults.
+
+    A default is never changed, and a new setting has a default that means what was done before it, so that older
+    results keep their names.
+    """
+
+    def record(self) -> dict[str, Any]:
+        return {key: value.record() if isinstance(value, Named) else value for key, value in self._named()}
+
+    @property
+    def name(self) -> str:
+        plain = {key: value.name if isinstance(value, Named) else value for key, value in self._named()}
+        return digest({key: value for key, value in plain.items() if value != getattr(type(self), key)})
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if not f.metadata)
+
+    def _reset(self, *keys: str) -> None:
+        """Back to the defaults, where another choice leaves these without a meaning."""
+        for key in keys:
+            object.__setattr__(self, key, getattr(type(self), key))
+
+
+class PlainSettings(dict):
+    """Settings without defaults, named by the hash of all of them but those that begin with an underscore."""
+
+    def record(self) -> dict[str, Any]:
+        return {key: value for key, value in self.items() if not key.startswith("_")}
+
+    @property
+    def name(self) -> str:
+        return digest(self.record())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.record().items())
+
+
+def digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def typed(key: str, value: Any, kind: type) -> Any:
+    """The value by way of its text, as the command line gives it: YAML reads 1e-3 as a string, and 1.5 is no int.
+
+    Raises:
+        ValueError: if the text is not of that type.
+    """
+    try:
+        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+    except (ValueError, KeyError):
+        raise ValueError(f"`{key}` must be of type {kind.__name__}, got {value!r}.") from None

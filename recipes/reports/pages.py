@@ -1,0 +1,40 @@
+"""The pages whose tables come from results: READMEs of recipes and docs/results.md."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.lab.grid import read
+from recipes.lab.results import Results
+from recipes.reports.conclude import texts
+from recipes.reports.tables import filled, markers
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pages() -> Iterator[Path]:
+    """Those that have tables between markers."""
+    for page in [*sorted((ROOT / "recipes").rglob("README.md")), ROOT / "docs" / "results.md"]:
+        if markers(page.read_text(encoding="utf-8")):
+            yield page
+
+
+def write_pages(file: Path) -> None:
+    """The tables of a YAML, wherever a page has them, as the committed results say."""
+    file = file.resolve()
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        written = filled(text, lambda marker: table(marker) if (ROOT / marker.split()[0]) == file else None)
+        if written != text:
+            page.write_text(written, encoding="utf-8")
+            print(f"tables written: {page}")
+
+
+def table(marker: str) -> str:
+    """The Markdown of a marker: a YAML's path and, where it has several tables, the name of one."""
+    path, _, name = marker.partition(" ")
+    recipe = read(ROOT / path)
+    tables = texts(recipe, Results((ROOT / path).parent))
+    if name and name not in tables:
+        raise ValueError(f"A marker must name a table of {path}, {', '.join(tables)}; got {name!r}.")
+    return tables[name] if name else "\n\n".join(tables.values())

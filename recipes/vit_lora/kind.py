@@ -1,0 +1,34 @@
+"""The kind of run of this recipe: a ViT fine-tuned by transformers' Trainer."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from recipes.lab.kinds import Kind, Report
+from recipes.lab.sweep import processes
+from recipes.tasks.data import Split
+from recipes.vit_lora.images import splits, whole
+from recipes.vit_lora.settings import KEYS, Settings, settings
+from recipes.vit_lora.training import train
+
+
+@cache
+def data(dataset: str, source: str) -> list[Split]:
+    return [split.to(processes().device) for split in whole(dataset, source)]
+
+
+def make(runs: list[Settings], output: Path, report: Report) -> list[dict[str, Any]]:
+    (run,) = runs
+    result, model = train(run, *splits(run, data(run.dataset, run.data)), output)
+    if run.checkpoint and processes().is_main_process:
+        model.save_pretrained(output / "checkpoints" / run.checkpoint)
+    report(result["final_accuracy"])
+    return [result]
+
+
+def incomplete(run: Settings, output: Path) -> bool:
+    """Whether the checkpoint that the run keeps is not there."""
+    return bool(run.checkpoint) and not (output / "checkpoints" / run.checkpoint).is_dir()
+
+
+KIND = Kind(name="vit_lora", settings=settings, make=make, keys=KEYS, incomplete=incomplete, report="vit_lora.report")
