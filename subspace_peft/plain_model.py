@@ -1,4 +1,4 @@
-"""The parameters of a model that train: whole, and by the names that they have without any wrapper."""
+"""The parameters of a model that train: whole, and under their names in the plain model, without wrappers."""
 
 from __future__ import annotations
 
@@ -31,35 +31,37 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by the names of the model inside DDP, FSDP, torch.compile; wide dtypes first, which aligns a file.
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, under their names without DDP, FSDP and torch.compile.
+
+    Wide dtypes come first, so that all tensors in a file are aligned.
 
     Raises:
-        ValueError: if nothing does, or DeepSpeed's ZeRO-3 has left empty tensors in the place of its parameters.
+        ValueError: if nothing trains, or DeepSpeed's ZeRO-3 has replaced the parameters by empty tensors.
     """
     model = unwrapped(model)
-    found = {WRAPPERS.sub("", name).lstrip("."): p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
+    parameters = {WRAPPERS.sub("", name).lstrip("."): p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
         raise ValueError(
-            "A trajectory is of parameters that train, this model has none; set requires_grad, or record the base "
+            "A trajectory records parameters that train, this model has none; set requires_grad, or record the base "
             "model before it is wrapped as a PeftModel."
         )
-    for name, parameter in found.items():
+    for name, parameter in parameters.items():
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"Parameters must be there to be recorded, DeepSpeed's ZeRO-3 has left `{name}` empty; take ZeRO-2 or "
+                f"Parameters must not be sharded by DeepSpeed's ZeRO-3 to be recorded, `{name}` is; use ZeRO-2 or "
                 "FSDP."
             )
-    return dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
+    return dict(sorted(parameters.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """All of a parameter that FSDP2 shards (a DTensor); every process must ask."""
+    """All of a parameter that FSDP2 shards (a DTensor). Call it on every process."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def gathered(model: nn.Module) -> AbstractContextManager:
-    """Inside, parameters that FSDP of version 1 has flattened and sharded are whole on the main process."""
+    """A context in which the main process has whole the parameters that FSDP of version 1 flattened and sharded."""
     if distributed.is_available() and distributed.is_initialized():
         from torch.distributed.fsdp import FullyShardedDataParallel
 

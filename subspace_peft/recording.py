@@ -1,4 +1,4 @@
-"""RecordingCallback: when a Trainer records something, and what a resumed training makes of that."""
+"""RecordingCallback: the steps at which a Trainer records something, and how a resumed training continues it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import TrainerCallback
 
 
 class RecordingCallback(TrainerCallback, ABC):
-    """Records before the first step, then every epoch or n steps, and at steps of its own.
+    """Records before the first step, then every epoch or n steps, and at given steps.
 
     Args:
-        name: Of what is recorded, beside the progress bar.
+        name: The label of the progress bar.
         every: "epoch", or a number of optimiser steps.
-        initial: Record the initial point, step 0, too.
-        also: Steps to record besides.
+        initial: Whether to record the initial point, step 0, too.
+        also: Further steps to record.
     """
 
     def __init__(self, name: str, every: str | int, initial: bool, also: frozenset[int] = frozenset()):
@@ -27,15 +27,15 @@ class RecordingCallback(TrainerCallback, ABC):
 
     @abstractmethod
     def recorded(self) -> list[int]:
-        """The steps that are there."""
+        """The steps that are recorded already."""
 
     @abstractmethod
     def keep_until(self, step: int) -> None:
-        """Delete later steps: the training makes them again. At step 0, refuse what another training has left."""
+        """Delete later steps, which the training records again; at step 0, refuse those of another training."""
 
     @abstractmethod
     def record(self, model: nn.Module, step: int) -> None:
-        """Called on every process."""
+        """Record one step; called on every process."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
@@ -65,7 +65,7 @@ class RecordingCallback(TrainerCallback, ABC):
         self._progress.close()
 
     def _record(self, model: nn.Module, state) -> None:
-        if state.global_step == self._last:  # of its own, and the end of an epoch
+        if state.global_step == self._last:  # a step in `also` may be the last of an epoch
             return
         self._last = state.global_step
         self.record(model, state.global_step)

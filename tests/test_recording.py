@@ -1,4 +1,4 @@
-"""What a Trainer records, trajectories and spectra: at which steps, and how a resumed training goes on."""
+"""Recording in a Trainer, of trajectories and spectra: at which steps, and what a resumed training does."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from subspace_peft import Spectra, SpectraCallback, SubspaceConfig, Trajectory, 
 from tests.models import MLP
 
 
-# accelerate tells the loader to pin memory where there is no accelerator
+# without an accelerator the loader warns that it was told to pin memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
 class Regression(nn.Module):
-    """MLP in the Trainer's way, learning to be constant."""
+    """MLP with the outputs that Trainer needs; it learns to be constant."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Interrupt(TrainerCallback):
 
 
 def trainer(folder, *callbacks, adapted=False, **kwargs):
-    """Eight steps, two an epoch, with a checkpoint after every second."""
+    """Eight steps, two an epoch, with a checkpoint after every second step."""
     torch.manual_seed(0)
     data = [{"x": torch.randn(6), "labels": torch.zeros(())} for _ in range(8)]
     arguments = TrainingArguments(
@@ -67,7 +67,7 @@ def test_one_progress_line(tmp_path, capsys):
     [("epoch", True, [0, 2, 4, 6, 8]), ("epoch", False, [2, 4, 6, 8]), (3, True, [0, 3, 6])],
     ids=str,
 )
-def test_the_callback(every, initial, steps, tmp_path):
+def test_a_trajectory(every, initial, steps, tmp_path):
     recorder = TrajectoryCallback(tmp_path / "samples", every=every, initial=initial)
     run = trainer(tmp_path / "run", recorder, save_strategy="no")
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -84,20 +84,20 @@ def test_the_callback(every, initial, steps, tmp_path):
     torch.testing.assert_close(P.T @ P, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_an_interrupted_recording_goes_on(tmp_path):
+def test_an_interrupted_trajectory_goes_on(tmp_path):
     trainer(tmp_path / "straight", TrajectoryCallback(tmp_path / "one", every=1)).train()
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "halves", TrajectoryCallback(tmp_path / "two", every=1), Interrupt()).train()
     one, two = Trajectory(tmp_path / "one"), Trajectory(tmp_path / "two")
     assert two.steps == [0, 1, 2, 3, 4, 5]
-    two.add(Regression(), 7)  # later than the checkpoint of step 4: another course of the training
-    again = trainer(tmp_path / "halves", TrajectoryCallback(tmp_path / "two", every=1))
+    two.add(Regression(), 7)  # later than the checkpoint of step 4, so the training that resumes must delete it
+    resumed = trainer(tmp_path / "halves", TrajectoryCallback(tmp_path / "two", every=1))
     with pytest.raises(ValueError, match=r"must be recorded in a folder without samples, .* holds 7; resume that"):
-        again.train()
-    seen = []
-    again.add_callback(type("Look", (TrainerCallback,), {"on_train_begin": lambda *a, **k: seen.append(two.steps)}))
-    again.train(resume_from_checkpoint=True)
-    assert seen == [[0, 1, 2, 3, 4]]
+        resumed.train()
+    steps = []
+    resumed.add_callback(type("Look", (TrainerCallback,), {"on_train_begin": lambda *a, **k: steps.append(two.steps)}))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == [[0, 1, 2, 3, 4]]
     assert two.steps == one.steps == list(range(9))
     for i in range(9):
         for name, tensor in one.sample(i).items():
@@ -108,7 +108,7 @@ def test_an_interrupted_recording_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
-def test_the_callback_of_spectra(adapted, tmp_path):
+def test_spectra(adapted, tmp_path):
     spectra = Spectra(rank=2, names=r".*fc\d.weight", reference=3)
     run = trainer(tmp_path, SpectraCallback(spectra), adapted=adapted)
     run.train()
@@ -125,7 +125,7 @@ def test_the_callback_of_spectra(adapted, tmp_path):
         run.train()
 
 
-def test_an_interrupted_recording_of_spectra_goes_on(tmp_path):
+def test_interrupted_spectra_go_on(tmp_path):
     one, two = (Spectra(rank=2, folder=tmp_path / name) for name in ("one", "two"))
     trainer(tmp_path / "straight", SpectraCallback(one, every=1)).train()
     with pytest.raises(KeyboardInterrupt):

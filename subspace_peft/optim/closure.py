@@ -1,4 +1,4 @@
-"""Closures: what an optimiser calls to evaluate the loss again, checked, and made to repeat themselves."""
+"""Closures: functions by which an optimiser evaluates the loss, checked and made repeatable."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from torch.optim import Optimizer
 from .processes import mean_over_processes
 
 
-NO_GRAPH = "does not require grad"  # in the message of torch where backward is called under no_grad
+NO_GRAPH = "does not require grad"  # torch says so when backward is called under no_grad
 
 
 def repeatable(closure: Callable, model: nn.Module) -> Callable:
-    """The closure of one step, for which every evaluation is of the same function.
+    """The closure of one step, of which every evaluation is of the same function.
 
-    Evaluations after the first see the random numbers of torch (dropout) and the buffers of the model (batch-norm
-    statistics) that the first one saw, and leave both as the first one left them: a line search compares like with
-    like, and however many trials it makes, a step moves statistics and random numbers once. Python's and numpy's
-    random numbers are not covered. Make a new one for each step: `optimizer.step(repeatable(closure, model))`.
+    Evaluations after the first one see the random numbers of torch (dropout) and the buffers of the model (batch-norm
+    statistics) that the first one saw, and leave both as the first one left them. So a line search compares losses of
+    the same function, and a step advances statistics and random numbers once, however many trials it makes. The random
+    numbers of Python and NumPy are not covered. Call it once a step: `optimizer.step(repeatable(closure, model))`.
     """
-    seen: list = []
+    first: list = []  # what the first evaluation saw
 
     def repeated():
-        if seen:
-            with _as_before(*seen):
+        if first:
+            with _restored(model, *first):
                 return closure()
         buffers = [buffer.detach().clone() for buffer in model.buffers()]
         states = _random_states(model)
         value = closure()
-        seen.extend((model, buffers, states))
+        first.extend((buffers, states))
         return value
 
     return repeated
 
 
 @contextmanager
-def _as_before(model: nn.Module, buffers: list[Tensor], states: dict[torch.device, Tensor]):
-    after = _random_states(model)
+def _restored(model: nn.Module, buffers: list[Tensor], states: dict[torch.device, Tensor]):
+    """Run with these buffers and random states; put back the present ones afterwards."""
+    states_after = _random_states(model)
     buffers_after = [buffer.detach().clone() for buffer in model.buffers()]
     _set(model, buffers, states)
     try:
         yield
     finally:
-        _set(model, buffers_after, after)
+        _set(model, buffers_after, states_after)
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def _set(model: nn.Module, buffers: list[Tensor], states: dict[torch.device, Ten
 
 
 def _random_states(model: nn.Module) -> dict[torch.device, Tensor]:
-    """Of the CPU, on which masks may be drawn too, and of every device that holds a part of the model."""
+    """The random states of the CPU, where masks may be drawn too, and of every device that holds part of the model."""
     devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in devices:
@@ -73,8 +74,8 @@ class Objective:
     """A closure as an objective: the loss, averaged over processes, with the gradients or without.
 
     Args:
-        optimizer: The name that its messages give.
-        parameters: Whose gradients it computes; they are cleared before, so that none is left from elsewhere.
+        optimizer: The name of the optimiser in error messages.
+        parameters: The parameters whose gradients are computed; earlier gradients are cleared.
     """
 
     def __init__(self, optimizer: str, parameters: Iterable[Tensor]):
@@ -83,11 +84,11 @@ class Objective:
         self._always_backward = False
 
     def __call__(self, closure: Callable | None, gradient: bool) -> tuple[Tensor, bool]:
-        """The loss, and whether the gradients were computed, which a closure may do unasked.
+        """The loss, and whether the gradients were computed, which some closures always do.
 
         Raises:
-            TypeError: if there is no closure, or what it returns is no number.
-            ValueError: if it returns several numbers, or leaves no gradients where they were asked for.
+            TypeError: if there is no closure, or it does not return a number.
+            ValueError: if it returns several numbers, or leaves no gradients although `gradient` asks for them.
         """
         check_closure(closure, self.optimizer)
         if not gradient and not self._always_backward:
@@ -105,8 +106,8 @@ class Objective:
         for parameter in self.parameters:
             if parameter.grad is None:
                 raise ValueError(
-                    f"The closure must leave a gradient on every parameter of {self.optimizer}, there is none on one "
-                    f"of shape {list(parameter.shape)}; call loss.backward() in it, and check that the parameter "
+                    f"The closure must leave a gradient on every parameter of {self.optimizer}, one of shape "
+                    f"{list(parameter.shape)} has none; call loss.backward() in it, and check that the parameter "
                     "requires a gradient and that the model uses it."
                 )
         return loss, True
@@ -125,18 +126,18 @@ class Objective:
 def check_closure(closure: Callable | None, optimizer: str) -> None:
     if not callable(closure):
         raise TypeError(
-            f"{optimizer} must be given a closure, got {closure}: it evaluates the loss itself. Call step(closure); "
-            "in place of transformers' Trainer, which does not, take subspace_peft.trainer.SubspaceTrainer."
+            f"{optimizer} must be given a closure, because it evaluates the loss itself, got {closure}. Call "
+            "step(closure); transformers' Trainer does not, so use subspace_peft.trainer.SubspaceTrainer instead."
         )
 
 
 def refuse_scaled_gradients(optimizer: Optimizer) -> None:
-    """fp16's GradScaler sets `grad_scale` while it steps an optimiser that has `_step_supports_amp_scaling`."""
+    """Refuse GradScaler, which sets `grad_scale` while it steps an optimiser with `_step_supports_amp_scaling`."""
     if "grad_scale" in vars(optimizer):
         del optimizer.grad_scale, optimizer.found_inf
         raise ValueError(
-            f"{type(optimizer).__name__} must be stepped without a gradient scaler, as fp16 has: the gradients in the "
-            "closure are scaled, and the loss beside them is not; take bf16, or full precision."
+            f"{type(optimizer).__name__} must be stepped without a gradient scaler, such as fp16 uses: it scales the "
+            "gradients in the closure but not the loss; use bf16, or full precision."
         )
 
 

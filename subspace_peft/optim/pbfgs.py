@@ -1,6 +1,6 @@
 """P-BFGS and P+-BFGS (Li et al. 2021, section 4): BFGS on theta_d, a vector short enough for a matrix.
 
-The rules where the paper leaves a choice are in bfgs.py.
+bfgs.py says what differs from the published code, and what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bfgs import Search, quasi_newton_step
+from .bfgs import quasi_newton_step
 from .closure import Objective, refuse_scaled_gradients
-from .search import Armijo
+from .line_search import Armijo, LineSearch
 
 
 CURVATURES = ("same_batch", "next_batch")
@@ -23,31 +23,31 @@ ARMIJO = Armijo(c=0.4, beta=0.55)
 class PBFGS(Optimizer):
     """BFGS of one vector with a line search: theta_d <- theta_d - alpha B g (Li et al. 2021, algorithm 2).
 
-    B, [d, d], starts as I and is updated by equation (13); alpha is found by `search`, equation (14). The closure
+    B, [d, d], starts as I and is updated by equation (13); `search` chooses alpha by equation (14). The closure
     clears the gradients, computes the loss, calls backward and returns the loss, as for torch's LBFGS. Trials (with
-    "same_batch" those after the first) run under no_grad, where a closure may leave backward out, `if
-    torch.is_grad_enabled(): loss.backward()`: they cost a forward then. Wrap it by `repeatable` where the model has
-    dropout or batch norm.
+    "same_batch" those after the first) run under no_grad. There a closure may skip backward, `if
+    torch.is_grad_enabled(): loss.backward()`, so that a trial costs a forward pass only. If the model has dropout or
+    batch norm, wrap the closure with `repeatable`.
 
-    State: B; `alpha` and `trials` of the last step; `updates` of B since it was I; how many `resets` there were; how
-    many steps in a row were `stuck`, finding nothing along the negative gradient.
+    State: B; `alpha` and `trials` of the last step; `updates` of B since it was last I; the number of `resets`; and
+    `stuck`, how many steps in a row found nothing along the negative gradient.
 
     Args:
         params: theta_d alone: float32 or float64, of shape [d].
         search: (alpha -> loss, loss, slope) -> Step or None.
-        curvature: Where y = g' - g takes g'. "same_batch": from the batch of g; the first trial is evaluated with
-            gradients, another evaluation follows where it fails. "next_batch": from the next step, as in the paper:
-            no evaluation of its own, and exact where every batch is the whole data.
-        lr: The unit of alpha; 1 in the paper. It is what a scheduler shortens.
+        curvature: The source of g' in y = g' - g. "same_batch": the batch of g; the first trial is evaluated with
+            gradients, and another evaluation follows if it fails. "next_batch": the next step, as in the paper, which
+            costs no evaluation; exact if every batch is the whole data.
+        lr: The unit of alpha, which a scheduler may shorten; 1 in the paper.
 
     Raises:
-        ValueError: if `params` is not one such vector, or `curvature` is none of the two.
+        ValueError: if `params` is not one such vector, or `curvature` is neither of the two.
     """
 
     needs_closure = True
-    _step_supports_amp_scaling = True  # so that it can be refused
+    _step_supports_amp_scaling = True  # makes GradScaler set `grad_scale`, by which `step` can refuse it
 
-    def __init__(self, params, search: Search = ARMIJO, curvature: str = "same_batch", lr: float = 1.0):
+    def __init__(self, params, search: LineSearch = ARMIJO, curvature: str = "same_batch", lr: float = 1.0):
         _check(curvature, lr)
         super().__init__(params, {"lr": lr, "curvature": curvature})
         self.search = search
@@ -62,9 +62,9 @@ class PBFGS(Optimizer):
         """The loss before the step.
 
         Raises:
-            TypeError, ValueError: without a closure, or with one that returns no loss or leaves no gradient; and under
-                a gradient scaler.
-            FloatingPointError: if the loss or the gradient at theta_d is not finite. theta_d stays.
+            TypeError, ValueError: without a closure, if it returns no loss or leaves no gradient, and under a gradient
+                scaler.
+            FloatingPointError: if the loss or the gradient at theta_d is not finite. theta_d is unchanged.
         """
         refuse_scaled_gradients(self)
         (group,) = self.param_groups
@@ -75,35 +75,35 @@ class PBFGS(Optimizer):
 
 
 class PPlusBFGS(Optimizer):
-    """P-BFGS, and the gradient outside of the subspace with momentum (Li et al. 2021, section 4.4):
+    """P-BFGS, plus gradient descent with momentum outside the subspace (Li et al. 2021, section 4.4):
 
         w <- w + P s - lr m,    m <- momentum m + g - P P^T g,    g at w before the step.
 
-    P s is added to theta_d and the rest to the weights of the base: what is trained is the base too, see
-    `subspace_peft.adapter.full_space.full_space`, which gives `weights` and `lift`. Where no s is found it is zero.
+    s is added to theta_d and -lr m to the weights of the base, which train too. `weights` and `lift` come from
+    `subspace_peft.adapter.full_space.full_space`. If the line search finds no step, s = 0.
 
-    State: PBFGS's of theta_d, and m of each weight as `momentum_buffer`.
+    State: that of PBFGS for theta_d, and m of each weight as `momentum_buffer`.
 
     Args:
         params: theta_d alone.
         weights: The tensors of the base that P moves; they require gradients.
         lift: x [d] -> P x, tensors shaped as `weights`. P has orthonormal columns.
-        search, curvature: As of PBFGS; with "next_batch", y holds what the step outside did too, as in the paper.
-        lr, momentum: Of the part outside; alpha and gamma of the paper.
+        search, curvature: As in PBFGS; with "next_batch", y includes the effect of the step outside, as in the paper.
+        lr, momentum: For the part outside; alpha and gamma in the paper.
 
     Raises:
-        ValueError: if theta_d is no such vector, or `lift` does not fit `weights` or has no orthonormal columns.
+        ValueError: if theta_d is not such a vector, or `lift` does not fit `weights` or lacks orthonormal columns.
     """
 
     needs_closure = True
-    _step_supports_amp_scaling = True  # so that it can be refused
+    _step_supports_amp_scaling = True  # makes GradScaler set `grad_scale`, by which `step` can refuse it
 
     def __init__(
         self,
         params,
         weights: Iterable[Tensor],
         lift: Callable[[Tensor], list[Tensor]],
-        search: Search = ARMIJO,
+        search: LineSearch = ARMIJO,
         curvature: str = "same_batch",
         lr: float = 0.01,
         momentum: float = 0.9,
@@ -126,7 +126,7 @@ class PPlusBFGS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor:
-        """The loss before the step; raises what PBFGS.step raises."""
+        """The loss before the step; raises the errors of PBFGS.step."""
         refuse_scaled_gradients(self)
         inside, outside = self.param_groups
         loss = _start(self._objective, closure)
@@ -139,20 +139,20 @@ class PPlusBFGS(Optimizer):
         return loss
 
     def _momentum(self, theta_d: Tensor, weights: list[Tensor], momentum: float) -> list[Tensor]:
-        """The next m of each weight, from the gradients that the closure left; trials will overwrite these."""
+        """The next m of each weight, from the gradients at theta_d, which trials overwrite later."""
         buffers = []
         for weight, inside in zip(weights, self.lift(theta_d.grad), strict=True):
             buffer = weight.grad - inside
-            before = self.state[weight].get("momentum_buffer")
-            buffers.append(buffer if before is None else buffer.add_(before, alpha=momentum))
+            previous = self.state[weight].get("momentum_buffer")
+            buffers.append(buffer if previous is None else buffer.add_(previous, alpha=momentum))
         return buffers
 
 
 def _start(objective: Objective, closure: Callable | None) -> Tensor:
-    """The loss, with its gradients, where a step starts."""
+    """The loss where a step starts; the gradients are left on the parameters."""
     loss, _ = objective(closure, gradient=True)
     finite = [parameter.grad.isfinite().all().to(loss.device) for parameter in objective.parameters]
-    if not torch.stack([loss.isfinite(), *finite]).all():  # the host waits for the device once
+    if not torch.stack([loss.isfinite(), *finite]).all():  # one wait of the host for the device
         raise FloatingPointError(
             f"The loss and its gradient must be finite where a step starts, the loss is {loss.item()}; nothing is "
             "changed. Go back to a checkpoint, or look at the batch."
@@ -171,8 +171,8 @@ def _check_group(group: dict, groups: list[dict], name: str) -> None:
     params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if not params:
         raise ValueError(
-            f"{name} must be given theta_d alone, one vector in one group, got an empty group, as transformers' "
-            "Trainer makes one of what does not decay; take SubspaceTrainer, or give optimizers=(...)."
+            f"{name} must be given theta_d alone, one vector in one group, got an empty group, such as transformers' "
+            "Trainer makes for parameters without weight decay; use SubspaceTrainer, or pass optimizers=(...)."
         )
     if groups or len(params) != 1:
         raise ValueError(
@@ -185,8 +185,8 @@ def _check_group(group: dict, groups: list[dict], name: str) -> None:
         raise ValueError(f"{name} must be given a vector, got shape {list(theta_d.shape)}; flatten it.")
     if theta_d.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{name} must be given a vector of float32 or float64, got {theta_d.dtype}: differences of gradients do "
-            "not survive half precision; keep theta_d in float32 and take autocast."
+            f"{name} must be given a vector of float32 or float64, got {theta_d.dtype}: half precision rounds "
+            "differences of gradients away; keep theta_d in float32 and use autocast."
         )
 
 
@@ -194,8 +194,9 @@ def _check_lift(theta_d: Tensor, weights: list[Tensor], lift: Callable) -> None:
     for weight in weights:
         if not weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"`weights` must be float32 or float64 and require gradients, one of shape {list(weight.shape)} and "
-                f"{weight.dtype} {'does' if weight.requires_grad else 'does not'}."
+                f"`weights` must be float32 or float64 and require gradients, got a tensor of shape "
+                f"{list(weight.shape)} and {weight.dtype} with requires_grad={weight.requires_grad}; take those of "
+                "subspace_peft.adapter.full_space.full_space."
             )
     with torch.no_grad():
         x = torch.randn(theta_d.shape, generator=torch.Generator().manual_seed(0)).to(theta_d)
@@ -206,6 +207,6 @@ def _check_lift(theta_d: Tensor, weights: list[Tensor], lift: Callable) -> None:
     ratio = (sum(tensor.double().square().sum().item() for tensor in lifted) / x.double().square().sum().item()) ** 0.5
     if abs(ratio - 1) > 2e-2:
         raise ValueError(
-            f"`lift` must have orthonormal columns, it stretches a vector by {ratio:.3g}; give "
-            "projection='basis' with normalization='columns'."
+            f"`lift` must have orthonormal columns, it stretches a vector by {ratio:.3g}; use projection='basis' "
+            "with normalization='columns'."
         )

@@ -1,4 +1,4 @@
-"""Sums and means over the processes of torch.distributed; of one process the number itself."""
+"""Sums and means over the processes of torch.distributed; with one process, the number itself."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""What P is: one file a projection, and the only list of them."""
+"""The projections P: one file each, and the only list of them."""
 
 from .base import JointCache, Projection, TensorRows
 from .basis import Basis

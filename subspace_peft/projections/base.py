@@ -19,40 +19,45 @@ from .philox import Philox
 class TensorRows:
     """Everything that the rows of P of one tensor may depend on.
 
-    None of it depends on the other tensors, but for `offset` and `column`, which only identity and coordinate read.
+    They depend on no other tensor, except through `offset` and `column`, which only identity and coordinate read.
     """
 
     name: str  # of the tensor in the base model, for example "layers.0.fc.weight"
     n: int  # entries of the tensor
-    d: int
+    d: int  # entries of theta_d
     seed: int = 0
     offset: int = 0  # entries of theta before this tensor
     column: int = 0  # columns of P that belong to tensors before this one
     nnz_per_row: int | None = None
     version: int = 1  # projection_version of the adapter's config
     cache: bool = True
-    given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; else: a saved state
+    given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; others: a saved state
 
 
 def full_precision(x: Tensor):
-    """Without autocast, which would round theta_d and every step of a transform to half precision."""
+    """Turns autocast off, which would round theta_d and every step of a transform to half precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
+def to_working_dtype(x: Tensor) -> Tensor:
+    """Convert half precision to float32, in which it is computed; return anything else unchanged."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class JointCache(ABC):
-    """P z of several tensors made at once, of which one asks for its own; z is theta_d normalised."""
+    """Computes P z of several tensors at once, for projections that ask for one tensor each; z is scale * theta_d."""
 
     @abstractmethod
     def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
-        """z, where it is kept from one layer to the next."""
+        """z, the same tensor from one layer to the next; None if the caller must compute it."""
 
     @abstractmethod
-    def piece(self, z: Tensor, member: Projection) -> Tensor | None:
-        """P z of one tensor, in memory that is kept; None where it is to be made alone."""
+    def entries(self, z: Tensor, member: Projection) -> Tensor | None:
+        """P z of one tensor, in memory that the cache owns; None if the projection must compute it alone."""
 
 
 class Map(torch.autograd.Function):
-    """x -> P x, or x -> P^T x. Its derivative is itself and its adjoint is itself the other way round."""
+    """x -> P x, or x -> P^T x. A linear map is its own derivative, and its backward pass is the transposed map."""
 
     @staticmethod
     def forward(x, projection, transposed):
@@ -77,7 +82,7 @@ class Map(torch.autograd.Function):
 
 
 class _Move(torch.autograd.Function):
-    """theta_d, origin -> origin + P theta_d, in the memory of P theta_d: [n] is too much to hold twice."""
+    """theta_d, origin -> origin + P theta_d, written into P theta_d: [n] is too much memory to take twice."""
 
     @staticmethod
     def forward(theta_d, origin, projection):
@@ -112,7 +117,8 @@ class _Move(torch.autograd.Function):
         return Map.apply(theta_d, projection, False).view_as(origin) + origin, 0
 
 
-# torch binds the arguments of `forward` at each call; finding its signature would take longer than a small projection
+# torch binds the arguments of `forward` at every call. Without a stored signature it would derive it from the source
+# each time, which takes longer than a small projection.
 for function in (Map, _Move):
     function.forward.__signature__ = inspect.signature(function.forward)
 
@@ -120,11 +126,12 @@ for function in (Map, _Move):
 class Projection(ABC):
     """The rows of P of one tensor: theta = origin + P theta_d, P: [n, d], fixed.
 
-    A final class gives two linear maps that know nothing of autograd, `apply` and `adjoint`; calling the projection
-    is `apply` with derivatives of every order, for which nothing of size n is saved.
+    A final class implements two linear maps without autograd, `apply` and `adjoint`. Calling the projection is `apply`
+    with derivatives of every order, for which nothing of size n is saved.
 
-    What can be redrawn from the seed is the state: drawn when first needed, on the device that asks (the numbers are
-    the same on each), dropped when pickled or copied, and with `cache=False` never kept.
+    The state of a projection is the data that the seed determines: `draw` makes it, `state` returns it. It is drawn
+    when it is first needed, on the device that needs it. Pickles and copies leave it out, and with `cache=False` it is
+    drawn for every use.
     """
 
     VERSION = 1  # the newest projection version that this class can draw
@@ -141,11 +148,12 @@ class Projection(ABC):
 
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
-        piece = self.joint_cache and self.joint_cache.piece(theta_d, self)
-        if piece is not None and origin is not None:
-            return origin + piece.view(origin.shape)
-        if piece is not None:
-            return piece if piece.requires_grad else piece.clone()  # autograd guards what is cut from a graph
+        entries = self.joint_cache and self.joint_cache.entries(theta_d, self)
+        if entries is not None and origin is not None:
+            return origin + entries.view(origin.shape)
+        if entries is not None:
+            # Without a graph, an in-place change by the caller would reach the cache; in a graph autograd forbids it.
+            return entries if entries.requires_grad else entries.clone()
         if origin is None:
             return self._map(theta_d, False)
         if torch.compiler.is_compiling():
@@ -159,7 +167,7 @@ class Projection(ABC):
 
     @abstractmethod
     def apply(self, theta_d: Tensor) -> Tensor:
-        """P theta_d: [..., d] -> [..., n], without derivatives, in memory of its own."""
+        """P theta_d: [..., d] -> [..., n], without derivatives; the result is new memory."""
 
     @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:
@@ -171,16 +179,16 @@ class Projection(ABC):
 
     @classmethod
     def together(cls, projections: Sequence[Projection]) -> JointCache | None:
-        """What makes P theta_d of several of these tensors at once, if that is faster."""
+        """A cache that computes P theta_d of several of these tensors at once; None where that is not faster."""
         return None
 
     @property
     def moved(self) -> int:
-        """How many rows are not zero."""
+        """The number of rows that are not zero."""
         return self.rows.n
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What apply and adjoint need and the seed gives; the base has none."""
+        """Draw the state: what apply and adjoint need and the seed determines. Empty unless a class overrides it."""
         return ()
 
     def philox(self, purpose: str) -> Philox:
@@ -198,13 +206,13 @@ class Projection(ABC):
             given = self.rows.given
             drawn = tree_map(lambda x: x.to(device), given) if isinstance(given, tuple) else self.draw(device)
         if self.rows.cache:
-            if device.type != "cpu":  # there it was drawn for the column norms
+            if device.type != "cpu":  # drop the state on the CPU, which only the column norms needed
                 self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
         return drawn
 
     def _map(self, x: Tensor, transposed: bool) -> Tensor:
-        if torch.compiler.is_compiling():  # a Function with a jvp cannot be traced; these operations can
+        if torch.compiler.is_compiling():  # it cannot trace a Function with a jvp, but it can trace these operations
             with full_precision(x):
                 return self.adjoint(x) if transposed else self.apply(x)
         return Map.apply(x, self, transposed)
@@ -215,8 +223,3 @@ class Projection(ABC):
     def __repr__(self) -> str:
         rows = dataclasses.replace(self.rows, given=None)
         return f"{type(self).__name__}({rows})"
-
-
-def working(x: Tensor) -> Tensor:
-    """x in the dtype to compute in: half precision is computed in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from .base import Projection, TensorRows, working
+from .base import Projection, TensorRows, to_working_dtype
+
+
+ROWS_AT_A_TIME = 2**15  # for the column norms, which are computed in float64
 
 
 class Basis(Projection):
@@ -20,13 +23,13 @@ class Basis(Projection):
         return (self.rows.given.detach().to(device),)
 
     def apply(self, theta_d: Tensor) -> Tensor:
-        z = working(theta_d)
+        z = to_working_dtype(theta_d)
         return (z @ self.state(z.device)[0].to(z.dtype).mT).to(theta_d.dtype)
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        g = working(grad)
+        g = to_working_dtype(grad)
         return (g @ self.state(g.device)[0].to(g.dtype)).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:
-        chunks = self.rows.given.detach().split(2**15)  # in float64 the whole may not fit
+        chunks = self.rows.given.detach().split(ROWS_AT_A_TIME)
         return sum(chunk.double().square().sum(0) for chunk in chunks).cpu()

@@ -1,4 +1,4 @@
-"""Coordinate: some weights move, each by its own number, the rest stay."""
+"""Coordinate: some weights move, each by its own entry of theta_d, the others stay."""
 
 import torch
 from torch import Tensor

@@ -1,56 +1,59 @@
 """Dense: a Gaussian matrix."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .base import Projection, TensorRows, working
+from .base import Projection, TensorRows, to_working_dtype
 
 
-HELD_BYTES = 2**30  # a P up to this size (for one tensor) is held, a larger one is redrawn piece by piece
-PIECE = 2**24  # entries of P at a time
+HELD_BYTES = 2**30  # P of one tensor is held up to this size; a larger one is drawn again at each use, span by span
+ENTRIES_AT_A_TIME = 2**24  # of P
 
 
 class Dense(Projection):
     """P_ij independent standard normals (Li et al., "Measuring the intrinsic dimension", ICLR 2018).
 
-    Column j is stream j of the generator and row i its number i: the columns for a smaller d are the first columns
-    for a larger one, and any range of rows can be drawn alone.
+    P_ij is number i of stream j of the generator. The columns for a smaller d are therefore the first columns for a
+    larger one, and any range of rows can be drawn alone.
     """
 
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
-        self.step = max(1, PIECE // rows.d)  # rows at a time
-        self.held = rows.cache and 4 * rows.n * rows.d <= HELD_BYTES
+        self.rows_at_a_time = max(1, ENTRIES_AT_A_TIME // rows.d)
+        self.is_held = rows.cache and 4 * rows.n * rows.d <= HELD_BYTES
 
     def _normals(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Rows start..stop of P, transposed: float32 [d, stop - start]."""
+        """Rows start to stop of P, transposed: float32 [d, stop - start]."""
         return self.philox("dense").normals(start, stop, device, range(self.rows.d))
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(self._normals(*span, device) for span in self._spans()) if self.held else ()
+        return tuple(self._normals(*span, device) for span in self._spans()) if self.is_held else ()
 
     def _spans(self) -> list[tuple[int, int]]:
-        return [(at, min(at + self.step, self.rows.n)) for at in range(0, self.rows.n, self.step)]
+        starts = range(0, self.rows.n, self.rows_at_a_time)
+        return [(start, min(start + self.rows_at_a_time, self.rows.n)) for start in starts]
 
-    def _pieces(self, device: torch.device):
-        """Yields (start, stop, those rows of P transposed [d, stop - start])."""
-        held = self.state(device)
+    def _parts(self, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields start, stop, and rows start to stop of P, transposed: [d, stop - start]."""
+        state = self.state(device)
         for k, (start, stop) in enumerate(self._spans()):
-            yield start, stop, held[k] if held else self._redraw(start, stop, device)
+            yield start, stop, state[k] if state else self._redraw(start, stop, device)
 
     @torch.compiler.disable
     def _redraw(self, start: int, stop: int, device: torch.device) -> Tensor:
         return self._normals(start, stop, device)
 
     def apply(self, theta_d: Tensor) -> Tensor:
-        z = working(theta_d)
-        return torch.cat([z @ p.to(z.dtype) for *_, p in self._pieces(z.device)], -1).to(theta_d.dtype)
+        z = to_working_dtype(theta_d)
+        return torch.cat([z @ part.to(z.dtype) for *_, part in self._parts(z.device)], -1).to(theta_d.dtype)
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        g = working(grad)
-        parts = [g[..., start:stop] @ p.mT.to(g.dtype) for start, stop, p in self._pieces(g.device)]
-        return torch.stack(parts).sum(0).to(grad.dtype)
+        g = to_working_dtype(grad)
+        products = [g[..., start:stop] @ part.mT.to(g.dtype) for start, stop, part in self._parts(g.device)]
+        return torch.stack(products).sum(0).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:
-        pieces = self._pieces(torch.device("cpu"))
-        return torch.stack([p.double().square().sum(1) for *_, p in pieces]).sum(0)
+        parts = self._parts(torch.device("cpu"))
+        return torch.stack([part.double().square().sum(1) for *_, part in parts]).sum(0)

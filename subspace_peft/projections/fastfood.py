@@ -6,9 +6,11 @@ from torch.nn.functional import one_hot
 
 from .blocks import Blocks
 from .hadamard import hadamard
+from .joint import cache_products
+from .joint_blocks import JointBlocks
 
 
-PAIRS = 2**24  # products at a time for the column norms; what is left to the rows themselves follows from it
+MAX_PAIRS = 2**24  # products that the closed form of the column norms may make; the other rows are squared themselves
 
 
 class Fastfood(Blocks):
@@ -18,51 +20,57 @@ class Fastfood(Blocks):
     S, which makes row lengths vary like those of a Gaussian matrix. B: random signs, Π: a uniform permutation, G_b:
     standard normals, H: the unnormalised Hadamard matrix, D: random signs; entries have variance 1 or 2.
 
-    The paper draws B and Π for every block; here they are the tensor's own but shared by its blocks. Given
-    u = Π H B theta_d the blocks H G_b u are independent because the G_b are, and u then costs O(d log d) once. The
-    other way round blocks with the same gradient would meet in the same few numbers: hence D, which the paper has not.
+    The paper draws B and Π for every block; here all blocks of a tensor have the same B and Π, so that
+    u = Π H B theta_d costs O(d log d) once. Given u, the blocks H G_b u are independent because the G_b are. In the
+    transposed direction, blocks with the same gradient would all be reduced to the same few entries. D prevents that;
+    the paper has no D.
     """
 
-    def share(self) -> int:
+    @classmethod
+    def together(cls, projections):
+        return cache_products(JointBlocks, projections)
+
+    def choose_k(self) -> int:
         return 1
 
     def draw_coefficients(self, device: torch.device) -> Tensor:
-        return self.philox("fastfood gaussian").normals(0, self.count * self.size, device).view(-1, self.size)
+        normals = self.philox("fastfood gaussian").normals(0, self.block_count * self.size, device)
+        return normals.view(-1, self.size)
 
-    def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
-        # an exact power of two: no rounding enters P
+    def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
+        # A power of two, so that the scale adds no rounding to P.
         scale = 2.0 ** -((self.size.bit_length() - 1) // 2)
         signs = self.philox("fastfood signs").signs(0, self.rows.d, device).mul_(scale)
         order = self.philox("fastfood permutation").permutations(self.size, 0, 1, device)[0]
         return signs, order, order.argsort()
 
-    def joined(self, states):
+    def join_inner(self, states):
         signs, *orders = zip(*states, strict=True)
         starts = range(0, len(signs) * self.size, self.size)
         return torch.stack(signs), *(
-            torch.cat([o + at for o, at in zip(order, starts, strict=True)]) for order in orders
+            torch.cat([o + start for o, start in zip(order, starts, strict=True)]) for order in orders
         )
 
-    def first(self, z: Tensor, *state: Tensor) -> Tensor:
+    def inner(self, z: Tensor, *state: Tensor) -> Tensor:
         signs, order, _ = state
         return _permuted(hadamard(z * signs, self.size), order)
 
-    def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
+    def inner_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         signs, _, inverse = state
         return hadamard(_permuted(v, inverse))[..., : self.rows.d] * signs
 
     def square_norms(self, state: tuple) -> Tensor:
-        """Rows a..a + r of a block, a a multiple of r = 2^s: by Parseval, with x_p = H[a, p] G_p,
+        """For rows a to a + r of a block, a a multiple of r = 2^s, by Parseval, with x_p = H[a, p] G_p:
 
             sum_i P_ij^2 = r sum_(q < r) (sum_(p = q mod r) x_p H[Π_p, j])^2,
 
-        which is sum_p x_p^2 plus a Hadamard transform of the products x_p x_p', put where Π_p xor Π_p' is.
+        which is sum_p x_p^2 plus a Hadamard transform of the products x_p x_p', each at position Π_p xor Π_p'.
         """
         gaussian, _, (signs, order, _) = state
         squares = gaussian[:-1].double().square().sum() * self.size + torch.zeros(self.rows.d, dtype=torch.float64)
         last, start = gaussian[-1].double(), 0
         for r in (2**s for s in reversed(range(6, self.size.bit_length()))):
-            if self.last & r and self.size**2 // (2 * r) <= PAIRS:
+            if self.last_block_rows & r and self.size**2 // (2 * r) <= MAX_PAIRS:
                 x = last * hadamard(one_hot(torch.tensor(start), self.size).double())
                 u, v = torch.triu_indices(self.size // r, self.size // r, 1)
                 x, positions = x.view(-1, r), order.view(-1, r)
@@ -70,9 +78,9 @@ class Fastfood(Blocks):
                 cross = x.new_zeros(self.size).index_add_(0, at.flatten(), products.flatten())
                 squares += r * (x.square().sum() + hadamard(cross)[: self.rows.d])
                 start += r
-        return squares * signs[0].double() ** 2 + self.row_squares(start, self.last, state)
+        return squares * signs[0].double() ** 2 + self.row_squares(start, self.last_block_rows, state)
 
 
 def _permuted(x: Tensor, order: Tensor) -> Tensor:
-    """The last dimension, or with the orders of several tensors the last two: [batch, ..., size]."""
+    """Permute the last dimension, or with the orders of several tensors the last two: [batch, ..., size]."""
     return x.reshape(-1, len(order)).index_select(-1, order).view(x.shape)

@@ -5,10 +5,12 @@ from torch import Tensor
 
 from .base import TensorRows
 from .blocks import Blocks
+from .joint import cache_products
+from .joint_blocks import JointBlocks
 
 
-SHARED = 4  # positions that share a sign of a block
-SHARED_FROM = 64  # block size from which they do: below, too few sign patterns would be left
+K = 4  # positions with the same sign in a block
+SIZE_FOR_K = 64  # the smallest block with K > 1: below, too few sign patterns would be left
 
 
 class FastJL(Blocks):
@@ -17,43 +19,47 @@ class FastJL(Blocks):
     The fast Johnson-Lindenstrauss transform (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform and
     approximate nearest neighbors", SIAM J. Comput. 39, 2009) maps down, from D to d, by sparse · Hadamard · signs;
     this is its transpose. D1_b, D2: random signs, H: the Hadamard matrix, S: theta_d at the first d positions, or
-    with `nnz_per_row` = q > 1 the sum of q signed entries of theta_d at each.
+    with `nnz_per_row` = q > 1 the sum of q signed entries of theta_d at each position.
 
-    With q = 1 every entry is ±1 and the columns of a whole block are exactly orthogonal. D1_b is random signs of the
-    tensor times random signs of the block, which 4 positions share: two of the log2 steps of H then act once a tensor.
-    D2 is a product of signs (see Blocks).
+    With q = 1 every entry is ±1 and the columns of a whole block are exactly orthogonal. D1_b is the product of random
+    signs of the tensor and random signs of the block. Groups of 4 positions have the same sign of the block, so two of
+    the log2 steps of H act once a tensor. D2 is a product of signs (see Blocks).
     """
 
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
         self.nnz = rows.nnz_per_row or 1
-        self.joinable = self.nnz == 1
 
-    def share(self) -> int:
-        return SHARED if self.size >= SHARED_FROM else 1
+    @classmethod
+    def together(cls, projections):
+        return cache_products(JointBlocks, projections) if projections[0].nnz == 1 else None
+
+    def choose_k(self) -> int:
+        return K if self.size >= SIZE_FOR_K else 1
 
     def draw_coefficients(self, device: torch.device) -> Tensor:
-        return self.philox("fastjl block signs").signs(0, self.count * self.length, device).view(-1, self.length)
+        signs = self.philox("fastjl block signs").signs(0, self.block_count * self.length, device)
+        return signs.view(-1, self.length)
 
-    def draw_first(self, device: torch.device) -> tuple[Tensor, ...]:
-        inner = self.philox("fastjl inner signs").signs(0, self.size, device)
+    def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
+        signs = self.philox("fastjl inner signs").signs(0, self.size, device)
         if self.nnz == 1:
-            return (inner[: self.rows.d].clone(),)
+            return (signs[: self.rows.d].clone(),)
         slots = self.nnz * self.size
         order = self.philox("fastjl scatter").permutations(self.rows.d, 0, -(-slots // self.rows.d), device)
         weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
-        return weights * inner, order.view(-1)[:slots].view(self.nnz, -1)
+        return weights * signs, order.view(-1)[:slots].view(self.nnz, -1)
 
-    def joined(self, states):
+    def join_inner(self, states):
         return (torch.stack([weights for (weights,) in states]),)
 
-    def first(self, z: Tensor, *state: Tensor) -> Tensor:
+    def inner(self, z: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
             return torch.constant_pad_nd(z * weights, (0, self.size - self.rows.d))
         return (z[:, state[1]] * weights).sum(1)
 
-    def first_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
+    def inner_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
         weights = state[0]
         if self.nnz == 1:
             return v[..., : self.rows.d] * weights
@@ -64,11 +70,12 @@ class FastJL(Blocks):
         if self.nnz == 1:
             return torch.full((self.rows.d,), float(self.rows.n), dtype=torch.float64)
         weights, columns = state[2]
-        # a position may hold one column twice: first the sum, then its square
+        # A position may hold one column twice: add first, then square.
         s = torch.zeros(self.size * self.rows.d, dtype=torch.float64)
         at = torch.arange(self.size) * self.rows.d + columns
         s.index_add_(0, at.flatten(), weights.double().flatten())
         whole = self.size * s.view(self.size, -1).square().sum(0)
-        if 2 * self.last < self.size:  # the smaller side of the crop
-            return (self.count - 1) * whole + self.row_squares(0, self.last, state)
-        return self.count * whole - self.row_squares(self.last, self.size, state)
+        last = self.last_block_rows
+        if 2 * last < self.size:  # square the rows on the smaller side of the crop
+            return (self.block_count - 1) * whole + self.row_squares(0, last, state)
+        return self.block_count * whole - self.row_squares(last, self.size, state)

@@ -1,4 +1,4 @@
-"""Identity: every weight moves by its own number."""
+"""Identity: every weight moves by its own entry of theta_d."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from torch import Tensor, nn
 from .base import JointCache, Projection, TensorRows
 
 
-class Cuts(JointCache):
-    """theta_d cut for all tensors at once.
+class SplitCache(JointCache):
+    """theta_d, split once for all tensors.
 
-    The derivative of one cut is one vector of D; that of a cut for each tensor is a vector of D for each tensor.
+    The backward pass of one split makes one vector of D entries; that of a slice for each tensor makes one such vector
+    for each.
     """
 
     def __init__(self, members: Sequence[Identity]):
         self.members = list(members)
-        self._cut_at: tuple[int, ...] = ()
-        self._pieces: dict[Identity, Tensor] = {}
+        self._key: tuple[int, ...] = ()
+        self._entries: dict[Identity, Tensor] = {}
         for member in members:
             member.joint_cache = self
 
     def normalised(self, theta_d, scale):
         return None
 
-    def piece(self, theta_d, member):
-        """The entries of a tensor; None where theta_d is not the vector that trains, as in torch.func."""
+    def entries(self, theta_d, member):
+        """The entries of one tensor; None if theta_d is not the parameter that trains, as inside torch.func."""
         if type(theta_d) is not nn.Parameter or not (theta_d.requires_grad and torch.is_grad_enabled()):
             return None
         if torch.compiler.is_compiling():
             return None
-        now = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # another after each step of an optimiser
-        if now != self._cut_at:
-            pieces = theta_d.split([one.rows.n for one in self.members])
-            self._cut_at, self._pieces = now, dict(zip(self.members, pieces, strict=True))
-        return self._pieces[member]
+        key = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # every step of an optimiser changes it
+        if key != self._key:
+            parts = theta_d.split([each.rows.n for each in self.members])
+            self._key, self._entries = key, dict(zip(self.members, parts, strict=True))
+        return self._entries[member]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cut_at": (), "_pieces": {}}
+        return self.__dict__ | {"_key": (), "_entries": {}}
 
 
 class Identity(Projection):
@@ -54,10 +55,10 @@ class Identity(Projection):
 
     @classmethod
     def together(cls, projections):
-        return Cuts(projections)
+        return SplitCache(projections)
 
     def apply(self, theta_d: Tensor) -> Tensor:
-        # a copy: the output of a Function must not be a view of its input
+        # a copy: the output of an autograd Function must not be a view of its input
         return theta_d.narrow(-1, self.rows.offset, self.rows.n).clone()
 
     def adjoint(self, grad: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Joint: the rows of P of several small tensors, applied in one go."""
+"""Joint: the rows of P of several small tensors, applied at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .base import JointCache, Map, Projection, working
+from .base import JointCache, Map, Projection, to_working_dtype
 
 
-SMALL = 2**17  # entries up to which a tensor is made with others: its calls cost as much as its numbers
-TOGETHER = 2**18  # entries made in one go: they stay in a core's cache
-KEPT = 2**20  # numbers that an adapter keeps: 4 MB
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+MEMBER_ENTRIES = 2**17  # the largest tensor that joins others: above, the arithmetic takes longer than the calls
+JOINT_ENTRIES = 2**18  # computed at once: they stay in a core's cache
+CACHE_ENTRIES = 2**20  # held for one adapter: 4 MB
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of the size of a dtype
 
 
 class Joint(ABC):
     """The rows of P of several tensors, its members, as one linear map."""
 
     def __init__(self, members: Sequence[Projection]):
-        # Of its own: graphs hold the joint, and must not through it hold what is kept of them.
+        # Copies: autograd graphs hold the joint and must not keep cached tensors alive through it.
         self.members = [type(member)(member.rows) for member in members]
         self.extents = [self.extent(member) for member in members]
         self._drawn: tuple = ()
@@ -32,11 +32,11 @@ class Joint(ABC):
     @staticmethod
     @abstractmethod
     def extent(member: Projection) -> tuple[int, int]:
-        """Entries of the tensor, and entries that are made after them and are none of it."""
+        """The entries of the tensor, and the entries of padding that the joint computes after them."""
 
     @abstractmethod
     def draw(self, device: torch.device) -> tuple:
-        """What apply and adjoint need; its floating-point tensors are put into the dtype that is computed in."""
+        """Draw the state: what apply and adjoint need. `state` converts its floating-point tensors."""
 
     @abstractmethod
     def apply(self, z: Tensor) -> Tensor:
@@ -44,50 +44,50 @@ class Joint(ABC):
 
     @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:
-        """Its transpose, without derivatives."""
+        """The transpose of `apply`, without derivatives."""
 
     def state(self, x: Tensor) -> tuple:
-        """What is drawn, on the device of x and in the dtype that x is computed in."""
-        wanted = x.device, working(x).dtype
-        if self._drawn[:2] == wanted:
+        """The drawn state, on the device of x and in the dtype in which x is computed."""
+        key = x.device, to_working_dtype(x).dtype
+        if self._drawn[:2] == key:
             return self._drawn[2]
         with torch.inference_mode(False), torch.no_grad():
-            drawn = tree_map(lambda t: t.to(wanted[1]) if t.is_floating_point() else t, self.draw(x.device))
+            drawn = tree_map(lambda t: t.to(key[1]) if t.is_floating_point() else t, self.draw(x.device))
         if self.members[0].rows.cache:
-            self._drawn = *wanted, drawn
+            self._drawn = *key, drawn
         return drawn
 
     def forget(self) -> None:
-        """Drop what is drawn, until it is needed again."""
+        """Drop the state until it is needed again."""
         self._drawn = ()
 
-    def cut(self, z: Tensor) -> list[Tensor]:
-        """P z of each member; the derivative of the cuts is one vector."""
+    def split(self, z: Tensor) -> list[Tensor]:
+        """P z of each member; their backward pass makes one vector for all of them."""
         return Map.apply(z, self, False).split([size for extent in self.extents for size in extent], -1)[::2]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_drawn": ()}
 
 
-class JointPieces(JointCache):
-    """z, which is theta_d normalised, and P z of the small tensors of an adapter, for as long as theta_d is the same.
+class ProductCache(JointCache):
+    """z = scale * theta_d, and P z of the small tensors of an adapter, held as long as theta_d stays the same.
 
-    Layers ask for one tensor's at a time. Nothing is saved in the graphs of what is kept, so any number of backwards
-    may go through them. Whether theta_d is the same its bits say: their version misses what `.data` does to them.
+    Each layer asks for one tensor. The graphs of the held tensors save nothing, so any number of backward passes may
+    go through them. Changes of theta_d are seen by its bits: its version counter misses what happens through `.data`.
     """
 
     def __init__(self, groups: Sequence[tuple[Joint, Sequence[Projection]]]):
         self.joints = [joint for joint, _ in groups]
-        self._places = {member: (joint, at) for joint, members in groups for at, member in enumerate(members)}
-        self._kept: _Kept | None = None
+        self._places = {member: (joint, i) for joint, members in groups for i, member in enumerate(members)}
+        self._products: _Products | None = None
         for member in self._places:
             member.joint_cache = self
 
     def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
-        """theta_d times the scale; None where it is not to be kept.
+        """z; None where it cannot be held.
 
         That is for what torch.func and wrappers put in the place of a parameter, in a graph that is traced, and on a
-        GPU, which the comparison would make wait.
+        GPU, where the host would have to wait for the comparison.
         """
         if type(theta_d) is not nn.Parameter or _is_traced():
             return None
@@ -97,49 +97,51 @@ class JointPieces(JointCache):
         trains = theta_d.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         ends = theta_d, scale, get_gradient_edge(theta_d).node if trains else None
         bits = theta_d.detach().view(BITS[theta_d.itemsize])
-        kept = self._kept
-        if kept is None or not kept.is_of(ends, theta_d.dtype, bits):
+        products = self._products
+        if products is None or not products.are_of(ends, theta_d.dtype, bits):
             z = Map.apply(theta_d, _Scale(scale), False)
-            self._kept = kept = _Kept(ends, _mode(), theta_d.dtype, bits.clone(), z)
-        return kept.z
+            self._products = products = _Products(ends, _mode(), theta_d.dtype, bits.clone(), z)
+        return products.z
 
-    def piece(self, z, member):
+    def entries(self, z, member):
         if _is_traced():
             return None
-        kept = self._kept
-        if kept is None or z is not kept.z or kept.mode != _mode():
+        products = self._products
+        if products is None or z is not products.z or products.mode != _mode():
             return None
-        joint, at = self._places[member]
-        if joint not in kept.made:
-            kept.made[joint] = joint.cut(z)
-        return kept.made[joint][at]
+        joint, i = self._places[member]
+        if joint not in products.by_joint:
+            products.by_joint[joint] = joint.split(z)
+        return products.by_joint[joint][i]
 
     def _forget(self) -> None:
-        if self._kept is not None:
-            self._kept = None
+        if self._products is not None:
+            self._products = None
             for joint in self.joints:
                 joint.forget()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_products": None}
 
 
 @dataclass
-class _Kept:
-    ends: tuple  # theta_d, the scale, and where the graph ends: with `.data` of another dtype or device at a new node
+class _Products:
+    """z and P z, and what they were made from."""
+
+    ends: tuple  # theta_d, the scale, and the node where the graph ends, new after `.data` of another dtype or device
     mode: tuple[bool, bool]
     dtype: torch.dtype
-    bits: Tensor  # of theta_d: as numbers, nan is never the same
+    bits: Tensor  # of theta_d, as integers: nan does not equal itself
     z: Tensor
-    made: dict[Joint, list[Tensor]] = field(default_factory=dict)
+    by_joint: dict[Joint, list[Tensor]] = field(default_factory=dict)
 
-    def is_of(self, ends: tuple, dtype: torch.dtype, bits: Tensor) -> bool:
+    def are_of(self, ends: tuple, dtype: torch.dtype, bits: Tensor) -> bool:
         same = all(one is other for one, other in zip(self.ends, ends, strict=True)) and self.mode == _mode()
         return same and self.dtype == dtype and torch.equal(self.bits, bits)
 
 
 class _Scale:
-    """x -> scale x, its own transpose."""
+    """x -> scale x, which is its own transpose."""
 
     def __init__(self, scale: Tensor | float):
         self.scale = scale
@@ -158,19 +160,19 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def gather(kind: type[Joint], projections: Sequence[Projection]) -> JointPieces | None:
-    """The small tensors among them, as many in one go as fit; None where none has company."""
+def cache_products(kind: type[Joint], projections: Sequence[Projection]) -> ProductCache | None:
+    """A cache for the small tensors among these, in as few joints as fit; None if no joint has two members."""
     groups, entries = [[]], 0
-    kept = 2 * projections[0].rows.d  # z, and the bits of theta_d
+    held = 2 * projections[0].rows.d  # z, and the bits of theta_d
     for projection in projections:
         size = sum(kind.extent(projection))
-        if size > SMALL or projection.rows.given is not None:
+        if size > MEMBER_ENTRIES or projection.rows.given is not None:
             continue
-        if kept + entries + size > KEPT:
+        if held + entries + size > CACHE_ENTRIES:
             break
-        if entries // TOGETHER != (entries + size) // TOGETHER:
+        if entries // JOINT_ENTRIES != (entries + size) // JOINT_ENTRIES:
             groups.append([])
         entries += size
         groups[-1].append(projection)
     groups = [(kind(group), group) for group in groups if len(group) > 1]
-    return JointPieces(groups) if groups else None
+    return ProductCache(groups) if groups else None

@@ -3,13 +3,15 @@
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Word 4 i + l of a stream is
 lane l of the cipher of the counter (i mod 2^32, i div 2^32, stream, 0), so any slice of any stream can be drawn alone.
 
-`torch.Generator` cannot replace it: CPU and CUDA differ, CUDA differs by GPU model, and `randn` by CPU kernel.
-Everything here is integer arithmetic, or float64 arithmetic in single operations that IEEE 754 rounds in one way only
-(+, -, *, /, sqrt), so that every number is the same on every device and under every torch version.
+`torch.Generator` cannot replace it: its numbers differ between CPU and CUDA and between GPU models, and those of
+`randn` between CPU kernels. Everything here is integer arithmetic, or float64 arithmetic in single operations whose
+rounding IEEE 754 prescribes (+, -, *, /, sqrt), so every number is the same on every device and under every torch
+version.
 """
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)  # minus 2^32, so that a product stays below 2^63
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 2**32 - 1
-CHUNK = 2**15  # counters at a time: the state and its scratch then stay in a core's cache
+COUNTERS_AT_A_TIME = 2**15  # the words and their scratch memory then stay in a core's cache
 
 # log((1 + s) / (1 - s)) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), cut where |s| <= (sqrt 2 - 1)^2 leaves 1e-13
 ATANH = [2 / (2 * k + 1) for k in range(8)]
@@ -27,14 +29,14 @@ VERSINE = [(-1) ** k / math.factorial(2 * k + 2) for k in range(9)]
 
 
 def cipher(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10 of four int64 tensors that hold 32-bit words; gives four such tensors."""
+    """Philox4x32-10 of four int64 tensors that hold 32-bit words: four such tensors."""
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
     x0, x1, x2, x3 = (word.expand(shape).clone(memory_format=torch.contiguous_format) for word in counter)
     p0, p1, high = torch.empty_like(x0), torch.empty_like(x0), torch.empty_like(x0)
     k0, k1 = key
     for _ in range(10):
-        # With M' = M - 2^32: low(M x) = low(M' x) and high(M x) = high(M' x) + x mod 2^32. Only the low half of
-        # p0 and p1 has a meaning when they become words; the garbage above it is masked where it would matter.
+        # With M' = M - 2^32: low(M x) = low(M' x) and high(M x) = high(M' x) + x mod 2^32. When p0 and p1 become
+        # words, only their low half is valid; the bits above it are masked where they would matter.
         torch.mul(x0, MULTIPLIERS[0], out=p0)
         torch.mul(x2, MULTIPLIERS[1], out=p1)
         torch.bitwise_right_shift(p1, 32, out=high)
@@ -47,7 +49,7 @@ def cipher(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
 
 
 def polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
-    """Horner's rule, one rounding a step: no fused multiply-add, which not every device has."""
+    """Horner's rule, rounded after each operation: not every device has a fused multiply-add."""
     y = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         y.mul_(x).add_(c)
@@ -58,7 +60,7 @@ def box_muller(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 normals from two words: sqrt(-2 log u) times ±cos x and ±sin x.
 
     u = (v + 1/2) / 2^32; x in (0, pi/2) from the upper 30 bits of w, the signs from the lower two. The logarithm and
-    the cosine are polynomials of our own because libraries differ in the last bit.
+    the cosine are computed as polynomials because those of libraries differ in the last bit.
     """
     u = v.to(torch.float64).add_(0.5)
     bits = u.view(torch.int64)
@@ -85,27 +87,28 @@ class Philox:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         self.key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
 
-    def _lanes(self, first: int, last: int, streams: range, device):
-        """Yields (first counter of the chunk, int64 lanes [4 x streams, counters])."""
+    def _lanes(self, first: int, last: int, streams: range, device) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields the first counter of each chunk, and its four lanes: int64 [streams, counters] each."""
         stream = torch.arange(streams.start, streams.stop, device=device).unsqueeze(1)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        step = max(1, CHUNK // max(1, len(streams)))
+        step = max(1, COUNTERS_AT_A_TIME // max(1, len(streams)))
         for start in range(first, last, step):
             index = torch.arange(start, min(start + step, last), device=device).unsqueeze(0)
             yield start, cipher((index & MASK, index >> 32, stream, zero), self.key)
 
     def _fill(self, start: int, stop: int, streams: range, dtype: torch.dtype, device, make) -> Tensor:
-        """[streams, stop - start] of what `make` turns the four lanes of words into."""
+        """Numbers start to stop of each stream, which `make` computes from four lanes: [streams, stop - start]."""
         first, last = start // 4, -(-stop // 4)
         out = torch.empty(len(streams), 4 * (last - first), dtype=dtype, device=device)
-        for at, lanes in self._lanes(first, last, streams, device):
-            part = out[:, 4 * (at - first) : 4 * (at - first + lanes[0].shape[1])].unflatten(1, (-1, 4))
+        for counter, lanes in self._lanes(first, last, streams, device):
+            at = 4 * (counter - first)
+            part = out[:, at : at + 4 * lanes[0].shape[1]].unflatten(1, (-1, 4))
             for lane, words in enumerate(make(lanes)):
                 part[..., lane] = words
         return out[:, start - 4 * first : stop - 4 * first]
 
     def bits(self, start: int, stop: int, device="cpu") -> Tensor:
-        """Words start..stop of stream 0: int64 in [0, 2^32)."""
+        """Words start to stop of stream 0: int64 in [0, 2^32)."""
         return self._fill(start, stop, range(1), torch.int64, device, lambda lanes: lanes)[0]
 
     def signs(self, start: int, stop: int, device="cpu") -> Tensor:
@@ -113,9 +116,9 @@ class Philox:
         first, last = start // 32, -(-stop // 32)
         out = torch.empty(last - first, 32, dtype=torch.float32, device=device)
         shifts = torch.arange(32, dtype=torch.int64, device=device)
-        for at in range(first, last, CHUNK):
-            words = self.bits(at, min(at + CHUNK, last), device)
-            torch.bitwise_and(words.unsqueeze(1) >> shifts, 1, out=out[at - first : at - first + len(words)])
+        for word in range(first, last, COUNTERS_AT_A_TIME):
+            words = self.bits(word, min(word + COUNTERS_AT_A_TIME, last), device)
+            torch.bitwise_and(words.unsqueeze(1) >> shifts, 1, out=out[word - first : word - first + len(words)])
         return out.mul_(-2).add_(1).view(-1)[start - 32 * first : stop - 32 * first]
 
     def uniforms(self, start: int, stop: int, device="cpu") -> Tensor:
@@ -133,10 +136,10 @@ class Philox:
         return self.bits(start, stop, device).mul_(high) >> 32
 
     def permutations(self, size: int, start: int, stop: int, device="cpu") -> Tensor:
-        """int64 [stop - start, size]: rows start..stop of a stack of independent, uniform permutations.
+        """int64 [stop - start, size]: rows start to stop of a stack of independent, uniform permutations.
 
-        Entry i is sorted by 63 bits: the upper ones random, the lower ones i itself, so that no two are equal and
-        every sorting algorithm gives the same order.
+        Entry i is sorted by 63 bits, the upper ones random, the lower ones i itself: no two keys are equal, so every
+        sorting algorithm gives the same order.
         """
         low = 2 ** max(1, (size - 1).bit_length()) - 1
         words = self.bits(2 * size * start, 2 * size * stop, device).view(-1, size, 2)

@@ -1,4 +1,4 @@
-"""Trajectory: weights sampled along a training, and the subspaces that they span."""
+"""Trajectories: weights sampled along a training, and the subspaces that they span."""
 
 from .callback import TrajectoryCallback
 from .trajectory import Trajectory, coefficients, reconstruct

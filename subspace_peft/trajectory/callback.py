@@ -13,13 +13,13 @@ from .trajectory import Trajectory
 class TrajectoryCallback(RecordingCallback):
     """Records a trajectory while transformers' Trainer trains: before the first step, then every epoch or n steps.
 
-    A training resumed from a checkpoint goes on with the samples up to that step, and later ones are deleted: it makes
-    them again. A training from the start wants a folder without samples.
+    A training that resumes from a checkpoint keeps the samples up to the checkpoint's step and deletes later ones,
+    which it records again. A training from the start requires a folder without samples.
 
     Args:
         folder: For the samples, as in Trajectory.
         every: "epoch", or a number of optimiser steps.
-        initial: Record the initial point, step 0, too.
+        initial: Whether to record the initial point, step 0, too.
 
     Raises:
         ValueError: when training starts at step 0 and the folder holds samples.
@@ -30,10 +30,10 @@ class TrajectoryCallback(RecordingCallback):
         self.trajectory = Trajectory(folder)
 
     def recorded(self) -> list[int]:
-        return list(self.trajectory._files())
+        return list(self.trajectory.files())
 
     def keep_until(self, step: int) -> None:
-        files = self.trajectory._files()
+        files = self.trajectory.files()
         if files and step == 0:
             raise ValueError(
                 f"A training from the start must be recorded in a folder without samples, "

@@ -12,18 +12,19 @@ from .samples import Samples
 
 
 FLOOR = 1e-14
-"""Of a Gram matrix in float64: what is below this share of its largest entry, times its size, is rounding."""
+"""In a Gram matrix of float64, eigenvalues below FLOOR times its size times its largest entry are rounding errors."""
 
 
 class Components:
     """W V Sigma^-1 of W = X M, where X = [w_0, w_1 - w_0, ..., w_(t-1) - w_0] and W^T W V = V Sigma^2.
 
-    Centring and increments are the small matrix M; X^T X [t, t], in float64 over chunks of rows, serves them all.
+    Centring and increments only change the small matrix M. X^T X [t, t] is computed once, in float64 over chunks of
+    rows.
 
     Args:
         samples: The w_i.
         memory: Bytes to use at most.
-        increments: The columns of W are w_i - w_(i-1) in place of w_i.
+        increments: Whether the columns of W are w_i - w_(i-1) instead of w_i.
     """
 
     def __init__(self, samples: Samples, memory: int, increments: bool):
@@ -41,13 +42,13 @@ class Components:
             gram.addmm_(chunk, chunk.T)
         if not gram.diagonal().isfinite().all():
             raise ValueError(
-                f"Samples must be finite, {self.samples.not_finite(self.memory)} is not; delete the files from the "
-                "step on at which training diverged."
+                f"Samples must be finite, {self.samples.describe_not_finite(self.memory)} is not; delete the files "
+                "from the step on at which training diverged."
             )
         return gram
 
     def combination(self, center: bool) -> Tensor:
-        """M: float64 [t, k], k = t, or t - 1 of increments."""
+        """M: float64 [t, k], k = t, or t - 1 for increments."""
         M = torch.eye(len(self.samples), dtype=torch.float64)
         M[0] = 1
         if self.increments:
@@ -55,17 +56,17 @@ class Components:
         if center and M.shape[1]:
             M = M - M.mean(1, keepdim=True)
         if self.increments or center:
-            M[0] = 0  # of the mean of ones only rounding would be left
+            M[0] = 0  # exactly: the differences above leave rounding errors here
         return M
 
     def spectrum(self, center: bool) -> tuple[Tensor, Tensor, float]:
-        """Sigma^2 [k], descending; M V [t, k]; and the value of Sigma^2 below which all is rounding, given as 0."""
+        """Sigma^2 [k], descending; M V [t, k]; and the floor: values of Sigma^2 below it are rounding errors, set to 0."""
         M = self.combination(center)
         if not M.shape[1]:
             raise ValueError("`increments` are differences of two samples or more, got one sample.")
         squares, V = torch.linalg.eigh(M.T @ self.gram @ M)
         squares, V = squares.flip(0), V.flip(1)
-        V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # of two opposite vectors always the same
+        V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # an eigenvector has no sign: fix it
         used = self.gram.diagonal()[M.ne(0).any(1)]
         floor = FLOOR * len(self.samples) * used.max().item() if len(used) else 0.0
         return squares.where(squares > floor, 0.0), M @ V, floor
@@ -79,25 +80,27 @@ class Components:
         squares, A, floor = self.spectrum(center)
         rank = int(squares.count_nonzero())
         if d > rank:
-            where = str(self.samples.paths[0].parent)
+            folder = str(self.samples.paths[0].parent)
             raise ValueError(
-                f"`d` must be at most {rank}, the dimensions that the {len(self.samples)} samples in {where!r} span"
+                f"`d` must be at most {rank}, the dimensions that the {len(self.samples)} samples in {folder!r} span"
                 f"{' around their mean' if center else ''}, got {d}; lower `d`, or record more samples that differ."
             )
         A = A[:, :d] / squares[:d].sqrt()
         return self._orthonormalised(A) if floor > 1e-6 * squares[d - 1] else A
 
     def _orthonormalised(self, A: Tensor) -> Tensor:
-        """A R^-1 for the R of X A = Q R: its columns are orthonormal but for what rounding did to a small Sigma."""
+        """A R^-1 for the R of X A = Q R. This removes what rounding errors did to columns of small Sigma."""
         gram = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64)
         for _, rows in self.rows(A):
             gram.addmm_(rows.T, rows)
         R, failed = torch.linalg.cholesky_ex(gram, upper=True)
         if failed:
-            raise ValueError(f"`d` must be lower than {A.shape[1]}: these samples nearly depend on each other.")
+            raise ValueError(
+                f"`d` must be lower than {A.shape[1]} for these samples, which nearly depend on each other."
+            )
         return torch.linalg.solve_triangular(R, A, upper=True, left=False)
 
     def rows(self, A: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """X A in chunks of rows: the first row of each, and float64 [n, d]."""
+        """X A in chunks of rows: the first row of each chunk, and float64 [n, d]."""
         for first, chunk in self.samples.chunks(self.memory, beside=24 * A.shape[1]):
             yield first, chunk.T @ A

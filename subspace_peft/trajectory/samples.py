@@ -16,8 +16,10 @@ from torch import Tensor
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-READ, WORK = 2**26, 2**23
-"""Bytes of all samples read at once, and multiplied at once: the latter stay in the cache of a processor."""
+READ_BYTES = 2**26
+"""Bytes that are read at once, of all samples together."""
+CHUNK_BYTES = 2**23
+"""Bytes that are multiplied at once: they stay in the cache of a processor."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,15 @@ class Entry:
     start: int  # byte of the file
 
 
-def write_tensors(path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor]) -> None:
-    """A safetensors file of tensors that need not be in memory together, under its name once it is whole.
+def write_tensors(path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], chunks: Iterable[Tensor]) -> None:
+    """Write a safetensors file, of tensors that need not be in memory together; it gets its name once it is complete.
 
     Args:
         kinds: dtype and shape of each tensor.
-        pieces: Their entries in that order, cut anywhere.
+        chunks: The entries of the tensors in that order; where a chunk ends does not matter.
 
     Raises:
-        ValueError: if a dtype is none of `DTYPES`.
+        ValueError: if a dtype is not in `DTYPES`.
     """
     codes, header, end = {dtype: code for code, dtype in DTYPES.items()}, {}, 0
     for name, (dtype, shape) in kinds.items():
@@ -53,18 +55,18 @@ def write_tensors(path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...
     try:
         with open(unfinished, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for piece in pieces:  # copied: a storage that numpy has seen can never be resized, which FSDP does
-                file.write(_bytes(piece.detach().to("cpu", copy=True).contiguous().view(-1)))
+            for chunk in chunks:  # copied: FSDP resizes storages, which torch refuses once NumPy has seen them
+                file.write(_bytes(chunk.detach().to("cpu", copy=True).contiguous().view(-1)))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """What is where in a safetensors file.
+    """The tensors of a safetensors file, and where they are in it.
 
     Raises:
-        ValueError: if the file is damaged or not all there.
+        ValueError: if the file is damaged or incomplete.
     """
     size = path.stat().st_size
     try:
@@ -76,8 +78,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
             entries[name] = Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
-            whole = stop - start == prod(entries[name].shape) * entries[name].dtype.itemsize
-            end = max(end, 8 + length + stop) if whole else size + 1
+            complete = stop - start == prod(entries[name].shape) * entries[name].dtype.itemsize
+            end = max(end, 8 + length + stop) if complete else size + 1
     except (ValueError, KeyError, TypeError, AttributeError):
         entries, end = {}, -1
     if not entries or end != size:
@@ -96,11 +98,11 @@ class Samples:
     """The matrix of t samples of D entries, one row a sample, that is never in memory as a whole.
 
     Args:
-        paths: One file each.
-        names: The tensors that count, in this order; all if None.
+        paths: One file a sample.
+        names: The tensors that are entries of the matrix, in this order; all of them if None.
 
     Raises:
-        ValueError: if a file is damaged, or of another model than the first, or lacks a name.
+        ValueError: if a file is damaged, is of another model than the first, or lacks one of the names.
     """
 
     def __init__(self, paths: list[Path], names: Iterable[str] | None = None):
@@ -117,9 +119,9 @@ class Samples:
         for name in names or ():
             if name not in first:
                 raise ValueError(
-                    f"`{name}` must be in the samples to have a basis, and {str(paths[0].parent)!r} holds "
-                    f"{len(first)} other tensors, {next(iter(first))!r} among them; a trajectory holds what trained: "
-                    "leave it out of the targets, or record it."
+                    f"`{name}` must be in the samples to have a basis, but {str(paths[0].parent)!r} holds "
+                    f"{len(first)} other tensors, such as {next(iter(first))!r}; a trajectory holds the parameters "
+                    "that train: leave this tensor out of the targets, or record it."
                 )
         self.shapes = {name: first[name] for name in names or first}
         self._ends = list(accumulate(map(prod, self.shapes.values())))
@@ -131,8 +133,8 @@ class Samples:
     def D(self) -> int:
         return self._ends[-1]
 
-    def pieces(self, first: int, n: int) -> Iterator[tuple[str, slice, slice]]:
-        """Entries first to first + n of theta: by tensor, where they are in it, and where among the n."""
+    def spans(self, first: int, n: int) -> Iterator[tuple[str, slice, slice]]:
+        """Entries first to first + n of theta, tensor by tensor: name, slice of the tensor, slice of the n entries."""
         names, at = list(self.shapes), first
         for k in range(bisect_right(self._ends, first), len(names)):
             if at >= first + n:
@@ -143,55 +145,62 @@ class Samples:
             at = stop
 
     def chunks(self, memory: int, beside: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """The first of some entries of theta, and their w_0, w_1 - w_0, ..., w_(t-1) - w_0: float64 [t, n].
+        """For each chunk of n entries of theta the first one, and w_0, w_1 - w_0, ..., w_(t-1) - w_0: float64 [t, n].
 
-        Differences, since weights move little beside their size. The memory of a chunk is used again for the next.
+        Differences lose fewer digits, because weights move little relative to their size. All chunks use the same
+        memory.
 
         Args:
-            beside: Bytes an entry that the caller uses.
+            memory: Bytes to use at most.
+            beside: Bytes for each entry that the caller uses.
 
         Raises:
             ValueError: if one entry of all samples does not fit into `memory`.
         """
         t, dtypes = len(self), {header[name].dtype for header in self._headers for name in self.shapes}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        per_read, per_product = t * dtype.itemsize + 8, 8 * t + beside
-        read, product = min(memory // 2, READ) // per_read, min(memory // 2, WORK) // per_product
-        if not read or not product:
+        read_per_entry, chunk_per_entry = t * dtype.itemsize + 8, 8 * t + beside
+        read = min(memory // 2, READ_BYTES) // read_per_entry
+        size = min(memory // 2, CHUNK_BYTES) // chunk_per_entry
+        if not read or not size:
             raise ValueError(
-                f"`memory` must be at least {2 * max(per_read, per_product)} bytes for {t} samples, got {memory}; "
-                "raise it."
+                f"`memory` must be at least {2 * max(read_per_entry, chunk_per_entry)} bytes for {t} samples, got "
+                f"{memory}; raise it."
             )
-        read, product = min(read, self.D), min(product, read, self.D)
-        block, buffer = torch.empty(t, read, dtype=dtype), torch.empty(t, product, dtype=torch.float64)
+        read, size = min(read, self.D), min(size, read, self.D)
+        rows, buffer = torch.empty(t, read, dtype=dtype), torch.empty(t, size, dtype=torch.float64)
         for first in range(0, self.D, read):
             n = min(read, self.D - first)
-            for row in range(t):
-                self._read(row, first, block[row, :n])
-            for start in range(0, n, product):
-                chunk = buffer[:, : min(product, n - start)]
-                chunk.copy_(block[:, start : start + chunk.shape[1]])
+            for sample in range(t):
+                self._read(sample, first, rows[sample, :n])
+            for start in range(0, n, size):
+                chunk = buffer[:, : min(size, n - start)]
+                chunk.copy_(rows[:, start : start + chunk.shape[1]])
                 chunk[1:] -= chunk[0]
                 yield first + start, chunk
 
-    def _read(self, row: int, first: int, out: Tensor) -> None:
-        with open(self.paths[row], "rb") as file:
-            for name, inside, among in self.pieces(first, len(out)):
-                entry = self._headers[row][name]
+    def _read(self, sample: int, first: int, out: Tensor) -> None:
+        """Read entries of theta from `first` on into `out`."""
+        with open(self.paths[sample], "rb") as file:
+            for name, inside, among in self.spans(first, len(out)):
+                entry = self._headers[sample][name]
                 same = entry.dtype == out.dtype
                 raw = out[among] if same else torch.empty(inside.stop - inside.start, dtype=entry.dtype)
                 file.seek(entry.start + inside.start * entry.dtype.itemsize)
                 if file.readinto(_bytes(raw)) != raw.nbytes:
-                    raise ValueError(f"{str(self.paths[row])!r} became shorter while it was read; do not write to it.")
+                    raise ValueError(
+                        f"A sample must not change while it is read, {str(self.paths[sample])!r} became shorter; "
+                        "start again once nothing writes to it."
+                    )
                 if not same:
                     out[among] = raw
 
-    def not_finite(self, memory: int) -> str:
+    def describe_not_finite(self, memory: int) -> str:
         """The first tensor that is not finite, and its file, in words."""
         for path in self.paths:
-            one = Samples([path], self.shapes)
-            for first, chunk in one.chunks(memory):
-                for name, _, among in one.pieces(first, chunk.shape[1]):
+            sample = Samples([path], self.shapes)
+            for first, chunk in sample.chunks(memory):
+                for name, _, among in sample.spans(first, chunk.shape[1]):
                     if not chunk[:, among].isfinite().all():
                         return f"`{name}` of {str(path)!r}"
         return "a difference of two samples"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..plain_model import gathered, is_main_process, trained, wait_for_all, whole
+from ..plain_model import gathered, is_main_process, trained_parameters, wait_for_all, whole
 from .components import Components
 from .samples import DTYPES, Samples, read_header, write_tensors
 
@@ -22,15 +22,15 @@ class Trajectory:
         W = [w_1 - w_mean, ..., w_t - w_mean],    W^T W V = V Sigma^2,    P = W V Sigma^-1
 
     (Li et al. 2021, section 3.2), in float64 over chunks of rows: in float32 the columns of P would lose their
-    orthogonality. The samples are read twice, whatever is asked for; three times where sigma_d is so small beside
-    the samples that float64 alone would not do.
+    orthogonality. A computation reads the samples twice, or three times where sigma_d is so small relative to the
+    samples that float64 alone does not suffice.
 
     Args:
         folder: Where the samples are or will be, `<step>.safetensors`.
-        increments: Take w_i - w_(i-1) in place of the points w_i.
+        increments: Take w_i - w_(i-1) instead of the points w_i.
         initial: Use the sample of step 0 too, if there is one.
         last: Use the samples up to this step only; all if left out.
-        memory: Bytes that a computation may use beyond its result.
+        memory: Bytes that a computation may use in addition to its result.
     """
 
     def __init__(
@@ -43,29 +43,30 @@ class Trajectory:
     ):
         self.folder, self.increments, self.initial, self.last = Path(folder), increments, initial, last
         self.memory = memory
-        self._known: tuple[object, Components] | None = None  # with a Gram matrix, and what that is of
+        self._cache: tuple[object, Components] | None = None  # components with their Gram matrix, and their key
 
     # ------------------------------------------------------------------------------------------------------ recording
 
     def add(self, model: nn.Module, step: int | None = None) -> Path | None:
         """Write one sample: every parameter of `model` that trains, under its name in the plain model.
 
-        Call it on every process: sharded parameters are gathered one at a time (by FSDP of version 1 all at once), the
-        main process writes, and all wait until it has. A sample of this step that is already there is replaced.
+        Call it on every process. Sharded parameters are gathered one at a time (by FSDP of version 1 all at once), the
+        main process writes, and all wait for it. A sample of the same step is replaced.
 
         Args:
-            step: One more than that of the last sample if left out, from 0.
+            step: One more than the step of the last sample if left out, from 0.
 
         Returns:
-            The file, on the main process.
+            The file, on the main process; None on the others.
 
         Raises:
-            ValueError: if nothing trains, DeepSpeed's ZeRO-3 holds it, or the samples there are of another model.
+            ValueError: if nothing trains, DeepSpeed's ZeRO-3 holds the parameters, or the folder holds samples of
+                another model.
         """
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
         with gathered(model):
-            parameters = trained(model)
+            parameters = trained_parameters(model)
             tensors = (whole(parameter) for parameter in parameters.values())
             if is_main_process():
                 path = self._write(parameters, tensors, step)
@@ -73,11 +74,11 @@ class Trajectory:
                 path = None
                 for _ in tensors:
                     pass
-        wait_for_all()  # a process that goes on to make a basis would miss this sample
+        wait_for_all()  # otherwise a process that computes a basis next could miss this sample
         return path
 
     def _write(self, parameters: dict[str, nn.Parameter], tensors: Iterable[Tensor], step: int | None) -> Path:
-        last = max(self._files(), default=-1)
+        last = max(self.files(), default=-1)
         path = self.folder / f"{last + 1 if step is None else step:08d}.safetensors"
         self._check_model(parameters, path)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,43 +86,44 @@ class Trajectory:
         return path
 
     def _check_model(self, parameters: dict[str, nn.Parameter], path: Path) -> None:
-        others = [other for other in self._files().values() if other != path]
+        others = [other for other in self.files().values() if other != path]
         if not others:
             return
-        there = {name: entry.shape for name, entry in read_header(others[0]).items()}
-        here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        for name in [*there, *here]:
-            if there.get(name) != here.get(name):
+        recorded = {name: entry.shape for name, entry in read_header(others[0]).items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        for name in [*recorded, *shapes]:
+            if recorded.get(name) != shapes.get(name):
                 raise ValueError(
-                    f"All samples must be of one model: `{name}` is not the same here as in {str(others[0])!r} (shape "
-                    f"{here.get(name)}, there {there.get(name)}); record each model, and each choice of what trains, "
-                    "in a folder of its own."
+                    f"All samples must be of one model: `{name}` is of shape {shapes.get(name, 'none')} in this model "
+                    f"and of shape {recorded.get(name, 'none')} in {str(others[0])!r}; record each model, and each "
+                    "choice of what trains, in a folder of its own."
                 )
 
-    def _files(self) -> dict[int, Path]:
-        found = (p for p in self.folder.glob("*.safetensors") if re.fullmatch(r"\d{8,}", p.stem))
-        return dict(sorted((int(path.stem), path) for path in found))
+    def files(self) -> dict[int, Path]:
+        """All samples in the folder by step, ascending, whether they are used or not."""
+        paths = (path for path in self.folder.glob("*.safetensors") if re.fullmatch(r"\d{8,}", path.stem))
+        return dict(sorted((int(path.stem), path) for path in paths))
 
     @property
     def steps(self) -> list[int]:
-        """Of the samples that count, ascending."""
+        """The steps of the samples that are used, ascending."""
         last = float("inf") if self.last is None else self.last
-        return [step for step in self._files() if (step or self.initial) and step <= last]
+        return [step for step in self.files() if (step or self.initial) and step <= last]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def sample(self, i: int) -> dict[str, Tensor]:
-        """The i-th sample that counts; -1 is the last."""
-        path = self._files()[self.steps[i]]
-        read_header(path)  # says which file is damaged
+        """The i-th sample that is used; -1 is the last."""
+        path = self.files()[self.steps[i]]
+        read_header(path)  # its error names the damaged file
         return load_file(path)
 
     # ---------------------------------------------------------------------------------------------------- its subspace
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each recorded tensor."""
+        """The shape of each recorded tensor."""
         return self._components(None).samples.shapes
 
     def basis(
@@ -130,16 +132,16 @@ class Trajectory:
         """P by tensor: [*shape, d]. Its columns over all these tensors are orthonormal, to 1e-5 in float32.
 
         Args:
-            center: Subtract the mean of the columns of W; without, W are the points themselves.
+            center: Subtract the mean of the columns of W; otherwise W holds the points themselves.
             names: The tensors that W consists of; all if left out.
 
         Raises:
-            ValueError: if the samples do not span d dimensions, are not finite, damaged, or not of one model.
+            ValueError: if the samples do not span d dimensions, are not finite, damaged, or of several models.
         """
         components, A = self._columns(d, center, dtype, names)
         basis = {name: torch.empty(*shape, d, dtype=dtype) for name, shape in components.samples.shapes.items()}
         for first, rows in components.rows(A):
-            for name, inside, among in components.samples.pieces(first, len(rows)):
+            for name, inside, among in components.samples.spans(first, len(rows)):
                 basis[name].view(-1, d)[inside] = rows[among]
         return basis
 
@@ -151,21 +153,21 @@ class Trajectory:
         dtype: torch.dtype = torch.float32,
         names: Iterable[str] | None = None,
     ) -> None:
-        """`basis` straight to a safetensors file, never in memory as a whole."""
+        """Write `basis` to a safetensors file, chunk by chunk: it is never in memory as a whole."""
         components, A = self._columns(d, center, dtype, names)
         kinds = {name: (dtype, (*shape, d)) for name, shape in components.samples.shapes.items()}
         write_tensors(Path(file), kinds, (rows.to(dtype) for _, rows in components.rows(A)))
 
     @property
     def explained_variance_ratio(self) -> Tensor:
-        """sigma_j^2 / sum_i sigma_i^2 of the centred W, descending: float64 [t], or [t - 1] of increments."""
+        """sigma_j^2 / sum_i sigma_i^2 of the centred W, descending: float64 [t], or [t - 1] for increments."""
         squares = self._components(None).spectrum(True)[0]
         if not squares.any():
             raise ValueError(f"Samples must differ to have a variance, all {len(self)} are identical.")
         return squares / squares.sum()
 
     def singular_values(self, center: bool = True) -> Tensor:
-        """sigma_j of W, descending, 0 where there is only rounding: float64 [t], or [t - 1] of increments."""
+        """sigma_j of W, descending, 0 for those below the rounding error: float64 [t], or [t - 1] for increments."""
         return self._components(None).spectrum(center)[0].sqrt()
 
     def _columns(self, d: int, center: bool, dtype: torch.dtype, names) -> tuple[Components, Tensor]:
@@ -177,7 +179,7 @@ class Trajectory:
         return components, components.columns(d, center)
 
     def _components(self, names: Iterable[str] | None) -> Components:
-        files = self._files()
+        files = self.files()
         paths = [files[step] for step in self.steps]
         if not paths:
             raise ValueError(
@@ -188,22 +190,22 @@ class Trajectory:
         if names == []:
             raise ValueError("`names` must name one tensor or more, got none; leave it out for all of them.")
         samples = Samples(paths, names)
-        state = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-        key = (state, list(samples.shapes), self.memory, self.increments)
-        if self._known is None or self._known[0] != key:
-            self._known = (key, Components(samples, self.memory, self.increments))
-        return self._known[1]
+        versions = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+        key = (versions, list(samples.shapes), self.memory, self.increments)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, Components(samples, self.memory, self.increments))
+        return self._cache[1]
 
 
 @torch.no_grad()
 def coefficients(basis: dict[str, Tensor], tensors: dict[str, Tensor], origin: dict[str, Tensor]) -> Tensor:
     """P^T (w - origin): [d], in float32 or the dtype of the basis if that is wider.
 
-    A trajectory in d numbers a sample (Li et al. 2021, section 3.3).
+    A trajectory as d coefficients a sample (Li et al. 2021, section 3.3).
 
     Args:
         basis: P by tensor, [*shape, d].
-        tensors, origin: w and the origin; tensors that the basis does not move are passed over.
+        tensors, origin: w and the origin; tensors that the basis does not move are ignored.
 
     Raises:
         ValueError: if a tensor of the basis is missing, or of another shape.
@@ -219,7 +221,7 @@ def coefficients(basis: dict[str, Tensor], tensors: dict[str, Tensor], origin: d
 
 @torch.no_grad()
 def reconstruct(basis: dict[str, Tensor], coefficients: Tensor, origin: dict[str, Tensor]) -> dict[str, Tensor]:
-    """P c + origin, by tensor: the weights that d numbers stand for (Li et al. 2021, section 3.3).
+    """P c + origin, by tensor: the weights of d coefficients (Li et al. 2021, section 3.3).
 
     Raises:
         ValueError: if a tensor of the basis is missing, or of another shape.
@@ -242,5 +244,5 @@ def _check_tensors(basis: dict[str, Tensor], *others: dict[str, Tensor]) -> None
     for name, columns in basis.items():
         for other in others:
             if name not in other or other[name].shape != columns.shape[:-1]:
-                found = list(other[name].shape) if name in other else "none"
-                raise ValueError(f"`{name}` must be of shape {list(columns.shape[:-1])} as in the basis, got {found}.")
+                shape = list(other[name].shape) if name in other else "none"
+                raise ValueError(f"`{name}` must be of shape {list(columns.shape[:-1])} as in the basis, got {shape}.")

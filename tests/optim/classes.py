@@ -22,7 +22,7 @@ def flat(tensors) -> torch.Tensor:
 
 
 def by_loop(model, x, y) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_k of (1) and the weights of (3), example by example."""
+    """c_k of equation (1) and the weights of equation (3), example by example."""
     params = list(model.parameters())
     logits = model(x)
     c, weight = torch.zeros(C, sum(p.numel() for p in params)).double(), torch.zeros(C).double()

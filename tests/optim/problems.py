@@ -1,4 +1,4 @@
-"""Objectives that every optimiser is tested on. A new one joins PROBLEMS and is tested by that."""
+"""Objectives that every optimiser is tested on: PROBLEMS."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IMAGES, LABELS = digits()
 
 
 def network(x: Tensor, images: Tensor = IMAGES[:300]) -> Tensor:
-    """Logits of a network 64-4-10 whose 310 weights are P x, P fixed."""
+    """The logits of a network 64-4-10 whose 310 weights are P x, P fixed."""
     generator = torch.Generator().manual_seed(1)
     P = torch.randn(64 * 4 + 4 + 4 * 10 + 10, len(x), generator=generator).to(x) / len(x) ** 0.5
     first, bias, last, end = (P @ x + P[:, 0]).split([256, 4, 40, 10])
@@ -54,7 +54,7 @@ class Problem:
         return torch.nn.Parameter(self.start().to(dtype))
 
     def closure(self, optimizer: torch.optim.Optimizer, point: Callable[[], Tensor]) -> Callable:
-        """The closure that `optimizer` asks for, at `point`."""
+        """The closure that `optimizer` needs, at `point`."""
         if getattr(optimizer, "needs_logits", False):
             return lambda: (self.loss(point()), self.logits(point()), LABELS[:300])
 
@@ -83,7 +83,7 @@ def vector(*numbers: float, dtype=torch.float64) -> torch.nn.Parameter:
 
 
 class Closure:
-    """A closure that notes whether each of its evaluations had gradients."""
+    """A closure that records whether each of its evaluations had gradients."""
 
     def __init__(self, x, loss, always_backward: bool = False):
         self.x, self.loss, self.always_backward = x, loss, always_backward

@@ -1,4 +1,4 @@
-"""The update of B, equation (13), and when there is none."""
+"""The update of B, equation (13), and its conditions."""
 
 import pytest
 import torch
@@ -14,20 +14,20 @@ def test_the_update_is_equation_13(seed, d, size):
     generator = torch.Generator().manual_seed(seed)
     root, s, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((d, d), d, d))
     B, s, y = root @ root.T + torch.eye(d), s * size, y * size
-    found = updated(B, s, y)
+    new = updated(B, s, y)
     if not y @ s > torch.finfo(s.dtype).eps * y.norm() * s.norm():
-        assert found is None
+        assert new is None
         return
     rho = 1 / (y @ s)
     V = torch.eye(d, dtype=torch.float64) - rho * torch.outer(y, s)
     expected = V.T @ B @ V + rho * torch.outer(s, s)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
-    assert torch.equal(found, found.T)
-    torch.testing.assert_close(found @ y, s, rtol=1e-6, atol=1e-8 * found.norm().item() * y.norm().item())
+    torch.testing.assert_close(new, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+    assert torch.equal(new, new.T)
+    torch.testing.assert_close(new @ y, s, rtol=1e-6, atol=1e-8 * new.norm().item() * y.norm().item())
 
 
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
-def test_the_curvature_check_knows_no_scale(size):
+def test_the_curvature_check_has_no_scale(size):
     B, s = torch.eye(2, dtype=torch.float64), torch.tensor([size, 0.0], dtype=torch.float64)
     assert updated(B, s, s) is not None
     assert updated(B, s, -s) is None

@@ -1,4 +1,4 @@
-"""Class gradients (1) and the weights of the low-rank Hessian (3) against a loop over the examples."""
+"""Class gradients, equation (1), and the weights of equation (3), against a loop over the examples."""
 
 import pytest
 import torch
@@ -10,60 +10,60 @@ from tests.cases import BY_NAME, theta_d, wrap
 from tests.optim.classes import C, by_loop, data, network
 
 
-def test_they_are_those_of_a_loop():
+def test_a_loop_gives_the_same():
     model, (x, y) = network(), data()
     c, weight = by_loop(model, x, y)
-    found = class_gradients(model(x), y, model.parameters())
-    torch.testing.assert_close(found.c, c)
-    torch.testing.assert_close(found.weight, weight)
+    gradients = class_gradients(model(x), y, model.parameters())
+    torch.testing.assert_close(gradients.c, c)
+    torch.testing.assert_close(gradients.weight, weight)
     p = model(x).detach().softmax(1)
-    torch.testing.assert_close(found.weight_of_all, (p * (1 - p)).mean(0))
-    assert found.count.tolist() == torch.bincount(y, minlength=C).tolist()
+    torch.testing.assert_close(gradients.weight_of_all, (p * (1 - p)).mean(0))
+    assert gradients.count.tolist() == torch.bincount(y, minlength=C).tolist()
 
 
-def test_a_class_that_the_batch_lacks_is_zero():
+def test_a_class_without_examples_is_zero():
     model, (x, y) = network(), data()
-    found = class_gradients(model(x), y.clamp(max=2), model.parameters())
-    assert found.count[3] == 0
-    assert found.weight[3] == 0
-    assert not found.c[3].any()
-    assert found.c[2].any()
+    gradients = class_gradients(model(x), y.clamp(max=2), model.parameters())
+    assert gradients.count[3] == 0
+    assert gradients.weight[3] == 0
+    assert not gradients.c[3].any()
+    assert gradients.c[2].any()
 
 
-def test_tokens_are_examples_and_ignored_labels_are_none():
+def test_tokens_are_examples_except_ignored_ones():
     model, (x, y) = network(), data()
     whole = class_gradients(model(x), y, model.parameters())
     tokens, labels = torch.cat([x, x[:3]]).view(3, 5, 5), torch.cat([y, torch.tensor([-100] * 3)]).view(3, 5)
-    found = class_gradients(model(tokens), labels, model.parameters())
+    gradients = class_gradients(model(tokens), labels, model.parameters())
     for name in ("c", "weight", "weight_of_all", "count"):
-        torch.testing.assert_close(getattr(found, name), getattr(whole, name))
+        torch.testing.assert_close(getattr(gradients, name), getattr(whole, name))
 
 
 @pytest.mark.parametrize("name", ["convnet", "bert"])
-def test_of_theta_d_through_any_network(name):
-    """By the batching rules of every layer and of the projection: P^T c_k of the weights that P moves."""
+def test_gradients_in_theta_d(name):
+    """P^T c_k of the weights that P moves: every layer and the projection have batching rules."""
     case = BY_NAME[name]
     model = wrap(case)
     vector, x = theta_d(model), case.batch()
     logits = model(x)
     logits = logits if isinstance(logits, torch.Tensor) else logits.logits
     y = torch.tensor([0, 1, 1])
-    found = class_gradients(logits, y, [vector])
+    gradients = class_gradients(logits, y, [vector])
     for k, members in enumerate(([0], [1, 2])):
         (expected,) = torch.autograd.grad(logits[members, k].mean(), vector, retain_graph=True)
-        torch.testing.assert_close(found.c[k], expected)
+        torch.testing.assert_close(gradients.c[k], expected)
 
 
-def test_parameters_that_the_logits_do_not_depend_on():
+def test_parameters_without_effect_on_the_logits():
     model, (x, y) = network(), data()
     unused = nn.Parameter(torch.zeros(3).double())
-    found = class_gradients(model(x), y, [unused, model[0].bias])
-    assert not found.c[:, :3].any()
-    torch.testing.assert_close(found.c[:, 3:], by_loop(model, x, y)[0][:, 30:36])
+    gradients = class_gradients(model(x), y, [unused, model[0].bias])
+    assert not gradients.c[:, :3].any()
+    torch.testing.assert_close(gradients.c[:, 3:], by_loop(model, x, y)[0][:, 30:36])
 
 
-def test_through_checkpoints():
-    """A reentrant one hides the parameters within: their class gradients would be zero, and they would not train."""
+def test_checkpoints():
+    """A reentrant checkpoint hides the parameters inside: their class gradients would be zero."""
     model, (x, y) = network(), data()
     whole = class_gradients(model(x), y, model.parameters()).c
     x.requires_grad_()

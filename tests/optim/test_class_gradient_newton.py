@@ -1,4 +1,4 @@
-"""The step by class gradients: the poster's update (6) and the Gram-corrected one against dense formulas."""
+"""The step of ClassGradientNewton, by the poster's equation (6) and with the Gram matrix, against dense formulas."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def closure(model, x, y):
     return evaluate
 
 
-def taken(optimizer, evaluate) -> torch.Tensor:
-    """theta - theta'."""
+def step_of(optimizer, evaluate) -> torch.Tensor:
+    """theta - theta' of one step."""
     params = optimizer.param_groups[0]["params"]
     before = flat(params).detach()
     optimizer.step(evaluate)
@@ -41,13 +41,13 @@ def test_the_posters_update(damping):
     curvature = weight * c.norm(dim=1) ** 2
     expected = lr * g + ((1 / (curvature + damping) - lr) * (v @ g)) @ v
     optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping, gram=False, examples="own")
-    torch.testing.assert_close(taken(optimizer, closure(model, x, y)), expected)
+    torch.testing.assert_close(step_of(optimizer, closure(model, x, y)), expected)
 
 
 @pytest.mark.parametrize("examples", ["own", "all"])
 @pytest.mark.parametrize(("lr", "damping"), [(0.0, 0.0), (0.05, 0.0), (0.05, 0.1), (0.05, None)])
-def test_the_gram_corrected_update_is_newtons_in_the_range_of_the_hessian(lr, damping, examples):
-    """Without assuming that the c_k are orthogonal, which here they are not: H^+ g there, lr g in the complement."""
+def test_with_the_gram_matrix_it_is_newtons_step_in_the_range_of_the_hessian(lr, damping, examples):
+    """H^+ g in the range and lr g in the complement, for c_k that are not orthogonal."""
     model, (x, y) = network(), data()
     c, weight = by_loop(model, x, y)
     if examples == "all":
@@ -58,18 +58,18 @@ def test_the_gram_corrected_update_is_newtons_in_the_range_of_the_hessian(lr, da
     g, H = gradient(model, x, y), torch.einsum("k,ki,kj->ij", weight, c, c)
     values, vectors = torch.linalg.eigh(H)
     values, vectors = values[-C:], vectors[:, -C:]
-    added = 1 / (10 * lr) if damping is None else damping
+    used_damping = 1 / (10 * lr) if damping is None else damping
     inside = vectors.T @ g
-    expected = lr * (g - vectors @ inside) + vectors @ (inside / (values + added))
+    expected = lr * (g - vectors @ inside) + vectors @ (inside / (values + used_damping))
     optimizer = ClassGradientNewton(model.parameters(), lr=lr, damping=damping, examples=examples)
-    found = taken(optimizer, closure(model, x, y))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    step = step_of(optimizer, closure(model, x, y))
+    torch.testing.assert_close(step, expected, rtol=1e-6, atol=1e-9)
     if not lr and not damping:
-        torch.testing.assert_close(found, torch.linalg.pinv(H, rtol=1e-9, hermitian=True) @ g, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(step, torch.linalg.pinv(H, rtol=1e-9, hermitian=True) @ g, rtol=1e-6, atol=1e-9)
 
 
 def test_classes_of_one_direction():
-    """C c_k of rank one: the one eigenvector, and no division by the zeros."""
+    """All c_k in one direction: a single eigenvector, and no division by the zero eigenvalues."""
     theta = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
     x, y = torch.ones(6, 1).double(), torch.tensor([0, 1, 2, 0, 1, 2])
     scales = torch.tensor([1.0, 2.0, -1.0]).double()
@@ -79,30 +79,30 @@ def test_classes_of_one_direction():
     g = torch.autograd.grad(loss, theta, retain_graph=True)[0]
     p = logits[0].softmax(0)
     curvature = (p * (1 - p) * scales.square()).mean().item()
-    found = taken(optimizer, evaluate)
-    assert found[0].item() == pytest.approx(g[0].item() / curvature)
-    assert found[1].item() == 0
+    step = step_of(optimizer, evaluate)
+    assert step[0].item() == pytest.approx(g[0].item() / curvature)
+    assert step[1].item() == 0
 
 
 @pytest.mark.parametrize("gram", [True, False])
 def test_the_default_damping_bounds_the_step(gram):
-    """One wrong label where every p is 0 or 1 for certain: a gradient, and no curvature that c_k c_k^T can see."""
+    """One wrong label where every p is almost 0 or 1: there is a gradient, but c_k c_k^T has almost no curvature."""
     theta, lr = nn.Parameter(torch.tensor([20.0, 0, 0, 0], dtype=torch.float64)), 0.01
     evaluate = closure(lambda x: x * theta, torch.ones(B, 1).double(), torch.tensor([0] * (B - 1) + [1]))
     g = torch.autograd.grad(evaluate()[0], theta)[0]
     start = theta.detach().clone()
-    step = taken(ClassGradientNewton([theta], lr=lr, gram=gram, examples="own"), evaluate)
+    step = step_of(ClassGradientNewton([theta], lr=lr, gram=gram, examples="own"), evaluate)
     assert step.norm().item() == pytest.approx(10 * lr * g.norm().item(), rel=1e-3)
     theta.data.copy_(start)
-    bare = taken(ClassGradientNewton([theta], lr=lr, gram=gram, damping=0.0, examples="own"), evaluate)
-    assert bare.norm() > 1e6 * lr * g.norm()
+    undamped = step_of(ClassGradientNewton([theta], lr=lr, gram=gram, damping=0.0, examples="own"), evaluate)
+    assert undamped.norm() > 1e6 * lr * g.norm()
 
 
 # ------------------------------------------------------------------------------------------------------------ averages
 
 
 def test_averages():
-    """v_k is the direction of the exponential average of v_k; lambda_k that of lambda_k, corrected for its start."""
+    """v_k is the direction of its exponential average; lambda_k its exponential average, corrected for the start."""
     model, average = network(), 0.8
     optimizer = ClassGradientNewton(
         model.parameters(), lr=0.0, damping=1e9, average=average, gram=False, examples="own"
@@ -110,7 +110,7 @@ def test_averages():
     mean, v, total = torch.zeros(C).double(), 0, 0
     for seed in range(3):
         x, _ = data(seed=seed)
-        y = torch.arange(C).repeat(B // C)  # the same share of every class, of which lambda_k is a multiple
+        y = torch.arange(C).repeat(B // C)  # every class has the same share, to which lambda_k is proportional
         c, weight = by_loop(model, x, y)
         v = average * v + (1 - average) * torch.nn.functional.normalize(c)
         mean = average * mean + (1 - average) * weight * c.norm(dim=1) ** 2
@@ -123,7 +123,7 @@ def test_averages():
 
 
 def test_a_rare_class_keeps_its_average_and_its_share():
-    """In one batch of four: lambda_k is the class's mean times its share of all examples, as in one great batch."""
+    """The class is in one of four batches: lambda_k is its mean times its share, as in one large batch."""
     model, (x, _) = network(), data(8)
     y = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     with_rare = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
@@ -137,13 +137,13 @@ def test_a_rare_class_keeps_its_average_and_its_share():
     assert state["curvature"][3].item() == rare[1]
     assert state["share"].sum().item() == pytest.approx(1)
     assert state["share"][3].item() == pytest.approx(2 / 32)
-    great = class_gradients(model(x.repeat(4, 1)), torch.cat([with_rare, y, y, y]), model.parameters())
-    expected = great.weight[3] * great.c[3].norm() ** 2
-    found = state["share"][3] * state["curvature"][3] / state["mass"][3]
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    large = class_gradients(model(x.repeat(4, 1)), torch.cat([with_rare, y, y, y]), model.parameters())
+    expected = large.weight[3] * large.c[3].norm() ** 2
+    curvature = state["share"][3] * state["curvature"][3] / state["mass"][3]
+    assert curvature.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_shares_are_those_of_all_examples_in_batches_of_any_size():
+def test_shares_count_all_examples_in_batches_of_any_size():
     model, (x, y) = network(), data()
     optimizer = ClassGradientNewton(model.parameters(), lr=0.0, damping=1e9, examples="own")
     for part in (y, y[:5], torch.full_like(y, -100)):
@@ -156,7 +156,7 @@ def test_shares_are_those_of_all_examples_in_batches_of_any_size():
 def test_one_class_alone():
     model, (x, y) = network(), data()
     optimizer = ClassGradientNewton(model.parameters(), lr=0.1)
-    step = taken(optimizer, closure(model, x, torch.zeros_like(y)))
+    step = step_of(optimizer, closure(model, x, torch.zeros_like(y)))
     assert step.isfinite().all()
     assert step.any()
 
@@ -198,7 +198,7 @@ def test_parameters_that_are_not_one_group():
         (lambda loss, z, y: (loss, z, y + C), ValueError, "more classes than logits"),
     ],
 )
-def test_closures_that_do_not_do_their_part(returned, error, message):
+def test_closures_that_return_too_little(returned, error, message):
     model, (x, y) = network(), data()
     before = flat(model.parameters()).clone()
     with pytest.raises(error, match=message):

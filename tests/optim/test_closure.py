@@ -1,4 +1,4 @@
-"""repeatable: every evaluation of a step is of one function."""
+"""repeatable: every evaluation of a step is of the same function."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def buffers(model):
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def test_further_evaluations_are_the_first():
+def test_further_evaluations_repeat_the_first():
     model, x = build()
     closure = repeatable(lambda: model(x).sum(), model)
     values = [closure().item() for _ in range(4)]
@@ -36,7 +36,7 @@ def test_further_evaluations_are_the_first():
     assert repeatable(lambda: model(x).sum(), model)().item() != values[0]
 
 
-def test_buffers_and_random_numbers_move_once():
+def test_buffers_and_random_numbers_advance_once():
     once, x = build()
     once(x)
     after = torch.rand(1)
@@ -71,7 +71,7 @@ def test_an_evaluation_that_fails_leaves_no_trace():
     assert repeated() == calls[0]
 
 
-def test_statistics_move_once_a_step_of_a_line_search():
+def test_statistics_advance_once_a_step_of_a_line_search():
     model, x = build()
     theta_d = nn.Parameter(torch.zeros(4))
     optimizer = PBFGS([theta_d])

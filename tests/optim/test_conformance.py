@@ -1,4 +1,4 @@
-"""Every optimiser on every problem that it is for. A new one joins OPTIMIZERS and is tested by that."""
+"""Every optimiser on every problem that it can solve. A new optimiser is tested by joining OPTIMIZERS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.optim.problems import PROBLEMS
 
 
 def plus(x: Tensor, curvature: str = "same_batch") -> tuple[Optimizer, Callable[[], Tensor]]:
-    """P+-BFGS with x as the weights, and two orthonormal columns."""
+    """P+-BFGS with the weights x and two orthonormal columns."""
     generator = torch.Generator().manual_seed(2)
     P, _ = torch.linalg.qr(torch.randn(len(x), 2, generator=generator).to(x.dtype))
     theta_d = torch.nn.Parameter(torch.zeros(2, dtype=x.dtype))
@@ -25,7 +25,7 @@ def plus(x: Tensor, curvature: str = "same_batch") -> tuple[Optimizer, Callable[
 
 @dataclass(frozen=True)
 class Member:
-    """`make` gives an optimiser whose point starts at x; `reaches` the loss after so many steps, by problem."""
+    """`make` returns an optimiser and its point, which starts at x; `reaches` says after how many steps which loss."""
 
     name: str
     make: Callable[[Tensor], tuple[Optimizer, Callable[[], Tensor]]]
@@ -79,10 +79,10 @@ class Run:
 @pytest.mark.parametrize(("member", "problem"), PAIRS, ids=ids)
 def test_it_converges(member, problem):
     run = Run(member, problem)
-    steps, reached = member.reaches[problem]
-    assert run.problem.loss(run.point()).item() > reached
+    steps, loss = member.reaches[problem]
+    assert run.problem.loss(run.point()).item() > loss
     run.steps(steps)
-    assert run.problem.loss(run.point()).item() < reached
+    assert run.problem.loss(run.point()).item() < loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -110,8 +110,8 @@ def test_a_start_that_is_not_finite_changes_nothing(member):
     run = Run(member, "network")
     run.steps(2)
     point, state = run.point().detach().clone(), run.save().getvalue()
-    factor = torch.tensor(float("nan"), dtype=torch.float64)
-    broken = run.problem.closure(run.optimizer, lambda: run.point() * factor)
+    nan = torch.tensor(float("nan"), dtype=torch.float64)
+    broken = run.problem.closure(run.optimizer, lambda: run.point() * nan)
     with pytest.raises(FloatingPointError, match="must be finite.*nothing is changed"):
         run.optimizer.step(broken)
     assert torch.equal(run.point(), point)
@@ -120,11 +120,11 @@ def test_a_start_that_is_not_finite_changes_nothing(member):
 
 @pytest.mark.parametrize("member", OPTIMIZERS, ids=str)
 def test_a_gradient_scaler_is_refused(member):
-    """Given the closure by position, as accelerate does, it would have them step on scaled gradients."""
+    """A scaler that gets the closure by position, as from accelerate, would step on scaled gradients."""
     run = Run(member, "network")
     run.steps(1)
     point, scaler = run.point().detach().clone(), torch.amp.GradScaler("cpu")
-    scaler.scale(torch.ones(()))  # which makes the scale
+    scaler.scale(torch.ones(()))  # creates the scale
     with pytest.raises(ValueError, match=f"{type(run.optimizer).__name__} must be stepped without a gradient scaler"):
         scaler.step(run.optimizer, run.closure)
     assert torch.equal(run.point(), point)

@@ -1,4 +1,4 @@
-"""P-BFGS: what a step evaluates and where it ends, and the rules where the paper leaves a choice."""
+"""P-BFGS: what a step evaluates and where it ends, and the rules that the paper leaves open."""
 
 import pytest
 import scipy.optimize
@@ -9,7 +9,7 @@ from tests.optim.problems import Closure, quadratic, quadratic_matrix, rosenbroc
 
 
 def exact(evaluate, loss, slope) -> Step:
-    """The minimum along the line, where the loss is quadratic: phi(a) = loss + slope a + b a^2."""
+    """The minimum along the line of a quadratic loss: phi(a) = loss + slope a + b a^2."""
     b = evaluate(1.0) - loss - slope
     alpha = -slope / (2 * b)
     return Step(alpha, evaluate(alpha), 2)
@@ -20,7 +20,7 @@ def exact(evaluate, loss, slope) -> Step:
 
 @pytest.mark.parametrize("curvature", ["same_batch", "next_batch"])
 def test_d_exact_steps_solve_a_quadratic(curvature):
-    """With an exact search BFGS from I makes conjugate directions: d steps, after which B is the inverse Hessian."""
+    """With an exact search BFGS from I takes conjugate directions: d steps suffice, then B is the inverse Hessian."""
     x = vector(*[0.0] * 6)
     optimizer = PBFGS([x], search=exact, curvature=curvature)
     closure = Closure(x, quadratic)
@@ -32,20 +32,20 @@ def test_d_exact_steps_solve_a_quadratic(curvature):
         assert (optimizer.state[x]["B"] @ A - torch.eye(6)).abs().max().item() < 1e-5
 
 
-def test_its_minimum_is_scipys():
+def test_scipy_finds_the_same_minimum():
     start = [1.3, 0.7, 0.8, 1.9]
     x = vector(*start)
     optimizer = PBFGS([x])
     for _ in range(80):
         optimizer.step(Closure(x, rosenbrock))
-    found = scipy.optimize.minimize(
+    expected = scipy.optimize.minimize(
         lambda w: rosenbrock(torch.tensor(w)).item(), start, jac=scipy.optimize.rosen_der, method="BFGS"
     )
-    assert found.fun < 1e-9
-    assert x.tolist() == pytest.approx(found.x, abs=1e-6)
+    assert expected.fun < 1e-9
+    assert x.tolist() == pytest.approx(expected.x, abs=1e-6)
 
 
-def test_two_curvatures_are_one_where_there_is_one_batch():
+def test_both_curvatures_agree_on_one_batch():
     ends = []
     for curvature in ("same_batch", "next_batch"):
         x = vector(-1.2, 1.0)
@@ -74,7 +74,7 @@ def steep(x):
     ],
 )
 def test_what_a_step_evaluates(curvature, loss, calls):
-    """6 times the identity takes alpha <= 0.2, the fourth trial."""
+    """The Hessian 6 I needs alpha <= 0.2, the fourth trial."""
     x = vector(1.0, 2.0)
     closure = Closure(x, loss)
     PBFGS([x], curvature=curvature).step(closure)
@@ -95,14 +95,14 @@ def test_a_closure_that_always_calls_backward_costs_more():
     assert torch.equal(*ends)
 
 
-def test_another_error_of_a_trial_is_passed_on_and_theta_d_stays():
+def test_another_error_in_a_trial_is_raised_and_theta_d_is_unchanged():
     x = vector(1.0, 2.0)
-    whole = Closure(x, steep)
+    evaluate = Closure(x, steep)
 
     def closure():
-        if len(whole.calls) == 2:
+        if len(evaluate.calls) == 2:
             raise RuntimeError("out of something")
-        return whole()
+        return evaluate()
 
     with pytest.raises(RuntimeError, match="out of something"):
         PBFGS([x]).step(closure)
@@ -119,7 +119,7 @@ def test_step_returns_the_loss_before_it():
 
 
 def only_at(x, point, loss):
-    """NaN but at one point."""
+    """The loss at one point, NaN everywhere else."""
     return loss(x) if torch.equal(x.detach(), torch.tensor(point, dtype=x.dtype)) else loss(x) * float("nan")
 
 
@@ -130,7 +130,7 @@ def test_no_step_along_the_negative_gradient():
     with pytest.warns(UserWarning, match="No step along the negative gradient lowered the loss enough in 3 trials"):
         optimizer.step(closure)
     assert x.tolist() == [1.0, 2.0]
-    optimizer.step(closure)  # warns of the first in a row only
+    optimizer.step(closure)  # only the first in a row warns
     state = optimizer.state[x]
     assert (state["stuck"], state["alpha"], state["trials"], state["resets"]) == (2, 0.0, 3, 0)
     optimizer.step(Closure(x, flat))
@@ -138,7 +138,7 @@ def test_no_step_along_the_negative_gradient():
 
 
 @pytest.mark.parametrize("curvature", ["same_batch", "next_batch"])
-def test_no_step_along_another_direction_makes_B_the_identity_again(curvature):
+def test_no_step_along_another_direction_resets_B(curvature):
     x = vector(1.0, 2.0)
     optimizer = PBFGS([x], search=Armijo(max_trials=3), curvature=curvature)
     for _ in range(2):
@@ -152,12 +152,12 @@ def test_no_step_along_another_direction_makes_B_the_identity_again(curvature):
     assert "s" not in state
 
 
-@pytest.mark.parametrize("spoiled", [-1.0, 0.0, float("nan"), float("inf")])
-def test_a_lost_B_is_the_identity_again(spoiled):
+@pytest.mark.parametrize("error", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_B_without_descent_is_reset(error):
     x = vector(1.0, 2.0)
     optimizer, fresh = PBFGS([x]), vector(1.0, 2.0)
     optimizer.step(Closure(x, flat))
-    optimizer.state[x]["B"] *= spoiled
+    optimizer.state[x]["B"] *= error
     fresh.data.copy_(x)
     optimizer.step(Closure(x, flat))
     PBFGS([fresh]).step(Closure(fresh, flat))
@@ -165,7 +165,7 @@ def test_a_lost_B_is_the_identity_again(spoiled):
     assert optimizer.state[x]["resets"] == 1
 
 
-def test_a_zero_gradient_is_the_end():
+def test_a_zero_gradient_ends_the_step():
     x = vector(0.0, 0.0)
     optimizer, closure = PBFGS([x]), Closure(x, flat)
     optimizer.step(closure)
@@ -173,8 +173,8 @@ def test_a_zero_gradient_is_the_end():
     assert x.tolist() == [0.0, 0.0]
 
 
-def test_rounding_of_the_loss_stops_nothing():
-    """In float32 around a loss of 100 no decrease can be seen where the gradient is still 1e-3."""
+def test_rounding_of_the_loss_stops_no_step():
+    """Near a loss of 100 in float32, rounding hides the decrease while the gradient is still 1e-3."""
     x = vector(*[0.0] * 6, dtype=torch.float32)
     optimizer = PBFGS([x])
     for _ in range(30):
@@ -190,7 +190,10 @@ def test_rounding_of_the_loss_stops_nothing():
     [
         ([vector(1.0), vector(2.0)], "theta_d alone, one vector in one group, got 2 parameters.*modules_to_save"),
         ([{"params": [vector(1.0)]}, {"params": [vector(1.0)]}], "got 1 parameters in group 2"),
-        ([{"params": [vector(1.0)]}, {"params": []}], "got an empty group, as transformers' Trainer.*SubspaceTrainer"),
+        (
+            [{"params": [vector(1.0)]}, {"params": []}],
+            "got an empty group, such as transformers' Trainer.*SubspaceTrainer",
+        ),
         ([torch.nn.Parameter(torch.zeros(2, 2))], "must be given a vector, got shape \\[2, 2\\]; flatten it"),
         ([vector(1.0, dtype=torch.bfloat16)], "float32 or float64, got torch.bfloat16"),
         ([("theta_d", vector(1.0, dtype=torch.float16))], "got torch.float16"),
@@ -222,9 +225,9 @@ def test_arguments():
         (lambda x: x.detach().sum(), ValueError, "must leave a gradient"),
     ],
 )
-def test_closures_that_do_not_do_their_part(returned, error, message):
+def test_closures_that_return_or_leave_too_little(returned, error, message):
     x = vector(1.0, 2.0)
-    x.grad = torch.ones_like(x)  # left from elsewhere, and not taken for this one's
+    x.grad = torch.ones_like(x)  # from elsewhere: it must not count as the closure's
     with pytest.raises(error, match=message):
         PBFGS([x]).step(lambda: returned(x))
     assert x.tolist() == [1.0, 2.0]

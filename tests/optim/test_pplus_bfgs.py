@@ -1,4 +1,4 @@
-"""P+-BFGS: equation (14), a step inside the subspace and one outside of it."""
+"""P+-BFGS: a step inside the subspace and one outside of it (Li et al. 2021, section 4.4)."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def columns() -> torch.Tensor:
 
 
 def test_a_step_of_pplus_is_the_papers():
-    """w + P s - lr m, s that of P-BFGS in the subspace, m the momentum of the gradient outside of it."""
+    """w + P s - lr m, s the step of P-BFGS in the subspace, m the momentum of the gradient outside of it."""
     P, lr, momentum = columns(), 0.02, 0.7
     weights, theta_d = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)), vector(0.0, 0.0)
     optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x], lr=lr, momentum=momentum)
@@ -29,7 +29,7 @@ def test_a_step_of_pplus_is_the_papers():
         optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + P @ theta_d))
         torch.testing.assert_close(theta_d, alone)
         torch.testing.assert_close(weights, base - lr * m)
-        assert (P.T @ weights).abs().max().item() < 1e-12  # the subspace is theta_d's alone
+        assert (P.T @ weights).abs().max().item() < 1e-12  # only theta_d moves in the subspace
 
 
 def test_pplus_steps_outside_where_there_is_no_step_inside():
@@ -64,5 +64,5 @@ def test_pplus_needs_a_gradient_on_every_weight():
     P, theta_d = columns(), vector(0.0, 0.0)
     weights = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
     optimizer = PPlusBFGS([theta_d], [weights], lambda x: [P @ x])
-    with pytest.raises(ValueError, match="none is on one|there is none on one of shape \\[6\\]"):
+    with pytest.raises(ValueError, match="every parameter of PPlusBFGS, one of shape \\[6\\] has none"):
         optimizer.step(Closure(theta_d, lambda x: quadratic(P @ x)))

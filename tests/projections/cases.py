@@ -6,7 +6,7 @@ from subspace_peft.projections import PROJECTIONS, TensorRows
 
 
 def make(name, n, d, nnz=None, /, **changes):
-    """A projection of that size; what d means for identity follows from n."""
+    """A projection of that size; identity takes its d from n."""
     generator = torch.Generator().manual_seed(n + d)
     if name == "basis":
         changes["given"] = torch.randn(n, d, generator=generator)

@@ -1,4 +1,4 @@
-"""What every member of PROJECTIONS keeps. A new one is tested by being listed there."""
+"""The promises of every member of PROJECTIONS. A new member is tested by being listed there."""
 
 import copy
 import pickle
@@ -42,8 +42,8 @@ def test_column_norms_of_cropped_blocks(name, nnz, n, monkeypatch):
     projection = make(name, n, 1000, nnz)
     expected = explicit(projection).square().sum(0)
     torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
-    monkeypatch.setattr("subspace_peft.projections.fastfood.PAIRS", 2**12)
-    monkeypatch.setattr("subspace_peft.projections.blocks.ROWS", 2**14)
+    monkeypatch.setattr("subspace_peft.projections.fastfood.MAX_PAIRS", 2**12)
+    monkeypatch.setattr("subspace_peft.projections.blocks.SQUARES_AT_A_TIME", 2**14)
     torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
 
 
@@ -58,7 +58,7 @@ def test_linear_with_exact_adjoint(name, n, d, seed):
         torch.testing.assert_close(projection(z[0] - 2 * z[1]), y[0] - 2 * y[1], rtol=0, atol=tolerance * 100 * d**0.5)
         up, down = y[0].double(), projection.transpose(g).double()
         error = up @ g.double() - z[0].double() @ down
-        # P z may be near zero by cancellation (n = 1), but then P^T g is not
+        # cancellation may bring P z near zero (n = 1), but then P^T g is not small
         size = max(up.norm() * g.double().norm(), z[0].double().norm() * down.norm())
         assert error.abs() <= tolerance * size
 
@@ -69,7 +69,7 @@ def test_batched(case):
     z, g = random(2, 3, projection.rows.d), random(2, 3, projection.rows.n)
     torch.testing.assert_close(projection(z)[1, 2], projection(z[1, 2]))
     torch.testing.assert_close(projection.transpose(g)[1, 2], projection.transpose(g[1, 2]))
-    # strided, and expanded as by the backward of a sum
+    # strided, and expanded as in the backward pass of a sum
     torch.testing.assert_close(projection(z.transpose(0, 1)), projection(z).transpose(0, 1))
     torch.testing.assert_close(
         projection(random(projection.rows.d, 2).T)[1], projection(random(projection.rows.d, 2)[:, 1])
@@ -88,7 +88,7 @@ def test_half_precision_is_computed_in_float32(case, dtype):
     assert torch.equal(projection.transpose(g), projection.transpose(g.float()).to(dtype))
 
 
-# forward mode scripts its decompositions
+# torch's forward mode compiles its decompositions with torch.jit
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_derivatives(case):
@@ -123,7 +123,7 @@ def test_gradgradcheck(name):
 def test_compiles(case):
     projection = make(*case)
     z = random(projection.rows.d).requires_grad_()
-    expected = torch.autograd.grad(projection(z).square().sum(), z)  # also draws the state
+    expected = torch.autograd.grad(projection(z).square().sum(), z)  # draws the state before compiling
     compiled = torch.compile(lambda z: projection(z).square().sum(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z), expected)
     torch._dynamo.reset()
@@ -140,7 +140,7 @@ def test_saves_nothing_for_backward(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cache_changes_no_bit_and_no_copy_carries_it(case):
+def test_cache_changes_no_bit_and_copies_leave_it_out(case):
     projection, redrawn = make(*case), make(*case, cache=False)
     z, g = random(projection.rows.d, dtype=torch.float32), random(projection.rows.n, dtype=torch.float32)
     y, x = projection(z), projection.transpose(g)
@@ -178,11 +178,11 @@ def test_depends_on_seed_and_name_alone(name, n, d):
 
 @pytest.mark.parametrize("name", ["fastfood", "fastjl"])
 @pytest.mark.parametrize(("n", "d"), [(3000, 37), (3000, 170), (700, 1000), (2500, 2100)])
-def test_pieces_change_nothing(name, n, d, monkeypatch):
+def test_chunks_change_nothing(name, n, d, monkeypatch):
     z, g = random(2, d), random(2, n)
     projection = make(name, n, d)
     y, x = projection(z), projection.transpose(g)
-    monkeypatch.setattr("subspace_peft.projections.blocks.CHUNK", 600)
+    monkeypatch.setattr("subspace_peft.projections.blocks.ENTRIES_AT_A_TIME", 600)
     torch.testing.assert_close(projection(z), y)
     torch.testing.assert_close(projection.transpose(g), x)
     torch.testing.assert_close(projection(z[0]), y[0])

@@ -1,8 +1,8 @@
 """The exact P of every random projection, for good: a file written today must load in ten years.
 
-`golden/projections.safetensors` holds, for each case, some rows of P, and the state of the generator. It is never
-rewritten. Where P must change, the class gets the next projection version and goes on drawing the old one; then
-`python tests/projections/test_golden.py 2` adds the cases of version 2 beside the others.
+`golden/projections.safetensors` holds some rows of P for each case, and some numbers of the generator. It is never
+rewritten. If P must change, its class gets the next projection version and can still draw the old one; then
+`python tests/projections/test_golden.py 2` adds the cases of version 2 to the file.
 """
 
 import sys
@@ -22,7 +22,7 @@ SIZES = [(6, 3), (40, 170), (2400, 50), (700, 170), (300, 600)]  # (n, d)
 CASES = [(name, n, d, None) for name in ("dense", "sparse", "fastfood", "fastjl") for n, d in SIZES]
 CASES += [(name, 120, 5000, None) for name in ("fastfood", "fastjl")]
 CASES += [(name, n, d, 4) for name in ("sparse", "fastjl") for n, d in ((40, 170), (300, 600))]
-ROWS = 4  # kept of each P: the first and the last ones
+ROWS = 4  # of each P that the file holds: the first two and the last two
 PHILOX = Philox(2**40, "encoder.layers.0.weight", "golden")
 DRAWS = {
     "bits": lambda: PHILOX.bits(0, 64),
@@ -36,11 +36,11 @@ DRAWS = {
 
 def rows(name, n, d, nnz, version):
     """The first and the last rows of P, float32 [4 or fewer, d]."""
-    block = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version)
-    kept = sorted({*range(n)[: ROWS // 2], *range(n)[-ROWS // 2 :]})
-    unit = torch.zeros(len(kept), n, dtype=torch.float64)
-    unit[range(len(kept)), kept] = 1
-    return PROJECTIONS[name](block).transpose(unit).float()
+    tensor_rows = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version)
+    positions = sorted({*range(n)[: ROWS // 2], *range(n)[-ROWS // 2 :]})
+    unit = torch.zeros(len(positions), n, dtype=torch.float64)
+    unit[range(len(positions)), positions] = 1
+    return PROJECTIONS[name](tensor_rows).transpose(unit).float()
 
 
 def key(name, n, d, nnz, version):
@@ -66,7 +66,7 @@ def test_generator(golden, draw):
 def test_projection(golden, case):
     for version in range(1, PROJECTIONS[case[0]].VERSION + 1):
         expected = golden[key(*case, version)]
-        if case[0] == "fastfood":  # sums, in an order of the machine's choice; its numbers are compared below
+        if case[0] == "fastfood":  # its sums depend on the machine's order of addition; its normals are compared above
             torch.testing.assert_close(rows(*case, version), expected, rtol=1e-6, atol=1e-6)
         else:
             assert torch.equal(rows(*case, version), expected)
@@ -78,11 +78,13 @@ def test_golden_file_is_complete(golden):
 
 
 def add(version: int) -> None:
-    """Writes the cases of a version that is not in the file yet."""
+    """Add the cases of a version that is not in the file yet."""
     tensors = stored() if FILE.exists() else {f"philox/{name}": draw() for name, draw in DRAWS.items()}
     new = {key(*case, version): rows(*case, version) for case in CASES if version <= PROJECTIONS[case[0]].VERSION}
     if tensors.keys() & new.keys():
-        raise SystemExit(f"version {version} is fixed in {FILE.name} already; a change of P needs the next version.")
+        raise SystemExit(
+            f"version {version} is already in {FILE.name} and never changes; a change of P needs the next version."
+        )
     save_file(tensors | {name: tensor.contiguous() for name, tensor in new.items()}, FILE)
 
 

@@ -1,4 +1,4 @@
-"""Identity: theta_d is cut once for all tensors, whatever becomes of it between two uses."""
+"""Identity: theta_d is split once for all tensors, and again after every change."""
 
 import copy
 import pickle
@@ -36,8 +36,8 @@ GRADIENT = torch.tensor([2.0] * 3 + [4.0] * 4 + [6.0] * 2)
 
 def test_one_backward_for_all_tensors():
     theta_d, parts = vector(), projections()
-    pieces = [part(theta_d) for part in parts]
-    assert len({piece.grad_fn for piece in pieces}) == 1
+    entries = [part(theta_d) for part in parts]
+    assert len({tensor.grad_fn for tensor in entries}) == 1
     square(parts, theta_d).backward()
     torch.testing.assert_close(theta_d.grad, GRADIENT * theta_d.detach())
 
@@ -52,12 +52,12 @@ def test_one_backward_for_all_tensors():
         lambda theta_d: None,
     ],
 )
-def test_what_changed_theta_d_is_seen(change):
+def test_every_change_of_theta_d_is_seen(change):
     theta_d, parts = vector(), projections()
     square(parts, theta_d).backward()
     change(theta_d)
     theta_d.grad = None
-    for _ in range(2):  # gradients add up
+    for _ in range(2):  # gradients accumulate
         square(parts, theta_d).backward()
     torch.testing.assert_close(theta_d.grad, 2 * GRADIENT * theta_d.detach())
 
@@ -78,8 +78,8 @@ def test_derivatives_of_higher_order_and_under_transforms():
     (first,) = torch.autograd.grad(square(parts, theta_d), theta_d, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), theta_d)
     torch.testing.assert_close(second, GRADIENT)
-    found = torch.func.grad(lambda x: square(parts, x))(theta_d)
-    torch.testing.assert_close(found, first)
+    gradient = torch.func.grad(lambda x: square(parts, x))(theta_d)
+    torch.testing.assert_close(gradient, first)
     rows = torch.func.vmap(lambda x: parts[1](x))(torch.stack([theta_d.detach(), -theta_d.detach()]))
     assert torch.equal(rows, torch.stack([theta_d[3:7], -theta_d[3:7]]).detach())
 
@@ -96,7 +96,7 @@ def test_checkpointed_parts(reentrant):
     torch.testing.assert_close(theta_d.grad, GRADIENT * theta_d.detach())
 
 
-def test_copies_are_cut_anew():
+def test_copies_split_for_themselves():
     theta_d, parts = vector(), projections()
     square(parts, theta_d)
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
@@ -113,16 +113,16 @@ def test_a_backward_makes_no_vector_of_D_for_each_tensor():
     with torch.no_grad():
         model(x)
     whole = loss(model, x)
-    made = []
+    vectors = []
 
     class Watch(Allocations):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if isinstance(out, torch.Tensor) and out.shape == (D,):
-                made.append(func)
+                vectors.append(func)
             return out
 
     with Watch():
         whole.backward()
-    assert len(made) <= 3
+    assert len(vectors) <= 3
     assert theta_d(model).grad.shape == (D,)

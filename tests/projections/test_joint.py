@@ -1,4 +1,4 @@
-"""Small tensors made together: the same P, seen anew whatever becomes of theta_d between two uses."""
+"""Small tensors computed together: the same P, computed again after every change of theta_d."""
 
 import copy
 import gc
@@ -18,34 +18,34 @@ from tests.projections.cases import explicit, random
 D = 70
 SIZES = [300, 5, 128, 1, 1000, 64]
 KINDS = [("fastfood", None), ("fastjl", None), ("sparse", None), ("sparse", 3)]
-FACTORS = [0.5, torch.linspace(1, 2, D)]
+SCALES = [0.5, torch.linspace(1, 2, D)]
 
 
 def members(name, nnz=None, d=D, sizes=SIZES, **changes):
-    made = [
+    projections = [
         PROJECTIONS[name](TensorRows(**{"name": str(i), "n": n, "d": d, "nnz_per_row": nnz} | changes))
         for i, n in enumerate(sizes)
     ]
-    return made, PROJECTIONS[name].together(made)
+    return projections, PROJECTIONS[name].together(projections)
 
 
 def vector() -> nn.Parameter:
     return nn.Parameter(random(D, dtype=torch.float32))
 
 
-def square(parts, joint_cache, theta_d, factor=0.5):
-    """A sum over the tensors, made as layers make it: each asks for z and for its own tensor."""
+def square(parts, joint_cache, theta_d, scale=0.5):
+    """A sum over the tensors, computed as layers do: each asks for z and for the entries of one tensor."""
     total = 0
     for i, part in enumerate(parts):
-        z = joint_cache.normalised(theta_d, factor)
-        total = total + (i + 1) * part(theta_d * factor if z is None else z).square().sum()
+        z = joint_cache.normalised(theta_d, scale)
+        total = total + (i + 1) * part(theta_d * scale if z is None else z).square().sum()
     return total
 
 
-def expected(parts, theta_d, factor=0.5):
-    """The same from the matrices, and its gradient."""
+def expected(parts, theta_d, scale=0.5):
+    """The same sum from the matrices, and its gradient."""
     x = theta_d.detach().double().requires_grad_()
-    total = sum((i + 1) * (explicit(part) @ (x * factor)).square().sum() for i, part in enumerate(parts))
+    total = sum((i + 1) * (explicit(part) @ (x * scale)).square().sum() for i, part in enumerate(parts))
     return total, torch.autograd.grad(total, x)[0].float()
 
 
@@ -59,29 +59,31 @@ def alone(parts):
 @pytest.mark.parametrize("d", [1, D, 200, 2100])
 @pytest.mark.parametrize(("name", "nnz"), KINDS)
 def test_the_same_numbers_as_alone(name, nnz, d):
-    """Up to float32: few rows of P are held in it."""
+    """Up to float32, in which a small P is held."""
     parts, joint_cache = members(name, nnz if d > 1 else None, d)
-    (one,) = joint_cache.joints
+    (joint_map,) = joint_cache.joints
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-1)):
         z = random(2, 3, d, dtype=dtype)
-        whole = one.apply(z)
+        whole = joint_map.apply(z)
         assert whole.dtype == dtype
-        for part, piece in zip(alone(parts), whole.split([n for e in one.extents for n in e], -1)[::2], strict=True):
-            torch.testing.assert_close(piece, part(z), rtol=tolerance, atol=tolerance * d**0.5)
+        entries = whole.split([n for extent in joint_map.extents for n in extent], -1)[::2]
+        for part, y in zip(alone(parts), entries, strict=True):
+            torch.testing.assert_close(y, part(z), rtol=tolerance, atol=tolerance * d**0.5)
     g = random(2, 3, whole.shape[-1])
-    torch.testing.assert_close((one.apply(random(2, 3, d)) * g).sum(), (random(2, 3, d) * one.adjoint(g)).sum())
+    z = random(2, 3, d)
+    torch.testing.assert_close((joint_map.apply(z) * g).sum(), (z * joint_map.adjoint(g)).sum())
 
 
-@pytest.mark.parametrize("factor", FACTORS, ids=["rows", "columns"])
+@pytest.mark.parametrize("scale", SCALES, ids=["rows", "columns"])
 @pytest.mark.parametrize(("name", "nnz"), KINDS)
-def test_gradients(name, nnz, factor):
+def test_gradients(name, nnz, scale):
     parts, joint_cache = members(name, nnz)
     theta_d = vector()
-    total, gradient = expected(alone(parts), theta_d, factor)
-    for times in (1, 2, 3):  # gradients add up, each through the same graph
-        found = square(parts, joint_cache, theta_d, factor)
-        found.backward()
-        torch.testing.assert_close(found, total.float())
+    total, gradient = expected(alone(parts), theta_d, scale)
+    for times in (1, 2, 3):  # gradients accumulate, each through the same graph
+        square_sum = square(parts, joint_cache, theta_d, scale)
+        square_sum.backward()
+        torch.testing.assert_close(square_sum, total.float())
         torch.testing.assert_close(theta_d.grad, times * gradient, rtol=1e-4, atol=1e-3)
 
 
@@ -96,7 +98,7 @@ def test_gradients(name, nnz, factor):
         lambda theta_d: None,
     ],
 )
-def test_what_changed_theta_d_is_seen(change):
+def test_every_change_of_theta_d_is_seen(change):
     parts, joint_cache = members("fastjl")
     theta_d = vector()
     square(parts, joint_cache, theta_d).backward()
@@ -107,7 +109,7 @@ def test_what_changed_theta_d_is_seen(change):
     torch.testing.assert_close(theta_d.grad, gradient, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
-def test_what_else_changes():
+def test_other_vectors_scales_and_modes():
     parts, joint_cache = members("fastjl")
     one, other = vector(), nn.Parameter(torch.ones(D))
     z = joint_cache.normalised(one, 0.5)
@@ -115,7 +117,7 @@ def test_what_else_changes():
     assert parts[0](z).grad_fn is not None
     assert torch.equal(joint_cache.normalised(other, 0.5), torch.full((D,), 0.5))
     assert torch.equal(joint_cache.normalised(other, 0.25), torch.full((D,), 0.25))
-    assert parts[0].joint_cache.piece(z, parts[0]) is None
+    assert parts[0].joint_cache.entries(z, parts[0]) is None
     with torch.no_grad():
         assert not joint_cache.normalised(other, 0.25).requires_grad
     with torch.inference_mode():
@@ -126,19 +128,19 @@ def test_what_else_changes():
     assert not joint_cache.normalised(other, 0.25).requires_grad
 
 
-def test_under_transforms_nothing_is_kept():
+def test_transforms_bypass_the_cache():
     parts, joint_cache = members("fastfood")
     theta_d = vector()
-    found = torch.func.grad(lambda x: square(parts, joint_cache, x))(theta_d.detach())
-    torch.testing.assert_close(found, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
+    gradient = torch.func.grad(lambda x: square(parts, joint_cache, x))(theta_d.detach())
+    torch.testing.assert_close(gradient, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
     x = torch.ones(())
     torch.func.grad(lambda x: (x * square(parts, joint_cache, theta_d)).sum())(x)
     torch.func.vmap(lambda x: x * square(parts, joint_cache, theta_d))(torch.ones(3))
     square(parts, joint_cache, theta_d).backward()
-    torch.testing.assert_close(theta_d.grad, found, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(theta_d.grad, gradient, rtol=1e-4, atol=1e-3)
     (first,) = torch.autograd.grad(square(parts, joint_cache, theta_d), theta_d, create_graph=True)
     (second,) = torch.autograd.grad(first @ theta_d.detach(), theta_d)
-    torch.testing.assert_close(second, first.detach(), rtol=1e-4, atol=1e-3)  # of a quadratic form
+    torch.testing.assert_close(second, first.detach(), rtol=1e-4, atol=1e-3)  # the sum is a quadratic form
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -154,7 +156,7 @@ def test_checkpointed_parts(reentrant):
     torch.testing.assert_close(theta_d.grad, expected(alone(parts), theta_d)[1], rtol=1e-4, atol=1e-3)
 
 
-def test_copies_are_made_anew():
+def test_copies_have_a_cache_of_their_own():
     parts, joint_cache = members("fastjl")
     square(parts, joint_cache, vector())
     for twins in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
@@ -165,14 +167,14 @@ def test_copies_are_made_anew():
         torch.testing.assert_close(other.grad, expected(alone(parts), other)[1], rtol=1e-4, atol=1e-3)
 
 
-def test_what_is_kept_goes_with_the_model():
-    """A graph that led back to what is kept of it would never be collected."""
+def test_the_cache_is_freed_with_the_model():
+    """A graph that led back to the cache that holds it would never be collected."""
     parts, joint_cache = members("fastjl")
     square(parts, joint_cache, vector()).backward()
-    gone = weakref.ref(joint_cache)
+    reference = weakref.ref(joint_cache)
     del parts, joint_cache
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_another_dtype_or_graph_is_seen():
@@ -184,7 +186,7 @@ def test_another_dtype_or_graph_is_seen():
     theta_d.data = theta_d.data.float()
     square(parts, joint_cache, theta_d)
     theta_d.data = theta_d.data.double()
-    theta_d.data = theta_d.data.float()  # with each change of the dtype gradients end in another node
+    theta_d.data = theta_d.data.float()  # each change of the dtype makes another node in which gradients end
     node = torch.autograd.graph.get_gradient_edge(theta_d).node
     node.register_hook(lambda *_: fired.append(1))
     square(parts, joint_cache, theta_d).backward()
@@ -201,18 +203,18 @@ def test_a_nan_is_the_same_number(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fastfood", "fastjl", "sparse"])
-def test_without_the_cache_nothing_of_P_is_kept(name):
-    found = []
+def test_without_the_cache_no_state_is_held(name):
+    gradients = []
     for cache in (True, False):
         parts, joint_cache = members(name, cache=cache)
         theta_d = vector()
         square(parts, joint_cache, theta_d).backward()
-        found.append(theta_d.grad)
-        assert [bool(one._drawn) for one in joint_cache.joints] == [cache]
-    assert torch.equal(*found)
+        gradients.append(theta_d.grad)
+        assert [bool(joint_map._drawn) for joint_map in joint_cache.joints] == [cache]
+    assert torch.equal(*gradients)
 
 
-def test_a_z_serves_the_mode_it_was_made_in():
+def test_entries_are_those_of_the_grad_mode():
     parts, joint_cache = members("fastjl")
     theta_d = vector()
     z = joint_cache.normalised(theta_d, 0.5)
@@ -221,7 +223,7 @@ def test_a_z_serves_the_mode_it_was_made_in():
     assert parts[0](z).requires_grad
 
 
-def test_what_is_handed_out_is_a_copy():
+def test_the_caller_gets_a_copy():
     parts, joint_cache = members("fastjl")
     with torch.no_grad():
         z = joint_cache.normalised(vector(), 0.5)
@@ -231,18 +233,18 @@ def test_what_is_handed_out_is_a_copy():
         torch.testing.assert_close(parts[0](z), expected)
 
 
-def test_who_is_made_together(monkeypatch):
-    monkeypatch.setattr(joint, "SMALL", 500)
-    monkeypatch.setattr(joint, "TOGETHER", 300)
-    monkeypatch.setattr(joint, "KEPT", 900)
+def test_which_tensors_join(monkeypatch):
+    monkeypatch.setattr(joint, "MEMBER_ENTRIES", 500)
+    monkeypatch.setattr(joint, "JOINT_ENTRIES", 300)
+    monkeypatch.setattr(joint, "CACHE_ENTRIES", 900)
     parts, joint_cache = members("sparse", sizes=[100, 501, 150, 40, 200, 100, 500, 7])
-    assert [[part.rows.n for part in one.members] for one in joint_cache.joints] == [[100, 150, 40], [200, 100]]
-    assert not {part for one in joint_cache.joints for part in one.members} & set(parts)
+    assert [[part.rows.n for part in each.members] for each in joint_cache.joints] == [[100, 150, 40], [200, 100]]
+    assert not {part for each in joint_cache.joints for part in each.members} & set(parts)
     assert [part.rows.n for part in parts if part.joint_cache is None] == [501, 500, 7]
     assert members("sparse", sizes=[100, 501])[1] is None
     assert members("sparse", given=(torch.zeros(1),))[1] is None
     assert members("sparse", d=395, sizes=[50, 60])[1] is not None
-    assert members("sparse", d=396, sizes=[50, 60])[1] is None  # z is kept too
+    assert members("sparse", d=396, sizes=[50, 60])[1] is None  # z is held too
     assert members("fastjl", 2)[1] is None
     assert members("dense")[1] is None
 
@@ -253,9 +255,9 @@ def test_a_step_of_a_model_applies_each_joint_once(name, monkeypatch):
     model = wrap(case, projection=name)
     calls = []
     kind = type(next(m for m in model.modules() if hasattr(m, "joint_caches")).joint_caches["default"].joints[0])
-    for way in ("apply", "adjoint"):
-        before = getattr(kind, way)
-        monkeypatch.setattr(kind, way, lambda self, x, way=way, before=before: calls.append(way) or before(self, x))
+    for method in ("apply", "adjoint"):
+        f = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda self, x, method=method, f=f: calls.append(method) or f(self, x))
     loss(model, case.batch()).backward()
     assert calls == ["apply", "adjoint"]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What single members of PROJECTIONS promise beyond the conformance matrix."""
+"""Promises of single members of PROJECTIONS, beyond the conformance matrix."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.projections.cases import explicit, make, random
 
 
 def coherence(P):
-    """|cosines| of pairs of rows, and the largest share of the pairs above 5 / sqrt(d)."""
+    """The absolute cosines of all pairs of rows."""
     rows = P / P.norm(dim=1, keepdim=True)
     return (rows @ rows.T)[*torch.triu_indices(len(P), len(P), 1)].abs()
 
@@ -21,13 +21,13 @@ def test_dense_is_normal_and_its_columns_are_nested(monkeypatch):
     assert stats.kstest(P.flatten().numpy(), "norm").pvalue > 1e-3
     assert torch.equal(explicit(make("dense", 500, 25)), P[:, :25])
     assert torch.equal(explicit(make("dense", 123, 60)), P[:123])
-    monkeypatch.setattr("subspace_peft.projections.dense.PIECE", 1000)
+    monkeypatch.setattr("subspace_peft.projections.dense.ENTRIES_AT_A_TIME", 1000)
     assert torch.equal(explicit(make("dense", 500, 60)), P)
 
 
 def test_dense_beyond_the_limit_is_not_held(monkeypatch):
     z, g = random(60), random(500)
-    monkeypatch.setattr("subspace_peft.projections.dense.PIECE", 1000)
+    monkeypatch.setattr("subspace_peft.projections.dense.ENTRIES_AT_A_TIME", 1000)
     held = make("dense", 500, 60)
     y, x = held(z), held.transpose(g)
     assert len(held._drawn[z.device]) == 32
@@ -52,16 +52,16 @@ def test_sparse_is_balanced(n, d, nnz):
     assert abs(P.sum()) < 4 * (n * nnz) ** 0.5
 
 
-def test_sparse_draws_piece_by_piece(monkeypatch):
+def test_sparse_drawn_in_parts_is_the_same(monkeypatch):
     P = explicit(make("sparse", 1000, 37, 3))
-    monkeypatch.setattr("subspace_peft.projections.sparse.PIECE", 100)
+    monkeypatch.setattr("subspace_peft.projections.sparse.ENTRIES_AT_A_TIME", 100)
     assert torch.equal(explicit(make("sparse", 1000, 37, 3)), P)
 
 
 @pytest.mark.parametrize("d", [10, 170, 290, 400])
 @pytest.mark.parametrize("name", ["fastfood", "fastjl"])
 def test_blocks_hold_at_most_8_bytes_an_entry(name, d):
-    """Over a whole network: of a bias that is small beside d more is held than 8 bytes an entry."""
+    """Over a whole network, because a bias much smaller than d alone needs more."""
     lenet = [150, 6, 2400, 16, 30720, 120, 10080, 84, 840, 10]
     held = 0
     for n in lenet:
@@ -87,12 +87,12 @@ def test_every_tensor_reads_every_coordinate():
     for name in ("dense", "fastfood", "fastjl", "basis"):
         assert (explicit(make(name, 3, 200)) != 0).all()
     uses = sum((explicit(make("sparse", 3, 200, name=str(k))) != 0).sum(0) for k in range(300))
-    assert (uses > 0).sum() > 190  # not the first three again and again
+    assert (uses > 0).sum() > 190  # not the same three each time
 
 
 @pytest.mark.parametrize(("name", "bound"), [("dense", 6), ("fastfood", 6.5), ("fastjl", 9)])
 @pytest.mark.parametrize("d", [64, 170, 500])
-def test_rows_are_as_incoherent_as_they_should_be(name, bound, d):
+def test_rows_are_incoherent(name, bound, d):
     cosines = coherence(explicit(make(name, 2000, d))) * d**0.5
     assert 0.7 < cosines.square().mean() < 1.3  # 1 for independent rows; pairs inside a block: 0 fastjl, 2 fastfood
     assert cosines.max() < bound
@@ -100,7 +100,7 @@ def test_rows_are_as_incoherent_as_they_should_be(name, bound, d):
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "fastfood", "fastjl"])
 def test_keeps_lengths(name):
-    """|P^T g|^2 of unit vectors g of many kinds, over its mean d, spreads by sqrt(2 / d) or so."""
+    """|P^T g|^2 of unit vectors g of many kinds, relative to its mean d, spreads by about sqrt(2 / d)."""
     n, d = 4096, 256
     kinds = torch.stack(
         [
@@ -137,15 +137,15 @@ def test_radices_multiply_to_the_size():
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    ("rows", "message"),
     [
         (TensorRows("w", 5, 3, given=torch.ones(5, 4)), r"`basis` must have shape \(5, 3\) for w, got \(5, 4\)"),
         (TensorRows("w", 5, 3), r"`basis` must have shape \(5, 3\) for w, got None"),
     ],
 )
-def test_basis_of_another_shape(block, message):
+def test_basis_of_another_shape(rows, message):
     with pytest.raises(ValueError, match=message):
-        PROJECTIONS["basis"](block)
+        PROJECTIONS["basis"](rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -1,4 +1,4 @@
-"""origin + P theta_d in one step, against the two apart."""
+"""origin + P theta_d as one operation, against the sum of the two."""
 
 import pytest
 import torch

@@ -64,7 +64,7 @@ def test_any_slice_can_be_drawn_alone(draw, start, length):
 def test_slices_across_chunks_and_beyond_32_bits(monkeypatch):
     far = 2**34
     expected = PHILOX.normals(far - 50, far + 50)
-    monkeypatch.setattr("subspace_peft.projections.philox.CHUNK", 4)
+    monkeypatch.setattr("subspace_peft.projections.philox.COUNTERS_AT_A_TIME", 4)
     assert torch.equal(PHILOX.normals(far - 50, far + 50), expected)
     assert not torch.equal(PHILOX.bits(far, far + 8), PHILOX.bits(0, 8))
 

@@ -1,4 +1,4 @@
-"""Components: a basis is the left singular vectors of the samples, in any dtype and within any memory."""
+"""Components: a basis holds the left singular vectors of the samples, in any dtype and within any memory."""
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ def assert_orthonormal(P, tolerance=1e-5):
     torch.testing.assert_close(gram, torch.eye(P.shape[1], dtype=torch.float64), rtol=0, atol=tolerance)
 
 
-def chosen(W, center, increments, initial=True):
+def matrix(W, center, increments, initial=True):
+    """The matrix whose components are expected."""
     W = W.double()[:, 0 if initial else 1 :]
     W = W.diff(dim=1) if increments else W
     return W - W.mean(1, keepdim=True) if center else W
@@ -37,7 +38,7 @@ def test_a_basis_is_the_left_singular_vectors(center, increments, dtype, tmp_pat
     write(tmp_path, W)
     for initial in (True, False):
         trajectory = Trajectory(tmp_path, increments=increments, initial=initial)
-        U, S, _ = torch.linalg.svd(chosen(W, center, increments, initial), full_matrices=False)
+        U, S, _ = torch.linalg.svd(matrix(W, center, increments, initial), full_matrices=False)
         basis = trajectory.basis(5, center=center)
         assert {name: tensor.shape for name, tensor in basis.items()} == {n: (*s, 5) for n, s in SHAPES.items()}
         assert_orthonormal(flat(basis))
@@ -69,11 +70,11 @@ def test_every_number_of_samples_and_columns(t, share, center, increments, tmp_p
     d = max(1, round(share * most))
     P = flat(trajectory.basis(d, center=center))
     assert_orthonormal(P)
-    assert_same_columns(P, torch.linalg.svd(chosen(W, center, increments), full_matrices=False)[0][:, :d], 1e-4)
+    assert_same_columns(P, torch.linalg.svd(matrix(W, center, increments), full_matrices=False)[0][:, :d], 1e-4)
 
 
 def test_columns_stay_orthonormal_where_the_spectrum_falls_far(tmp_path):
-    """Singular values down to 1e-6 of the first: their squares are lost in a Gram matrix in float64."""
+    """Singular values down to 1e-6 of the first: rounding hides their squares in a Gram matrix of float64."""
     U, _ = torch.linalg.qr(torch.randn(D, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     V, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
     W = U * 10 ** -torch.arange(0, 6.4, 0.8, dtype=torch.float64) @ V
@@ -81,15 +82,15 @@ def test_columns_stay_orthonormal_where_the_spectrum_falls_far(tmp_path):
         trajectory = write(tmp_path, W)
         P = flat(trajectory.basis(7, center=center, dtype=torch.float64))
         assert_orthonormal(P, 1e-10)
-        assert_same_columns(P, torch.linalg.svd(chosen(W, center, False), full_matrices=False)[0][:, :7], 1e-3)
+        assert_same_columns(P, torch.linalg.svd(matrix(W, center, False), full_matrices=False)[0][:, :7], 1e-3)
 
 
 def test_signs_are_fixed(tmp_path):
-    """The sample that weighs most in a column weighs positively, so a basis made twice is the same."""
+    """The sample with the largest weight in a column has a positive weight, so a basis computed twice is the same."""
     W = walk()
     trajectory = write(tmp_path, W)
     P = flat(trajectory.basis(6)).double()
-    weights = (chosen(W, True, False).T @ P) / trajectory.singular_values()[:6]
+    weights = (matrix(W, True, False).T @ P) / trajectory.singular_values()[:6]
     assert (weights.gather(0, weights.abs().argmax(0, keepdim=True)) > 0).all()
     assert torch.equal(flat(Trajectory(tmp_path).basis(6)).double(), P)
 
@@ -99,8 +100,8 @@ def test_only_the_named_tensors_count(tmp_path):
     trajectory = write(tmp_path, W)
     basis = trajectory.basis(3, names=["fc2.bias", "fc1.weight"])
     assert list(basis) == ["fc2.bias", "fc1.weight"]
-    part = torch.cat([W[110:], W[:60]])
-    U = torch.linalg.svd(chosen(part, True, False), full_matrices=False)[0]
+    named = torch.cat([W[110:], W[:60]])
+    U = torch.linalg.svd(matrix(named, True, False), full_matrices=False)[0]
     assert_same_columns(flat(basis), U[:, :3])
 
 
@@ -132,21 +133,20 @@ def test_the_budget_holds(tmp_path):
 def test_a_saved_basis_is_the_basis(dtype, tmp_path):
     trajectory = write(tmp_path, walk())
     trajectory.save_basis(tmp_path / "basis.safetensors", 5, dtype=dtype)
-    saved, made = load_file(tmp_path / "basis.safetensors"), trajectory.basis(5, dtype=dtype)
-    assert set(saved) == set(made)
-    for name, tensor in made.items():
+    saved, basis = load_file(tmp_path / "basis.safetensors"), trajectory.basis(5, dtype=dtype)
+    assert set(saved) == set(basis)
+    for name, tensor in basis.items():
         assert tensor.dtype == dtype
         assert torch.equal(saved[name], tensor)
-    assert len(trajectory) == 9  # no sample
+    assert len(trajectory) == 9  # the basis is no sample
 
 
 def test_a_new_sample_counts(tmp_path):
     W = walk()
     trajectory = write(tmp_path, W[:, :5])
-    before = trajectory.singular_values()
+    assert len(trajectory.singular_values()) == 5
     write(tmp_path, W[:, 5:])
     assert len(trajectory.singular_values()) == 9
-    assert len(before) == 5
 
 
 @pytest.mark.parametrize(

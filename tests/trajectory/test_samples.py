@@ -1,4 +1,4 @@
-"""The files of samples: what is in them, and what is refused as a sample."""
+"""The files of samples: their content, and which files are refused."""
 
 import os
 
@@ -12,7 +12,7 @@ from tests.models import MLP
 from tests.trajectory.walks import walk, write
 
 
-def test_mixed_dtypes_lie_aligned(tmp_path):
+def test_mixed_dtypes_are_aligned(tmp_path):
     model = nn.Sequential(nn.Linear(3, 1).bfloat16(), nn.Linear(3, 5), nn.Linear(2, 2).double())
     path = Trajectory(tmp_path).add(model)
     for name, tensor in load_file(path).items():
@@ -48,35 +48,39 @@ def test_samples_that_are_not_finite(where, value, tmp_path):
     ids=["shape", "more", "fewer"],
 )
 def test_samples_of_another_model(other, message, tmp_path):
-    recorded = write(tmp_path, walk(4))
+    trajectory = write(tmp_path, walk(4))
     model = MLP()
     other(model)
     with pytest.raises(ValueError, match=f"must be of one model: {message} is"):
-        recorded.add(model)
-    assert len(recorded) == 4
+        trajectory.add(model)
+    assert len(trajectory) == 4
     save_file(
         {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, tmp_path / "00000009.safetensors"
     )
     with pytest.raises(ValueError, match=f"must be of one model: {message} is .*00000009.safetensors"):
-        recorded.basis(2)
+        trajectory.basis(2)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 60, 400, -1, -100])
 def test_a_half_written_sample(keep, tmp_path):
-    recorded = write(tmp_path, walk(4))
+    trajectory = write(tmp_path, walk(4))
     path = tmp_path / "00000002.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:keep])
-    for use in (lambda: recorded.basis(2), lambda: recorded.sample(2), lambda: recorded.explained_variance_ratio):
+    for use in (
+        lambda: trajectory.basis(2),
+        lambda: trajectory.sample(2),
+        lambda: trajectory.explained_variance_ratio,
+    ):
         with pytest.raises(ValueError, match=r"00000002.safetensors' of \d+ bytes is damaged or half-written; delete"):
             use()
     path.write_bytes(content + b"\0")
     with pytest.raises(ValueError, match="damaged"):
-        recorded.basis(2)
+        trajectory.basis(2)
 
 
 def test_nothing_is_unpickled(tmp_path):
-    recorded = write(tmp_path, walk(4))
+    trajectory = write(tmp_path, walk(4))
     torch.save(MLP().state_dict(), tmp_path / "00000002.safetensors")
     with pytest.raises(ValueError, match="00000002.safetensors' .* is damaged"):
-        recorded.basis(2)
+        trajectory.basis(2)

@@ -1,4 +1,4 @@
-"""Trajectory: what is recorded, its coordinates, and what is refused."""
+"""Trajectory: what it records, coefficients in its basis, and what it refuses."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ from tests.models import MLP, Tied
 from tests.trajectory.walks import SHAPES, flat, walk, write
 
 
-def test_a_sample_is_what_trains(tmp_path):
+def test_a_sample_holds_what_trains(tmp_path):
     model = MLP()
     model.fc1.bias.requires_grad_(False)
     path = Trajectory(tmp_path / "new" / "folder").add(model)
     assert path == tmp_path / "new" / "folder" / "00000000.safetensors"
-    state = load_file(path)
-    assert set(state) == {"fc1.weight", "fc2.weight", "fc2.bias"}
-    for name, tensor in state.items():
+    sample = load_file(path)
+    assert set(sample) == {"fc1.weight", "fc2.weight", "fc2.bias"}
+    for name, tensor in sample.items():
         assert torch.equal(tensor, model.get_parameter(name))
 
 
@@ -50,7 +50,7 @@ def test_steps(tmp_path):
     trajectory, model = Trajectory(tmp_path), MLP()
     for step in (None, 7, None, 3, 123456789):
         trajectory.add(model, step)
-    (tmp_path / "00000009.safetensors.tmp").write_bytes(b"from a process that was killed")
+    (tmp_path / "00000009.safetensors.tmp").write_bytes(b"of a process that was killed")
     assert trajectory.steps == [0, 3, 7, 8, 123456789]
     assert len(trajectory) == 5
     assert Trajectory(tmp_path, initial=False).steps == [3, 7, 8, 123456789]
@@ -72,18 +72,18 @@ def test_coefficients_and_reconstruction(tmp_path):
         w = trajectory.sample(i)
         c = coefficients(full, w, origin)
         torch.testing.assert_close(c, (flat(full).T.double() @ (W[:, i] - W[:, 0]).double()).float())
-        again = reconstruct(full, c, origin)  # five directions hold six points
+        weights = reconstruct(full, c, origin)  # six points span five directions
         for name in SHAPES:
-            torch.testing.assert_close(again[name], w[name])
+            torch.testing.assert_close(weights[name], w[name])
     two = trajectory.basis(2)
-    part = reconstruct(two, coefficients(two, w, origin), origin)
+    projected = reconstruct(two, coefficients(two, w, origin), origin)
     P = flat(two).double()
     torch.testing.assert_close(
-        flat(part).double(), P @ P.T @ (W[:, -1] - W[:, 0]).double() + W[:, 0], atol=1e-6, rtol=0
+        flat(projected).double(), P @ P.T @ (W[:, -1] - W[:, 0]).double() + W[:, 0], atol=1e-6, rtol=0
     )
 
 
-def test_coefficients_of_tensors_that_are_laid_out_otherwise():
+def test_coefficients_in_another_memory_format():
     generator = torch.Generator().manual_seed(0)
     basis = {"a": torch.randn(2, 3, 4, 4, 5, generator=generator)}
     w, origin = ({"a": torch.randn(2, 3, 4, 4, generator=generator)} for _ in range(2))
@@ -102,25 +102,29 @@ def test_coefficients_of_other_tensors():
 
 
 def test_other_refusals(tmp_path):
-    recorded = write(tmp_path, walk(4))
+    trajectory = write(tmp_path, walk(4))
     with pytest.raises(ValueError, match="must hold samples, '.*empty' holds none; record some with"):
         Trajectory(tmp_path / "empty").basis(1)
-    with pytest.raises(ValueError, match=r"`fc9.weight` must be in the samples.*holds 4 other tensors, 'fc1.weight'"):
-        recorded.basis(1, names=["fc9.weight"])
+    with pytest.raises(
+        ValueError, match=r"`fc9.weight` must be in the samples.*holds 4 other tensors, such as 'fc1.weight'"
+    ):
+        trajectory.basis(1, names=["fc9.weight"])
     with pytest.raises(ValueError, match="`names` must name one tensor or more, got none"):
-        recorded.basis(1, names=[])
+        trajectory.basis(1, names=[])
     with pytest.raises(ValueError, match="`memory` must be at least 160 bytes for 4 samples, got 100"):
         Trajectory(tmp_path, memory=100).basis(2)
     with pytest.raises(ValueError, match="`dtype` must be one of torch.float64.*got torch.int64"):
-        recorded.basis(2, dtype=torch.int64)
+        trajectory.basis(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="`step` must be an integer of at least 0, got -1"):
-        recorded.add(MLP(), -1)
+        trajectory.add(MLP(), -1)
     with pytest.raises(ValueError, match="this model has none; set requires_grad, or record the base"):
-        recorded.add(wrap(BY_NAME["mlp"]).requires_grad_(False))
+        trajectory.add(wrap(BY_NAME["mlp"]).requires_grad_(False))
     partitioned = MLP()
-    partitioned.fc1.weight.ds_id = 0  # as DeepSpeed marks them
-    with pytest.raises(ValueError, match="ZeRO-3 has left `fc1.weight` empty; take ZeRO-2 or FSDP"):
-        recorded.add(partitioned)
+    partitioned.fc1.weight.ds_id = 0  # as DeepSpeed marks its parameters
+    with pytest.raises(
+        ValueError, match="sharded by DeepSpeed's ZeRO-3 to be recorded, `fc1.weight` is; use ZeRO-2 or FSDP"
+    ):
+        trajectory.add(partitioned)
 
 
 def test_training_in_the_subspace_of_a_trajectory(tmp_path):

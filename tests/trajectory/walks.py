@@ -1,4 +1,4 @@
-"""Trajectories of known weights, and the memory that their bases take."""
+"""Trajectories of known weights, and a count of allocated memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ D = 114  # entries of MLP
 
 
 def walk(t=9, scale=0.1, dtype=torch.float32, seed=0):
-    """t samples of MLP's weights, [D, t]: a drift and noise of falling size, around weights of size 1."""
+    """t samples of MLP's weights, [D, t]: weights of size 1 that drift, with noise that shrinks."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(D, generator=generator, dtype=torch.float64)
     drift, samples = torch.randn(D, generator=generator, dtype=torch.float64), []
@@ -29,7 +29,7 @@ def walk(t=9, scale=0.1, dtype=torch.float32, seed=0):
 
 
 def write(folder, W):
-    """The columns of W as samples, from a model that has them as weights."""
+    """Record the columns of W as samples, from a model with these weights."""
     trajectory = Trajectory(folder)
     model = MLP().to(W.dtype)
     for w in W.T:
@@ -39,13 +39,13 @@ def write(folder, W):
 
 
 def flat(tensors):
-    """[D], or [D, d] of a basis."""
+    """One tensor of all these: [D], or [D, d] for a basis."""
     d = next(iter(tensors.values())).shape[len(SHAPES[next(iter(tensors))]) :]
     return torch.cat([tensor.reshape(-1, *d) for tensor in tensors.values()])
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes that new tensors hold at a time."""
+    """The peak of the bytes that new tensors hold."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Line searches: how far to go along a direction of descent."""
+"""Line searches: how far to go along a descent direction."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from math import isfinite
 
 @dataclass(frozen=True)
 class Step:
-    """What a search found: the step length, the loss there, and how many step lengths it tried."""
+    """The result of a line search: the step length, the loss there, and how many step lengths were tried."""
 
     alpha: float
     loss: float
     trials: int
+
+
+LineSearch = Callable[[Callable[[float], float], float, float], Step | None]
+"""(alpha -> loss, loss at alpha = 0, slope there) -> the step, or None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,12 @@ class Armijo:
 
         L(w + alpha q) <= L(w) + c alpha g^T q.
 
-    A trial loss that is NaN or infinite has failed.
+    A trial whose loss is NaN or infinite fails.
 
     Args:
-        c: In (0, 1). Larger asks for more of the decrease that the slope promises.
+        c: In (0, 1). The larger it is, the more of the decrease that the slope predicts is required.
         beta: In (0, 1). The published code overwrites the paper's 0.55 with 0.4.
-        max_trials: After these the search gives up, at alpha = 0.55^19 = 1e-5 by default.
+        max_trials: The search stops after so many trials, by default at alpha = 0.55^19 = 1e-5.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -54,8 +58,8 @@ class Armijo:
         """
         alpha = 1.0
         for trial in range(1, self.max_trials + 1):
-            found = evaluate(alpha)
-            if isfinite(found) and found <= loss + self.c * alpha * slope:
-                return Step(alpha, found, trial)
+            trial_loss = evaluate(alpha)
+            if isfinite(trial_loss) and trial_loss <= loss + self.c * alpha * slope:
+                return Step(alpha, trial_loss, trial)
             alpha *= self.beta
         return None
