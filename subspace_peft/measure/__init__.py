@@ -1,6 +1,6 @@
 """How many dimensions a task needs: success probability, threshold training dimension and intrinsic dimension.
 
-From a table of runs, or from a search that makes the runs it needs.
+They come from a table of runs, or from a search that makes the runs it needs.
 """
 
 try:
@@ -10,15 +10,19 @@ except ModuleNotFoundError as error:
 
 from .dimension import Dimension, intrinsic_dimension, threshold_dimension
 from .probability import success_probability
-from .search import Cost, RunError, Search, find_dimension
+from .search import Cost, SearchResult, find_dimension
 from .table import running_maximum
+from .trials import RunError
 
+
+Search = SearchResult  # for code that imports the result under this name
 
 __all__ = [
     "Cost",
     "Dimension",
     "RunError",
     "Search",
+    "SearchResult",
     "find_dimension",
     "intrinsic_dimension",
     "running_maximum",

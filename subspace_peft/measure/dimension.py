@@ -1,4 +1,4 @@
-"""The smallest d of a grid that suffices: threshold training dimension, and intrinsic dimension."""
+"""The smallest sufficient d of a grid: threshold training dimension and intrinsic dimension."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Dimension:
-    """A smallest sufficient d, and by which rule."""
+    """The smallest sufficient d of a table, and the rule by which it was found."""
 
-    d: int | None  # None: no d of the grid
-    interval: tuple[int | None, int | None] | None  # of d; an end of None: above the largest d; None: cannot be said
+    d: int | None  # None: no d of the grid suffices
+    interval: tuple[int | None, int | None] | None  # of d; an end of None lies above the largest d; None: unknown
     confidence: float  # of the interval
     threshold: float  # of the metric
-    rule: str  # what was asked of d, in words
+    rule: str  # the condition on d, in words
     best: tuple[float, int] | None  # the best metric of all runs, and its d; None where no run gave a number
     largest: int  # d of the grid
     nan: int  # runs that gave no number
@@ -58,11 +58,11 @@ def threshold_dimension(
 
     Args:
         runs: As in `success_probability`.
-        method: Where P_s falls again at a larger d, "first_crossing" passes over that, as Larsen et al. do;
-            "isotonic" takes the monotone curve that is nearest to P_s in weighted least squares.
-        resamples: Of the bootstrap over the runs of each d that gives the interval. Where all runs of a d agree it
-            takes them for certain: look at the intervals of `success_probability` too.
-        seed: Of the bootstrap.
+        method: If P_s falls again at a larger d, "first_crossing" ignores that, as Larsen et al. do; "isotonic" takes
+            the monotone curve that is nearest to P_s in weighted least squares.
+        resamples: Number of resamples of the bootstrap over the runs of each d, which gives the interval. The
+            bootstrap has no doubt about a d whose runs all agree: look at the intervals of `success_probability` too.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: as `success_probability`.
@@ -93,15 +93,15 @@ def intrinsic_dimension(
 
     Args:
         runs: As in `success_probability`.
-        fraction: Of the baseline; 0.9, which is d_int90, where neither this nor `absolute` is given.
-        absolute: The threshold itself, in place of a fraction.
-        baseline: What full training reaches: a number, or a table of its runs, whose mean counts. Where it is left
-            out, the rows of `runs` with projection "full".
-        metric: "final_accuracy", "best_accuracy" (where the test data chose the epoch) or another column.
+        fraction: The threshold as a share of the baseline; 0.9 (d_int90) if neither this nor `absolute` is given.
+        absolute: The threshold itself, instead of a share.
+        baseline: The metric of full training: a number, or a table of its runs, whose mean is taken. By default the
+            rows of `runs` with projection "full".
+        metric: "final_accuracy", "best_accuracy" (of the epoch that the test data chose) or another column.
         method, resamples, seed: As in `threshold_dimension`.
 
     Raises:
-        ValueError: as `success_probability`, or if there is no baseline, or one of another task.
+        ValueError: as `success_probability`, or if there is no baseline, or it belongs to another task.
     """
     threshold = _threshold(runs, fraction, absolute, baseline, metric, larger_is_better)
     grid = _Grid(subspace_runs(runs, metric), metric, larger_is_better)
@@ -114,7 +114,7 @@ def intrinsic_dimension(
 
 
 class _Grid:
-    """The runs of a table by d."""
+    """The runs of a table, by d."""
 
     def __init__(self, runs: pd.DataFrame, metric: str, larger_is_better: bool):
         self.metric, self.larger_is_better = numbers(runs[metric]), larger_is_better
@@ -134,7 +134,7 @@ class _Grid:
         means = np.column_stack([[group.mean() for group in groups], drawn])  # [grid, 1 + resamples]
         if method == "isotonic":
             means = isotonic(means, self.runs)
-        enough = means >= level - 1e-9 * abs(level)  # 0.9 is reached by 9 of 10, whatever the last bit
+        enough = means >= level - 1e-9 * abs(level)  # 9 of 10 reach 0.9 despite rounding
         at = np.where(enough.any(0), enough.argmax(0), len(self.grid))
         low, high = np.quantile(at[1:], [share, 1 - share], method="inverted_cdf")
         ends = [*map(int, self.grid), None]
@@ -153,7 +153,7 @@ class _Grid:
 
 
 def isotonic(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The monotone curves nearest to `means` in weighted least squares, by column.
+    """The monotone curve nearest to each column of `means` in weighted least squares.
 
         max over j <= i of min over k >= i of the mean over j ... k
 
@@ -182,10 +182,12 @@ def _threshold(
 ) -> float:
     if absolute is not None:
         if fraction is not None:
-            raise ValueError(f"One of `fraction` and `absolute` must be given, got {fraction} and {absolute}.")
+            raise ValueError(
+                f"Only one of `fraction` and `absolute` may be given, got {fraction} and {absolute}; drop one."
+            )
         return check_number("absolute", absolute)
     if not larger_is_better:
-        raise ValueError("`fraction` is of an accuracy; give `absolute` for a metric of which less is better.")
+        raise ValueError("`fraction` needs a metric of which more is better; give `absolute` for a loss.")
     fraction = check_number("fraction", 0.9 if fraction is None else fraction)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}; 0.9 is 90 % of full training.")
@@ -196,7 +198,7 @@ def _baseline(runs: pd.DataFrame, baseline: float | pd.DataFrame | None, metric:
     if baseline is None:
         if "projection" not in runs or not (runs.projection == "full").any():
             raise ValueError(
-                "`fraction` needs what full training reaches, and the table has no rows of projection 'full'; give "
+                "`fraction` needs the metric of full training, and the table has no rows with projection 'full'; give "
                 "`baseline`, a number or a table of such runs, or `absolute`."
             )
         baseline = runs[runs.projection == "full"]

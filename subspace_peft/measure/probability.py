@@ -19,18 +19,18 @@ def success_probability(
 ) -> pd.DataFrame:
     """P_s(d, ε, t): the share of runs that reach the threshold (Larsen et al. 2021, eq. 2.3), with Wilson's interval.
 
-    A run that gave no finite number counts as a failure, and in the column `nan`.
+    A run that gave no finite number counts as a failure, and is counted in the column `nan`.
 
     Args:
-        runs: One row a run: d, seed, the metric, and whatever else; rows of full training (projection "full") are
-            left out. One row for each d and seed.
+        runs: One row for each d and seed, with the metric and any further columns. Rows of full training (projection
+            "full") are left out.
 
     Returns:
-        By d, sorted: runs, successes, probability, low, high, nan.
+        Indexed by d, sorted: runs, successes, probability, low, high, nan.
 
     Raises:
-        ValueError: if there are no runs, a column is missing, a run is there twice, or runs of several datasets,
-            models, D, projections, normalizations or burn_in are in one table.
+        ValueError: if there are no runs, a column is missing, a run occurs twice, or the runs differ in dataset,
+            model, D, projection, normalization or burn_in.
     """
     threshold, confidence = check_number("threshold", threshold), check_share("confidence", confidence)
     runs = subspace_runs(runs, metric)
@@ -45,12 +45,12 @@ def success_probability(
 
 
 def reached(metric: np.ndarray | float, threshold: float, larger_is_better: bool) -> np.ndarray | bool:
-    """Whether a metric is as good as the threshold; NaN is not."""
+    """Whether a metric is at least as good as the threshold; NaN is not."""
     return metric >= threshold if larger_is_better else metric <= threshold
 
 
 def wilson(successes: np.ndarray, n: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """The probabilities p with |k/n - p| <= z sqrt(p (1 - p) / n) (Wilson 1927)."""
+    """The smallest and the largest p with |k/n - p| <= z sqrt(p (1 - p) / n), for k of n (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (successes + z**2 / 2) / (n + z**2)
     half = z * np.sqrt(successes * (n - successes) / n + z**2 / 4) / (n + z**2)

@@ -1,4 +1,4 @@
-"""Tables of runs: one row a run, with d, seed and a metric; what makes a table unfit to be measured."""
+"""Tables of runs, with d, seed and a metric in each row, and the checks that they pass before they are measured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pandas as pd
 
 
 TASK = ("dataset", "model")
-"""What full training and training in a subspace share."""
+"""Columns in which full training and training in a subspace must agree."""
 SETTINGS = (*TASK, "D", "projection", "normalization", "burn_in")
-"""Columns that say what was run; two values of one of them are two curves over d."""
+"""Columns that say what was run; runs that differ in one of them lie on different curves over d."""
 
 
 def subspace_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs in a subspace, sorted by d; those of full training (projection "full") are left out.
+    """The runs in a subspace, sorted by d, without those of full training (projection "full").
 
     Raises:
-        ValueError: if there are none, a column is missing, they are of several settings, a d is no positive integer,
-            or a run is there twice.
+        ValueError: if there are none, a column is missing, their settings differ, a d is not a positive integer, or a
+            run occurs twice.
     """
     runs = checked(runs, metric)
     for column in SETTINGS:
@@ -35,7 +35,7 @@ def subspace_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def checked(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs in a subspace, of any settings, in the order of the table, and with d as an integer."""
+    """The runs in a subspace, of any settings, in the order of the table, with d as an integer."""
     if not len(runs):
         raise ValueError("A table must hold runs, got an empty one; check that they have results.")
     for column in ("d", "seed", metric):
@@ -62,42 +62,43 @@ def checked(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _check_repeated(runs: pd.DataFrame, key: list[str]) -> None:
-    again = runs.duplicated(key, keep=False)
-    if not again.any():
+    repeated = runs.duplicated(key, keep=False)
+    if not repeated.any():
         return
-    d, seed = runs.loc[again, ["d", "seed"]].iloc[0]
-    same = runs[(runs.d == d) & (runs.seed == seed) & again]
-    differ = [str(column) for column in runs if same[column].astype(str).nunique() > 1]
+    d, seed = runs.loc[repeated, ["d", "seed"]].iloc[0]
+    copies = runs[(runs.d == d) & (runs.seed == seed) & repeated]
+    columns = [str(column) for column in runs if copies[column].astype(str).nunique() > 1]
     raise ValueError(
-        f"A table must hold each run once, got d = {d}, seed = {seed} {len(same)} times"
-        + (f", which differ in {', '.join(differ)}; take one of those." if differ else "; drop the duplicates.")
+        f"A table must hold each run once, got d = {d}, seed = {seed} {len(copies)} times"
+        + (f", which differ in {', '.join(columns)}; take one of those." if columns else "; drop the duplicates.")
     )
 
 
 def numbers(values: pd.Series) -> np.ndarray:
-    """float64, NaN where there is no finite number: a run that diverged."""
+    """float64, with NaN for every run without a finite number, such as one that diverged."""
     values = values.to_numpy(float)
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def running_maximum(runs: pd.DataFrame, metric: str = "final_accuracy", larger_is_better: bool = True) -> pd.DataFrame:
-    """The table with the best metric of all d' <= d of the same seed in place of that of d (Larsen et al. 2021).
+    """Replace each metric by the best of the same seed at any d' <= d (Larsen et al. 2021).
 
-    For nested subspaces: those of a lottery subspace of dimension d hold all smaller ones, so that what a smaller one
-    reached can be reached in it. Runs that differ in dataset, model, D, projection, normalization or burn_in, where
-    the table has these columns, are apart; a NaN is replaced by the best number before it. Rows of full training
-    are as they were.
+    This is for nested subspaces: a lottery subspace of dimension d contains those of smaller dimension, so that it can
+    reach what they reached. Runs are kept apart if they differ in dataset, model, D, projection, normalization or
+    burn_in, where the table has these columns. A NaN is replaced by the best number at a smaller d. Rows of full
+    training stay as they are.
 
     Raises:
-        ValueError: as `success_probability`, but for tables of several settings.
+        ValueError: as `success_probability`, except that settings may differ.
     """
     table = runs.reset_index(drop=True)
     rows = checked(table, metric)
     keys = [column for column in (*SETTINGS, "seed") if column in rows]
     _check_repeated(rows, [*keys, "d"])
     sign = 1 if larger_is_better else -1
-    line = (sign * rows[metric].where(np.isfinite(rows[metric]))).loc[rows.sort_values("d").index]
-    best = sign * line.groupby([rows[key] for key in keys], dropna=False).transform(lambda of: of.cummax().ffill())
+    signed = (sign * rows[metric].where(np.isfinite(rows[metric]))).loc[rows.sort_values("d").index]
+    groups = signed.groupby([rows[key] for key in keys], dropna=False)
+    best = sign * groups.transform(lambda metrics: metrics.cummax().ffill())
     return table.assign(**{metric: best.combine_first(table[metric])}).set_index(runs.index)
 
 

@@ -1,4 +1,4 @@
-"""Threshold training dimension and intrinsic dimension of tables, against what is known of them."""
+"""Threshold training dimension and intrinsic dimension of tables for which they are known."""
 
 import numpy as np
 import pandas as pd
@@ -40,10 +40,10 @@ def test_the_mean_counts_and_not_a_lucky_run():
 def test_d_int90_is_of_the_full_training_in_the_table_or_given():
     runs = table({10: [0.80, 0.82], 20: [0.86, 0.88], 40: [0.95, 0.95]}, projection="dense", model="fc", lr=1.0)
     full = table({0: [0.94, 0.96]}, projection="full", model="fc", lr=0.1)
-    own = intrinsic_dimension(pd.concat([runs, full]))
-    assert (own.d, own.threshold) == (20, pytest.approx(0.855))
-    assert intrinsic_dimension(runs, baseline=full).threshold == own.threshold
-    assert intrinsic_dimension(runs, fraction=0.9, baseline=0.95).threshold == own.threshold
+    result = intrinsic_dimension(pd.concat([runs, full]))
+    assert (result.d, result.threshold) == (20, pytest.approx(0.855))
+    assert intrinsic_dimension(runs, baseline=full).threshold == result.threshold
+    assert intrinsic_dimension(runs, fraction=0.9, baseline=0.95).threshold == result.threshold
     assert intrinsic_dimension(runs, fraction=0.8, baseline=1.0).d == 10
     assert intrinsic_dimension(pd.concat([runs, full]), absolute=0.9).d == 40
 
@@ -54,18 +54,18 @@ def test_final_and_best_epochs_have_their_own():
     assert intrinsic_dimension(runs, absolute=0.9, metric="best_accuracy").d == 10
 
 
-def test_of_a_loss():
+def test_a_loss_has_its_dimensions_where_it_is_small():
     runs = table({10: [0.5, 0.5], 20: [0.2, 0.3], 30: [0.1, np.nan]})
-    found = intrinsic_dimension(runs, absolute=0.3, larger_is_better=False)
-    assert (found.d, found.best) == (20, (0.1, 30))
+    result = intrinsic_dimension(runs, absolute=0.3, larger_is_better=False)
+    assert (result.d, result.best) == (20, (0.1, 30))
     assert threshold_dimension(runs, 0.2, delta=0.5, larger_is_better=False).d == 20
 
 
 def test_larsens_d_star_is_reached_by_nine_of_ten():
     runs = table({8: [0.95] * 8 + [0.5] * 2, 16: [0.95] * 9 + [0.5], 32: [0.95] * 10})
-    found = threshold_dimension(runs, 0.9, delta=0.1)
-    assert found.d == 16
-    assert "the share of runs with final_accuracy >= 0.9 reaches 0.9" in str(found)
+    result = threshold_dimension(runs, 0.9, delta=0.1)
+    assert result.d == 16
+    assert "the share of runs with final_accuracy >= 0.9 reaches 0.9" in str(result)
     assert threshold_dimension(runs, 0.9, delta=0.3).d == 8
     assert threshold_dimension(runs, 0.9, delta=0.01).d == 32
     assert threshold_dimension(table({4: [0.1, 1, 1]}), 0.9, delta=1 / 3).d == 4
@@ -73,17 +73,17 @@ def test_larsens_d_star_is_reached_by_nine_of_ten():
 
 def test_never_reached_says_so_with_the_best_seen():
     runs = table({10: [0.1, 0.2], 20: [0.6, 0.4], 40: [0.5, 0.5]})
-    for found in (intrinsic_dimension(runs, absolute=0.9), threshold_dimension(runs, 0.9)):
-        assert (found.d, found.interval, found.best, found.largest) == (None, (None, None), (0.6, 20), 40)
-        assert str(found).startswith("no d up to 40 (95 % interval: above 40)")
-        assert "best seen 0.6 at d = 20" in str(found)
+    for result in (intrinsic_dimension(runs, absolute=0.9), threshold_dimension(runs, 0.9)):
+        assert (result.d, result.interval, result.best, result.largest) == (None, (None, None), (0.6, 20), 40)
+        assert str(result).startswith("no d up to 40 (95 % interval: above 40)")
+        assert "best seen 0.6 at d = 20" in str(result)
 
 
 def test_runs_without_a_number_count_as_the_worst_and_are_shown():
     runs = table({10: [0.1, 0.1], 20: [0.95, np.nan], 40: [0.95, 0.96]})
-    for found in (intrinsic_dimension(runs, absolute=0.9), threshold_dimension(runs, 0.9)):
-        assert (found.d, found.nan) == (40, 1)
-        assert "1 runs gave no number and count as the worst" in str(found)
+    for result in (intrinsic_dimension(runs, absolute=0.9), threshold_dimension(runs, 0.9)):
+        assert (result.d, result.nan) == (40, 1)
+        assert "1 runs gave no number and count as the worst" in str(result)
     assert intrinsic_dimension(runs, absolute=0.525).d == 20
     nothing = intrinsic_dimension(table({10: [np.nan] * 2, 20: [np.inf] * 2}), absolute=0.5, method="isotonic")
     assert (nothing.d, nothing.best) == (None, None)
@@ -94,25 +94,25 @@ def test_runs_without_a_number_count_as_the_worst_and_are_shown():
 
 
 def test_the_bootstrap_of_three_runs_is_the_one_on_paper():
-    """Of (0, 0, 1) 1 - (2/3)^3 = 70.4 % of resamples have a mean of 1/3 or more."""
+    """Resamples of (0, 0, 1) have a mean of 1/3 or more with probability 1 - (2/3)^3 = 70.4 %."""
     runs = table({10: [0, 0, 1], 20: [1, 1, 1]})
 
     def interval(confidence):
         return intrinsic_dimension(runs, absolute=1 / 3, confidence=confidence, resamples=20_000).interval
 
-    assert interval(0.36) == (10, 10)  # its upper end is the 68th hundredth
-    assert interval(0.46) == (10, 20)  # the 73rd
+    assert interval(0.36) == (10, 10)  # its upper end is the 68th percentile
+    assert interval(0.46) == (10, 20)  # the 73rd percentile
 
 
 def test_above_the_largest_d_is_an_end_of_the_interval():
-    found = intrinsic_dimension(table({10: [0, 0, 0], 20: [0, 0, 1]}), absolute=1 / 3)
-    assert (found.d, found.interval) == (20, (20, None))
-    assert "interval: 20 to above 20" in str(found)
+    result = intrinsic_dimension(table({10: [0, 0, 0], 20: [0, 0, 1]}), absolute=1 / 3)
+    assert (result.d, result.interval) == (20, (20, None))
+    assert "interval: 20 to above 20" in str(result)
 
 
 def test_runs_that_all_agree_leave_no_doubt():
-    found = intrinsic_dimension(table({10: [0.1] * 3, 20: [0.9] * 3}), absolute=0.9)
-    assert found.interval == (20, 20)
+    result = intrinsic_dimension(table({10: [0.1] * 3, 20: [0.9] * 3}), absolute=0.9)
+    assert result.interval == (20, 20)
 
 
 def test_there_is_no_interval_where_a_d_was_run_once():
@@ -165,9 +165,15 @@ def test_monotone_curves_are_scikit_learns(points, others):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "`fraction` needs what full training reaches, and the table has no rows of projection 'full'; give"),
-        ({"fraction": 0.9, "absolute": 0.9}, "One of `fraction` and `absolute` must be given"),
-        ({"fraction": 0.9, "larger_is_better": False}, "`fraction` is of an accuracy; give `absolute`"),
+        ({}, "`fraction` needs the metric of full training, and the table has no rows with projection 'full'; give"),
+        (
+            {"fraction": 0.9, "absolute": 0.9},
+            "Only one of `fraction` and `absolute` may be given, got 0.9 and 0.9; drop one",
+        ),
+        (
+            {"fraction": 0.9, "larger_is_better": False},
+            "`fraction` needs a metric of which more is better; give `absolute` for",
+        ),
         ({"baseline": float("nan")}, "`baseline` must be a finite number, got nan"),
         ({"baseline": PUBLISHED[:0]}, "`baseline` must have rows and a column `final_accuracy`"),
         ({"baseline": PUBLISHED.assign(model="fc")}, "one `model`, got 'lenet', 'fc'; take the runs of one"),
@@ -199,7 +205,7 @@ def test_full_training_that_gave_no_number_is_no_baseline():
         intrinsic_dimension(PUBLISHED, baseline=full)
 
 
-def test_runs_without_a_seed_are_told_apart_by_nobody():
+def test_a_run_without_a_seed_is_an_error():
     runs = table({10: [0.1, 0.2]})
     with pytest.raises(ValueError, match="`seed` must be given in every row, 1 of 2 have none"):
         intrinsic_dimension(runs.assign(seed=[0, np.nan]), absolute=0.5)

@@ -29,11 +29,11 @@ def test_the_interval_is_scipys(n, share, confidence):
 
 def test_by_d_in_order_and_the_threshold_itself_is_a_success():
     runs = pd.DataFrame({"d": [300, 10, 10, 300.0], "seed": [0, 0, 1, 1], "final_accuracy": [0.9, 0.1, 0.9, 0.95]})
-    found = success_probability(runs, 0.9)
-    assert found.index.tolist() == [10, 300]
-    assert found.index.name == "d"
-    assert found.columns.tolist() == ["runs", "successes", "probability", "low", "high", "nan"]
-    assert found.successes.tolist() == [1, 2]
+    result = success_probability(runs, 0.9)
+    assert result.index.tolist() == [10, 300]
+    assert result.index.name == "d"
+    assert result.columns.tolist() == ["runs", "successes", "probability", "low", "high", "nan"]
+    assert result.successes.tolist() == [1, 2]
 
 
 def test_a_run_without_a_number_is_a_failure_and_is_shown():

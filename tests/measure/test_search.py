@@ -1,4 +1,4 @@
-"""find_dimension on curves whose d is known: step functions, noisy ones, and everything that goes wrong."""
+"""find_dimension on curves whose d is known, steps and noisy ones, and with whatever can go wrong."""
 
 import importlib
 import math
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from subspace_peft.measure import RunError, success_probability
+from subspace_peft.measure import RunError, Search, SearchResult, success_probability
 from tests.measure.cases import Flaky, find, step
 
 
@@ -30,22 +30,22 @@ def test_a_step_is_found_to_the_last_d(data):
     d_max = data.draw(st.integers(1, 300))
     d_min = data.draw(st.integers(1, d_max))
     truth = data.draw(st.integers(d_min, d_max))
-    found = find(step(truth), d_max=d_max, d_min=d_min, resolution=0)
-    assert (found.d, found.interval) == (truth, (truth, truth))
-    assert (found.runs.d == truth).sum() >= 5
+    result = find(step(truth), d_max=d_max, d_min=d_min, resolution=0)
+    assert (result.d, result.interval) == (truth, (truth, truth))
+    assert (result.runs.d == truth).sum() >= 5
 
 
 @settings(max_examples=15)
 @given(truth=st.integers(1, 45_000))  # next to d_max the interval goes beyond it, and has no end
 def test_a_step_lies_in_the_interval_and_within_the_resolution_of_d(truth):
-    found = find(step(truth), d_max=50_000, resolution=0.1)
-    low, high = found.interval
-    assert low <= truth <= high <= max(1.21 * low, found.d)
-    assert truth <= found.d <= math.ceil(1.1 * truth)
-    at_d = found.runs[found.runs.d == found.d]
+    result = find(step(truth), d_max=50_000, resolution=0.1)
+    low, high = result.interval
+    assert low <= truth <= high <= max(1.21 * low, result.d)
+    assert truth <= result.d <= math.ceil(1.1 * truth)
+    at_d = result.runs[result.runs.d == result.d]
     assert len(at_d) >= 5
     assert at_d.success.all()
-    assert found.cost.runs < 40
+    assert result.cost.runs < 40
 
 
 def test_runs_are_told_in_their_order_with_a_seed_each():
@@ -55,31 +55,42 @@ def test_runs_are_told_in_their_order_with_a_seed_each():
         calls.append((d, seed))
         return d / 10
 
-    found = find(train, threshold=5, d_max=1000, seeds=7)
-    assert list(found.runs.columns) == ["d", "seed", "metric", "success", "seconds"]
-    assert list(zip(found.runs.d, found.runs.seed, strict=True)) == calls
-    assert found.runs.seed.tolist() == list(range(len(calls)))
-    assert found.runs.d[:7].tolist() == [1, 2, 4, 8, 16, 32, 64]
-    assert (found.runs.metric == found.runs.d / 10).all()
-    assert (found.runs.success == (found.runs.d >= 50)).all()
-    assert (found.runs.d == found.d).sum() >= 7
-    assert found.cost[:2] == (len(calls), sum(d for d, _ in calls))
-    assert success_probability(found.runs, 5, metric="metric").loc[found.d].probability == 1
+    result = find(train, threshold=5, d_max=1000, seeds=7)
+    assert list(result.runs.columns) == ["d", "seed", "metric", "success", "seconds"]
+    assert list(zip(result.runs.d, result.runs.seed, strict=True)) == calls
+    assert result.runs.seed.tolist() == list(range(len(calls)))
+    assert result.runs.d[:7].tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert (result.runs.metric == result.runs.d / 10).all()
+    assert (result.runs.success == (result.runs.d >= 50)).all()
+    assert (result.runs.d == result.d).sum() >= 7
+    assert result.cost[:2] == (len(calls), sum(d for d, _ in calls))
+    assert success_probability(result.runs, 5, metric="metric").loc[result.d].probability == 1
+
+
+def test_each_run_follows_from_those_before_it():
+    doublings = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    turns = [194, 81, 281, 161, 122, 256, 185, 147, 256, 194, 154, 213, 185, 169, 213, 194, 194, 194, 185]
+    assert find(step(187), d_max=1000).runs.d.tolist() == doublings + turns
+
+
+def test_the_result_has_its_former_name_too():
+    assert isinstance(find(step(1), d_max=1), SearchResult)
+    assert Search is SearchResult
 
 
 def test_a_loss_is_to_fall_to_the_threshold():
-    found = find(lambda d, seed: 100 / d, threshold=1, d_max=1000, resolution=0, larger_is_better=False)
-    assert (found.d, found.best) == (100, (pytest.approx(100 / found.runs.d.max()), found.runs.d.max()))
+    result = find(lambda d, seed: 100 / d, threshold=1, d_max=1000, resolution=0, larger_is_better=False)
+    assert (result.d, result.best) == (100, (pytest.approx(100 / result.runs.d.max()), result.runs.d.max()))
 
 
 def test_one_run_too_few_at_a_small_d_and_one_divergence_do_not_mislead():
     def train(d, seed):
         return {3: 1.0, 9: math.nan, 12: math.nan}.get(seed, float(d >= 150))
 
-    found = find(train, d_max=1000)
-    low, high = found.interval
+    result = find(train, d_max=1000)
+    low, high = result.interval
     assert low <= 150 <= high
-    assert 150 <= found.d <= 165
+    assert 150 <= result.d <= 165
 
 
 def test_the_search_is_the_same_every_time():
@@ -104,11 +115,11 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(width, options):
     confidence, held, runs = options.get("confidence", 0.95), [], []
     for seed in range(40):
         train = probit(187, width, options.get("probability", 0.5), seed)
-        found = find(train, d_max=40_000, **options)
-        low, high = (40_001 if end is None else end for end in found.interval)
-        assert low <= (found.d or 40_001) <= high
+        result = find(train, d_max=40_000, **options)
+        low, high = (40_001 if end is None else end for end in result.interval)
+        assert low <= (result.d or 40_001) <= high
         held.append(low <= 187 <= high)
-        runs.append(found.cost.runs)
+        runs.append(result.cost.runs)
     assert np.mean(held) >= confidence - 2 * math.sqrt(confidence * (1 - confidence) / 40)
     assert np.mean(runs) < 45
 
@@ -117,42 +128,46 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(width, options):
 
 
 def test_a_threshold_that_no_d_reaches_says_so_with_the_best_seen():
-    found = find(lambda d, seed: d / 1000, d_max=64)
-    assert (found.d, found.interval, found.best) == (None, (None, None), (0.064, 64))
-    assert (found.runs.d == 64).sum() >= 5
-    assert found.cost.runs < 20
-    assert str(found).startswith("no d up to 64 (95 % interval: above 64) reaches 0.5 with probability 0.5; best seen")
-    assert "best seen 0.064 at d = 64" in str(found)
+    result = find(lambda d, seed: d / 1000, d_max=64)
+    assert (result.d, result.interval, result.best) == (None, (None, None), (0.064, 64))
+    assert (result.runs.d == 64).sum() >= 5
+    assert result.cost.runs < 20
+    assert str(result).startswith(
+        "no d up to 64 (95 % interval: above 64) reaches 0.5 with probability 0.5; best seen"
+    )
+    assert "best seen 0.064 at d = 64" in str(result)
 
 
 def test_a_threshold_that_is_reached_from_time_to_time_leaves_the_interval_open():
-    found = find(lambda d, seed: float(d == 64 and seed % 5 == 0), d_max=64)
-    assert found.d is None
-    assert found.interval[1] is None
+    result = find(lambda d, seed: float(d == 64 and seed % 5 == 0), d_max=64)
+    assert result.d is None
+    assert result.interval[1] is None
 
 
 def test_the_smallest_d_suffices():
-    found = find(step(1), d_max=1000, d_min=10)
-    assert (found.d, found.interval, found.cost.runs) == (10, (10, 10), 5)
-    assert "no d below `d_min` was tried" in str(found)
+    result = find(step(1), d_max=1000, d_min=10)
+    assert (result.d, result.interval, result.cost.runs) == (10, (10, 10), 5)
+    assert "no d below `d_min` was tried" in str(result)
 
 
 def test_runs_without_a_number_are_failures_and_are_shown():
-    found = find(lambda d, seed: [math.nan, math.inf, -math.inf][seed % 3] if d < 8 else 1.0, d_max=100)
-    assert found.d == 8
-    failures = found.runs.metric.isna()
-    assert not found.runs.success[failures].any()
-    assert f"{failures.sum()} runs gave no number and count as failures" in str(found)
+    result = find(lambda d, seed: [math.nan, math.inf, -math.inf][seed % 3] if d < 8 else 1.0, d_max=100)
+    assert result.d == 8
+    failures = result.runs.metric.isna()
+    assert not result.runs.success[failures].any()
+    assert f"{failures.sum()} runs gave no number and count as failures" in str(result)
     nothing = find(lambda d, seed: math.nan, d_max=16)
     assert (nothing.d, nothing.best) == (None, None)
     assert "no run gave a number" in str(nothing)
 
 
 def test_the_last_run_allowed_ends_it_and_the_interval_is_as_wide_as_it_is():
-    found = find(step(700), d_max=1000, max_runs=12)
-    assert found.cost.runs == 12
-    assert found.interval[1] is None or found.interval[1] > 1.21 * found.interval[0]
-    assert "`max_runs` = 12 ended it before the interval was within ± 10 %" in str(found)
+    result = find(step(700), d_max=1000, max_runs=12)
+    assert result.cost.runs == 12
+    assert result.interval[1] is None or result.interval[1] > 1.21 * result.interval[0]
+    assert "the search ended at `max_runs` = 12, before the interval was within ± 10 % with 5 runs at d; raise" in str(
+        result
+    )
     started = find(step(700), d_max=1000, max_runs=3)
     assert (started.d, started.interval[1]) == (None, None)
     assert "no d up to 4 " in str(started)
@@ -176,7 +191,7 @@ def test_progress(capsys):
 
 
 def test_a_run_that_raises_is_named_and_the_others_are_kept():
-    message = "The run of d = 16, seed = 4 failed: ArithmeticError: the loss is gone. The 4 runs before it are kept in"
+    message = "The run of d = 16, seed = 4 failed: ArithmeticError: the loss is gone. The 4 finished runs are kept in"
     with pytest.raises(RunError, match=message) as caught:
         find(Flaky(5), d_max=1000)
     assert (caught.value.d, caught.value.seed) == (16, 4)

@@ -7,21 +7,21 @@ import pandas as pd
 import pytest
 
 from subspace_peft.measure import RunError
-from tests.measure.cases import Flaky, find, step
+from tests.measure.cases import Flaky, entries, find, step, with_threads
 
 
 @pytest.mark.parametrize("n", [1, 5, 14, 20])
 def test_a_search_goes_on_from_its_file_and_repeats_no_run(n, tmp_path):
     file, flaky = tmp_path / "search.jsonl", Flaky(n)
-    with pytest.raises(RunError, match="runs before it are kept in .*search.jsonl', with which the same call goes on"):
+    with pytest.raises(RunError, match="finished runs are kept in .*search.jsonl', with which the same call goes on"):
         find(flaky, d_max=1000, file=file)
     assert len(file.read_text().splitlines()) == n
-    found, whole = find(flaky, d_max=1000, file=file), find(step(187), d_max=1000)
-    assert len(flaky.calls) == found.cost.runs + 1
+    result, whole = find(flaky, d_max=1000, file=file), find(step(187), d_max=1000)
+    assert len(flaky.calls) == result.cost.runs + 1
     assert flaky.calls[n - 1] == flaky.calls[n]
-    assert len(set(flaky.calls)) == found.cost.runs
-    pd.testing.assert_frame_equal(found.runs.drop(columns="seconds"), whole.runs.drop(columns="seconds"))
-    assert (found.d, found.interval) == (whole.d, whole.interval)
+    assert len(set(flaky.calls)) == result.cost.runs
+    pd.testing.assert_frame_equal(result.runs.drop(columns="seconds"), whole.runs.drop(columns="seconds"))
+    assert (result.d, result.interval) == (whole.d, whole.interval)
 
 
 def test_a_search_that_ended_makes_no_run_and_goes_on_for_a_finer_resolution(tmp_path):
@@ -110,3 +110,47 @@ def test_a_file_that_two_processes_wrote_is_an_error(tmp_path):
     file.write_text("\n".join([header, *runs, *runs]) + "\n")
     with pytest.raises(ValueError, match="two processes wrote to it at once"):
         find(step(5), d_max=20, file=file)
+
+
+# ---------------------------------------------------------------------------------------------- several runs at a time
+
+
+def test_proposals_are_in_the_file_before_their_runs(tmp_path):
+    file = tmp_path / "search.jsonl"
+    result = with_threads(step(187), file=file)
+    proposed = set()
+    for entry in entries(file):
+        if "metric" in entry:
+            assert (entry["d"], entry["seed"]) in proposed
+        else:
+            proposed.add((entry["d"], entry["seed"]))
+    assert proposed == set(zip(result.runs.d, result.runs.seed, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_search_that_was_killed_makes_the_runs_that_were_under_way_and_repeats_none(workers, tmp_path):
+    file = tmp_path / "search.jsonl"
+    with_threads(step(187), file=file)
+    text = file.read_text().splitlines()
+    file.write_text("\n".join(text[: len(text) // 2]) + "\n")
+    before = entries(file)
+    finished = {(entry["d"], entry["seed"]) for entry in before if "metric" in entry}
+    under_way = {(entry["d"], entry["seed"]) for entry in before} - finished
+    assert under_way
+    again = Flaky(0)
+    result = with_threads(again, file=file, workers=workers)
+    assert under_way == set(again.calls[: len(under_way)])
+    assert not finished & set(again.calls)
+    assert result.runs.seed.tolist() == list(range(result.cost.runs))
+    assert result.cost.runs == len(finished) + len(again.calls)
+    assert result.interval[0] <= 187 <= result.interval[1]
+
+
+@pytest.mark.parametrize("line", ['{"d": 1, "seed": 0}', '{"d": 2, "seed": 0}', '{"d": 2, "seed": 99}'])
+def test_proposals_of_two_processes_in_one_file_are_an_error(line, tmp_path):
+    file = tmp_path / "search.jsonl"
+    with_threads(step(187), file=file)
+    with open(file, "a") as appended:
+        appended.write(line + "\n")
+    with pytest.raises(ValueError, match="two processes wrote to it at once"):
+        with_threads(step(187), file=file)

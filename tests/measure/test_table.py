@@ -76,7 +76,7 @@ def test_the_smallest_d_without_a_number_has_none():
     assert running_maximum(lines((1, 0, np.nan), (2, 0, 0.3))).final_accuracy.isna().tolist() == [True, False]
 
 
-def test_of_a_loss_it_is_the_minimum():
+def test_the_best_loss_is_the_minimum():
     runs = lines((1, 0, 0.3), (2, 0, 0.4), (4, 0, 0.1))
     assert running_maximum(runs, larger_is_better=False).final_accuracy.tolist() == [0.3, 0.3, 0.1]
 
