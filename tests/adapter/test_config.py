@@ -1,4 +1,4 @@
-"""SubspaceConfig: every wrong value is an error that says the rule, the value and the way out."""
+"""SubspaceConfig: every wrong value is an error with the rule, the value and the way out."""
 
 import json
 
@@ -21,30 +21,47 @@ LOW_RANK = {"coordinates": "low_rank", "rank": 2}
         ({"d": -3}, "at least 1, got -3"),
         ({"d": 2.5}, "must be an integer of at least 1, got 2.5"),
         ({"d": True}, "must be an integer of at least 1, got True"),
-        ({"init_weights": "gaussian"}, "`init_weights` must be True or False, got 'gaussian'"),
-        ({"cache_projection": "no"}, "`cache_projection` must be True or False, got 'no'"),
-        ({"save_projection": "yes"}, "`save_projection` must be True or False or None, got 'yes'"),
+        ({"init_weights": "gaussian"}, "`init_weights` must be one of True, False; got 'gaussian'"),
+        ({"cache_projection": "no"}, "`cache_projection` must be one of True, False; got 'no'"),
+        ({"save_projection": "yes"}, "`save_projection` must be one of True, False, None; got 'yes'"),
         ({"coordinates": "low_rank", "rank": 1, "alpha": "x"}, "`alpha` must be a number, got 'x'"),
         ({"d": None}, "`d` is needed for projection='fastfood'"),
         ({"projection": "fastfod"}, "`projection` must be one of dense, sparse.*got 'fastfod'"),
         ({"coordinates": "weights"}, "`coordinates` must be one of weight, low_rank; got 'weights'"),
         ({"normalization": "cols"}, "`normalization` must be one of rows, columns; got 'cols'"),
-        ({"rank": 4}, "`rank` and `alpha` belong to coordinates='low_rank'.*rank=4"),
-        ({"alpha": 4.0}, "`rank` and `alpha` belong to coordinates='low_rank'.*alpha=4.0"),
+        (
+            {"rank": 4},
+            "`rank` belongs to coordinates='low_rank', got rank=4 with coordinates='weight'; .* leave `rank` out",
+        ),
+        ({"alpha": 4.0}, "`alpha` belongs to coordinates='low_rank', got alpha=4.0 with coordinates='weight'"),
         ({"coordinates": "low_rank"}, "`rank` is needed for coordinates='low_rank'"),
         ({**LOW_RANK, "rank": 0}, "`rank` must be an integer of at least 1, got 0"),
-        ({"nnz_per_row": 2}, "`nnz_per_row` belongs to projection='sparse' and 'fastjl', got 'fastfood'"),
+        ({"nnz_per_row": 2}, "belongs to projection='sparse' or projection='fastjl', got nnz_per_row=2 with"),
         ({"projection": "sparse", "nnz_per_row": 8}, "`nnz_per_row` must be at most d = 7, got 8"),
         ({"projection": "sparse", "nnz_per_row": 0}, "`nnz_per_row` must be an integer of at least 1, got 0"),
         ({"seed": -1}, "`seed` must be an integer from 0 to 2\\*\\*63 - 1, got -1"),
         ({"seed": "a"}, "`seed` must be an integer .*got 'a'"),
         ({"basis": torch.eye(7)}, "`basis` belongs to projection='basis', got projection='fastfood'"),
         ({"mask": torch.ones(7) > 0}, "`mask` belongs to projection='coordinate', got projection='fastfood'"),
+        ({"basis": np.eye(7)}, "`basis` belongs to projection='basis', got projection='fastfood'"),
+        ({"factors": 3}, "`factors` belongs to coordinates='low_rank', got factors=3 with coordinates='weight'"),
+        ({"gamma": 0}, "`gamma` belongs to coordinates='low_rank', got gamma=0 with coordinates='weight'"),
+        ({"projection": ["dense"]}, "`projection` must be one of dense, sparse.*got \\['dense'\\]"),
+        ({"init_weights": 1}, "`init_weights` must be one of True, False; got 1"),
         ({"projection_version": 99}, "`projection_version` must be at most 1 .*got 99.*upgrade subspace_peft"),
         ({"projection_version": 0}, "`projection_version` must be at least 1, got 0"),
-        ({"target_modules": "fc.*", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
-        ({"target_modules": "fc.*", "layers_pattern": "h"}, "`layers_pattern` cannot be used"),
-        ({"target_modules": ["fc"], "layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+        (
+            {"target_modules": "fc.*", "layers_to_transform": [0]},
+            "`layers_to_transform` needs `target_modules` to be a list, got 'fc",
+        ),
+        (
+            {"target_modules": "fc.*", "layers_pattern": "h"},
+            "`layers_pattern` needs `target_modules` to be a list, got 'fc",
+        ),
+        (
+            {"target_modules": ["fc"], "layers_pattern": "h"},
+            "`layers_pattern` needs `layers_to_transform`, got `layers_pattern` = 'h' alone",
+        ),
         ({"parameters": "weight"}, "`parameters` must be a list of names, got 'weight'"),
         ({"task_type": "NONSENSE"}, "NONSENSE"),
     ],
@@ -78,7 +95,7 @@ def test_a_given_basis_is_not_written_into_the_config(tmp_path):
 
 
 def test_a_config_of_the_first_version_loads(tmp_path):
-    """These fields, with these names and meanings, are the public API of adapter_config.json."""
+    """The names and meanings of these fields are the public API of adapter_config.json."""
     first = {
         "peft_type": "SUBSPACE_PEFT", "D": 114, "coordinates": "weight", "d": 7, "normalization": "rows", "seed": 3,
         "projection": "fastjl", "projection_version": 1, "save_projection": False, "target_modules": ["fc1", "fc2"],
@@ -95,7 +112,7 @@ def test_a_config_of_the_first_version_loads(tmp_path):
     }
 
 
-def test_integers_of_numpy_are_integers():
+def test_numpy_integers_become_int():
     config = SubspaceConfig(d=np.int64(3), seed=np.int32(5), coordinates="low_rank", rank=np.uint8(2))
     assert [type(value) for value in (config.d, config.seed, config.rank)] == [int] * 3
 
@@ -111,17 +128,17 @@ def test_alpha_must_be_finite_and_not_zero(alpha):
     [
         ({"rank": 0}, "`rank` must be an integer of at least 1"),
         ({"rank": None}, "`rank` is needed"),
-        ({"replace_weight": "svd"}, "`replace_weight` must be True or False"),
+        ({"replace_weight": "svd"}, "`replace_weight` must be one of True, False; got 'svd'"),
         ({"start": "zeros"}, "`start` must be one of svd, orthogonal, random"),
-        ({"start": "svd", "replace_weight": False}, "`start` belongs to replace_weight=True"),
-        ({"factors": 4}, "`factors` must be 2"),
-        ({"gamma": 0.1}, "`gamma` belongs to factors=3"),
-        ({"factors": 2.0}, "`factors` must be 2"),
+        ({"start": "svd", "replace_weight": False}, "`start` belongs to replace_weight=True, got start='svd' with"),
+        ({"factors": 4}, "`factors` must be one of 2, 3; got 4"),
+        ({"gamma": 0.1}, "`gamma` belongs to factors=3, got gamma=0.1 with factors=2; set factors=3 or leave"),
+        ({"factors": 2.0}, "`factors` must be one of 2, 3; got 2.0"),
         ({"gamma": -1.0, "factors": 3}, "`gamma` must be a finite number of at least 0"),
         ({"gamma": float("nan"), "factors": 3}, "`gamma` must be a finite number of at least 0"),
         ({"gamma": "x", "factors": 3}, "`gamma` must be a finite number of at least 0, got 'x'"),
         ({"gamma": True, "factors": 3}, "`gamma` must be a finite number of at least 0, got True"),
-        ({"coordinates": "weight", "rank": None}, "belong to coordinates='low_rank'"),
+        ({"coordinates": "weight", "rank": None}, "`replace_weight` belongs to coordinates='low_rank', got .*=True"),
     ],
 )
 def test_a_config_that_no_model_could_make_right(changes, message):

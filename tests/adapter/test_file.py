@@ -155,14 +155,6 @@ def test_nothing_is_unpickled(folder):
         load(folder)
 
 
-def test_the_model_card_says_what_to_import(folder):
-    card = (folder / "README.md").read_text()
-    assert "import subspace_peft  # makes the adapter type SUBSPACE_PEFT known to PEFT" in card
-    assert "library_name: peft" in card
-    load(folder).save_pretrained(folder)
-    assert (folder / "README.md").read_text().count("import subspace_peft") == 1
-
-
 def test_factors_are_not_saved_but_redrawn(folder):
     loaded = load(folder)
     assert find_vectors(loaded).scales["default"] == find_vectors(wrap(CASE)).scales["default"]
