@@ -116,6 +116,18 @@ def replaced(name: str, **changes) -> PeftModel:
     return wrap(BY_NAME[name], **{**REPLACED, "target_modules": REPLACED_TARGETS[name], **changes})
 
 
+@torch.no_grad()
+def product_base(name: str, model: nn.Module) -> nn.Module:
+    """The oracle of `replaced`: a plain model of that case that holds the products of the factors."""
+    plain = BY_NAME[name].model()
+    z = find_vectors(model).normalised("default")
+    for path, coordinates in unique_coordinates(model, "default").items():
+        left, right = coordinates.factors(z)
+        parameter = plain.get_parameter(path)
+        parameter.copy_((left @ right).view(parameter.shape))
+    return plain
+
+
 def run(model: nn.Module, x: Tensor, **kwargs) -> Tensor:
     """The model's output as one tensor."""
     out = model(x, **kwargs)

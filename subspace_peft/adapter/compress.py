@@ -1,4 +1,4 @@
-"""Compressing: a model of replaced weights as a plain model whose modules really are two smaller ones."""
+"""Compressing: a model of replaced weights as a plain model with two smaller modules in the place of each."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .walk import find_vectors, named_layers, plain
 
 @torch.no_grad()
 def compress(model: PeftModel, adapter_name: str = "default") -> nn.Module:
-    """The plain model in which a module of weight B A is an nn.Sequential of two: rank (rows + columns) entries.
+    """Return a plain model in which each module with weight B A is an nn.Sequential of two smaller modules.
 
-    It has no adapters, none of the weights W_0 that were replaced, and the adapter's outputs to rounding; all its
-    parameters train. The model that was given is taken apart for it, as by `merge_and_unload`.
+    Such a pair has rank (rows + columns) weights in place of rows columns. The plain model has the adapter's outputs
+    to rounding, no adapters and no replaced W_0, and all its parameters are trainable. `model` is taken apart for it,
+    as by `merge_and_unload`.
 
     Raises:
-        ValueError: before anything is changed, if the adapter replaces no weight, another one is active or merged, or
-            a replaced weight is tied.
+        ValueError: before anything is changed, if the adapter replaces no weight, another adapter is active or
+            merged, or a replaced weight is tied.
     """
     layers = _checked(model, adapter_name)
     z = find_vectors(model).normalised(adapter_name)
@@ -39,27 +40,29 @@ def compress(model: PeftModel, adapter_name: str = "default") -> nn.Module:
 def _checked(model: PeftModel, adapter: str) -> dict[str, SubspaceLayer]:
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"`model` must be a PeftModel, got {type(model).__name__}; save the adapter, and load it by "
-            "PeftModel.from_pretrained(base, dir)."
+            f"`model` must be a PeftModel, got {type(model).__name__}; save the adapter, and load it with "
+            "PeftModel.from_pretrained(base, folder)."
         )
     configs = model.peft_config
     if adapter not in configs or not getattr(configs[adapter], "replace_weight", False):
         raise ValueError(
             f"`adapter_name` must be that of an adapter with replace_weight=True, got {adapter!r}; the model has "
-            f"{', '.join(configs)}; merge_and_unload() is for those that add to a weight."
+            f"{', '.join(configs)}; for an adapter that adds to the weights use merge_and_unload()."
         )
     if list(model.active_adapters) != [adapter]:
         raise ValueError(
-            f"The adapter that is compressed must be the only active one, {model.active_adapters} are; call "
+            f"The adapter to compress must be the only active one, got {model.active_adapters}; call "
             f"set_adapter({adapter!r}), or merge the others into the base first."
         )
     layers = {name: layer for name, layer in named_layers(model.get_base_model()) if layer.coordinates.get(adapter)}
     for name, layer in layers.items():
         if layer.merged:
-            raise ValueError(f"No adapter must be merged when a model is compressed, `{name}` has one; unmerge it.")
-        if layer.shared[adapter] or list(layers.values()).count(layer) > 1:
             raise ValueError(
-                f"A tied weight cannot become two modules in one place alone, as that of `{name}` would; use "
+                f"A model must have no merged adapter to be compressed, `{name}` has one; call unmerge_adapter()."
+            )
+        if layer.merged_elsewhere[adapter] or list(layers.values()).count(layer) > 1:
+            raise ValueError(
+                f"A weight must be in one module alone to become two modules, that of `{name}` is tied; use "
                 "merge_and_unload(), or leave it out of `target_modules`."
             )
     return layers

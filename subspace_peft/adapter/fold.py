@@ -6,22 +6,23 @@ import copy
 from math import isfinite
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
 from ..projections import PROJECTIONS, TensorRows
-from .plan import scale
+from .scale import normalising_scale
 from .walk import find_vectors, named_layers, unique_coordinates
 
 
 @torch.no_grad()
 def fold(model: nn.Module, adapter_name: str = "default") -> None:
-    """Replace an adapter by the one-dimensional `basis` adapter of its increment, in place.
+    """Replace an adapter, in place, by the one-dimensional `basis` adapter of its increment.
 
         new P = P theta_d / |P theta_d|: [D, 1],    new theta_d = |P theta_d|: [1]
 
-    The outputs stay the same to rounding, and batch-norm statistics as they are. The file of an adapter in a given
-    basis goes from D d numbers to D, in float32; that of a seeded one grows from d. Further training would move the
-    length alone, so fold after it.
+    Outputs stay the same to rounding, and batch-norm statistics exactly. The file of an adapter in a given basis
+    shrinks from D d parameters to D, in float32; the file of a seeded one grows from d to D. Further training would
+    change the length alone, so fold after training.
 
     Args:
         model: A PeftModel, or any model with a SubspaceConfig adapter in it.
@@ -29,22 +30,7 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         ValueError: if the coordinates are not `weight`, the adapter is merged, or its increment is zero or not finite.
     """
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs or not any(adapter_name in layer.coordinates for _, layer in named_layers(model)):
-        raise ValueError(
-            f"`adapter_name` must be that of a SubspaceConfig adapter of the model, got {adapter_name!r}; it has "
-            f"{', '.join(configs) or 'none'}."
-        )
-    config = configs[adapter_name]
-    if config.coordinates != "weight":
-        raise ValueError(
-            f"Only coordinates='weight' have an increment that is one direction, {adapter_name!r} has "
-            f"coordinates={config.coordinates!r}; its file is small as it is, or merge it."
-        )
-    if any(adapter_name in layer.merged_adapters for _, layer in named_layers(model)):
-        raise ValueError(
-            f"An adapter must be unmerged to be folded, {adapter_name!r} is merged; call unmerge_adapter()."
-        )
+    config = _checked_config(model, adapter_name)
     vectors, coordinates = find_vectors(model), unique_coordinates(model, adapter_name)
     z = vectors.normalised(adapter_name)
     increments = {c.name: c.increment(z).float().view(-1, 1) for c in coordinates.values()}
@@ -58,9 +44,28 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     config.projection, config.d, config.normalization, config.nnz_per_row = "basis", 1, "columns", None
     config.basis = config.mask = config.save_projection = config.basis_digest = config.expected_basis_digest = None
     for c in coordinates.values():
-        block = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments.pop(c.name).div_(length))
-        c.projections[""] = PROJECTIONS["basis"](block)
+        rows = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments.pop(c.name).div_(length))
+        c.projections[""] = PROJECTIONS["basis"](rows)
     theta_d = vectors.subspace_peft_theta_d[adapter_name]
     vectors.subspace_peft_theta_d[adapter_name] = nn.Parameter(theta_d.new_tensor([length]), theta_d.requires_grad)
-    vectors.scales[adapter_name], vectors.joint_caches[adapter_name] = scale(config, coordinates), None
-    configs[adapter_name] = config
+    vectors.scales[adapter_name] = normalising_scale(config, coordinates)
+    vectors.joint_caches[adapter_name] = None
+    model.peft_config[adapter_name] = config
+
+
+def _checked_config(model: nn.Module, adapter: str) -> PeftConfig:
+    configs = getattr(model, "peft_config", {})
+    if adapter not in configs or not any(adapter in layer.coordinates for _, layer in named_layers(model)):
+        raise ValueError(
+            f"`adapter_name` must be that of a SubspaceConfig adapter of the model, got {adapter!r}; it has "
+            f"{', '.join(configs) or 'none'}."
+        )
+    config = configs[adapter]
+    if config.coordinates != "weight":
+        raise ValueError(
+            f"Only coordinates='weight' have an increment in one direction, {adapter!r} has coordinates="
+            f"{config.coordinates!r}; keep its file, which is small, or merge it."
+        )
+    if any(adapter in layer.merged_adapters for _, layer in named_layers(model)):
+        raise ValueError(f"An adapter must be unmerged to be folded, {adapter!r} is merged; call unmerge_adapter().")
+    return config

@@ -1,4 +1,4 @@
-"""The whole space around a subspace: the weights that a basis moves, made trainable, for P+-BFGS."""
+"""Full space: the weights around a basis, made trainable, for P+-BFGS."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ Lift = Callable[[Tensor], list[Tensor]]
 
 
 def full_space(model: nn.Module, adapter_name: str = "default") -> tuple[list[nn.Parameter], Lift]:
-    """The target tensors of an adapter, which train from now on, each once; and x [d] -> P x, shaped as they are.
+    """Make the target tensors of an adapter trainable, and return them with the map P from the subspace to them.
 
-    theta = weights + lift(theta_d), and the columns of lift are orthonormal: g - lift(P^T g) is the part of a gradient
-    outside of the subspace, where P^T g is the gradient of theta_d. Made for
+        theta = weights + lift(theta_d),    lift: x [d] -> P x, one tensor for each weight, in its shape
+
+    The columns of P are orthonormal. So if g is the gradient of the weights, that of theta_d is P^T g, and
+    g - lift(P^T g) is the part of g outside the subspace, which PPlusBFGS needs:
 
         weights, lift = full_space(model)
         optimizer = PPlusBFGS([theta_d], weights, lift)
 
-    What trains is the base as well. The adapter's file holds theta_d and P alone and would give another model on the
-    base as it was: save `model.merge_and_unload()`. Other adapters of the model move with its base.
+    Training then changes the base too. The adapter's file holds only theta_d and P, which give another model on the
+    original base, so save `model.merge_and_unload()`. Other adapters of the model act on the changed base.
+
+    Returns:
+        Each target tensor once, and lift.
 
     Raises:
-        ValueError: if P is no basis of orthonormal columns over the weights in full precision.
+        ValueError: if P is not a basis of orthonormal columns over the weights, or the base is in half precision.
     """
     config = model.peft_config[adapter_name]
     if (config.projection, config.coordinates, config.normalization) != ("basis", "weight", "columns"):

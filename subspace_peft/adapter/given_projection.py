@@ -1,4 +1,4 @@
-"""Given columns of P: a basis or a mask, from a tensor, a dictionary, a file, a folder of one, or a trajectory."""
+"""Given projection: a basis or a mask, from a tensor, a dictionary, a file, a folder or a trajectory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from ..trajectory import Trajectory
 
 
 GIVEN = {"basis": "basis", "coordinate": "mask"}
-"""Projections that a seed cannot redraw, and the config field that holds what they are made of."""
+"""Projections that no seed can redraw -> the config field that gives them."""
 
 ORTHONORMALITY = 1e-3
 """How far the Gram matrix of a basis may be from the identity, in its largest entry."""
+HALF_ORTHONORMALITY = 2e-2
+"""The same for a basis in half precision."""
+
+_WAY_OUT = (
+    "If the file has moved: config = SubspaceConfig.from_pretrained(adapter), config.basis = its new path, "
+    "PeftModel.from_pretrained(model, adapter, config=config)."
+)
 
 
 @dataclass(frozen=True)
@@ -28,19 +35,23 @@ class Given:
 
     d: int
     rows: dict[str, Tensor]  # basis: [n, d]; coordinate: sorted positions inside the tensor, int64 [k]
-    digest: str | None = None  # of the rows, where the adapter's file will not hold them
+    digest: str | None = None  # the digest of the rows, if the adapter's file will not hold them
 
 
 def stored_apart(config: PeftConfig) -> bool:
-    """Whether the adapter's file leaves P out, and its config names the file that several adapters share."""
+    """Whether the adapter's file leaves P out, and its config names a file that several adapters share."""
     return config.save_projection is False and isinstance(config.basis, (str, os.PathLike))
 
 
 def read_given(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> Given | None:
-    """The basis or mask of the config, cut along the tensors of these names and shapes; None if there is none to read.
+    """Read the basis or mask of the config, and cut it along the tensors; None if the config has none.
+
+    Args:
+        shapes: The shape of each projected tensor by its name, in the order of theta.
 
     Raises:
-        ValueError: if its shape is not that of the tensors, or it is not finite, or not orthonormal, or too narrow.
+        ValueError: if its shape does not fit the tensors, it is not finite or not orthonormal, has fewer than d
+            columns, or is not the one that the adapter was trained in.
     """
     field = GIVEN.get(config.projection, "")
     source = getattr(config, field, None)
@@ -59,7 +70,7 @@ def read_given(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> Given 
 
 
 def _trajectory(source) -> Trajectory | None:
-    """What a folder without a basis file may hold."""
+    """The trajectory in this folder, if the folder holds samples and no basis file."""
     if not isinstance(source, (str, os.PathLike)) or os.path.exists(os.path.join(source, "basis.safetensors")):
         return None
     trajectory = Trajectory(source)
@@ -82,12 +93,6 @@ def _read(config: PeftConfig, field: str, source) -> Tensor | dict[str, Tensor]:
     return source
 
 
-_WAY_OUT = (
-    "If the file has moved: config = SubspaceConfig.from_pretrained(adapter), config.basis = its new path, "
-    "PeftModel.from_pretrained(model, adapter, config=config)."
-)
-
-
 def _components(trajectory: Trajectory, config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The first d principal components of the target tensors along a trajectory."""
     folder = str(trajectory.folder)
@@ -95,8 +100,8 @@ def _components(trajectory: Trajectory, config: PeftConfig, shapes: dict[str, tu
         raise ValueError(f"`d` is needed for the trajectory in {folder!r}: set it to 1 or more, below its samples.")
     if config.save_projection is False:
         raise ValueError(
-            f"`save_projection=False` needs a basis in a file of its own, {folder!r} holds a trajectory; make one "
-            "with Trajectory(folder).save_basis(file, d), and give that, or leave `save_projection` out."
+            f"`save_projection=False` needs a basis in a file of its own, {folder!r} holds a trajectory; write one "
+            "with Trajectory(folder).save_basis(file, d) and give that file, or leave `save_projection` out."
         )
     recorded = trajectory.shapes
     for name, shape in shapes.items():
@@ -109,23 +114,27 @@ def _components(trajectory: Trajectory, config: PeftConfig, shapes: dict[str, tu
 
 
 def _digest(config: PeftConfig, rows: dict[str, Tensor]) -> str:
-    """32 hexadecimal digits for names, dtypes and values of the columns that are used."""
-    digest = blake2b(digest_size=16)
+    """32 hexadecimal digits for the names, dtypes, shapes and values of the columns that are used.
+
+    Raises:
+        ValueError: if the config says another.
+    """
+    content = blake2b(digest_size=16)
     for name, tensor in rows.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().view(-1).view(torch.uint8).numpy())
-    found, expected = digest.hexdigest(), config.expected_basis_digest
-    if expected not in (None, found):
-        what = config.basis if isinstance(config.basis, (str, os.PathLike)) else "the given tensor"
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.cpu().view(-1).view(torch.uint8).numpy())
+    digest, expected = content.hexdigest(), config.expected_basis_digest
+    if expected not in (None, digest):
+        source = config.basis if isinstance(config.basis, (str, os.PathLike)) else "the given tensor"
         raise ValueError(
-            f"`basis` must be the one that the adapter was trained in: the first {config.d} columns of {str(what)!r} "
-            f"have the digest {found}, the adapter's config says {expected}. {_WAY_OUT}"
+            f"`basis` must be the one that the adapter was trained in: the first {config.d} columns of "
+            f"{str(source)!r} have the digest {digest}, the adapter's config says {expected}. {_WAY_OUT}"
         )
-    return found
+    return digest
 
 
 def _rows(field: str, tensors: Tensor | dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """One [n, ...] for each tensor: the given rows in the order of theta, or by name."""
+    """The given rows of each tensor, [n, ...], cut in the order of theta or taken by name."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     D = sum(sizes.values())
     if isinstance(tensors, Tensor):
@@ -136,9 +145,10 @@ def _rows(field: str, tensors: Tensor | dict[str, Tensor], shapes: dict[str, tup
             )
         return dict(zip(sizes, tensors.split(list(sizes.values())), strict=True))
     if set(tensors) != set(sizes):
-        differs = sorted(set(tensors) ^ set(sizes))[0]
+        name = min(set(tensors) ^ set(sizes))
         raise ValueError(
-            f"`{field}` must have one entry for each target tensor; `{differs}` is in only one of the two."
+            f"`{field}` must have one entry for each target tensor and no other, but "
+            f"{'has' if name in tensors else 'lacks'} one for `{name}`; check `target_modules` and `parameters`."
         )
     rows = {}
     for name, shape in shapes.items():
@@ -147,7 +157,7 @@ def _rows(field: str, tensors: Tensor | dict[str, Tensor], shapes: dict[str, tup
         if tuple(tensors[name].shape) not in allowed:
             raise ValueError(
                 f"`{field}` of `{name}` must be of shape {[*shape, *(['k'] if trailing else [])]}, got "
-                f"{list(tensors[name].shape)}."
+                f"{list(tensors[name].shape)}; give the rows of that tensor, in its shape or flat."
             )
         rows[name] = tensors[name].reshape(sizes[name], *trailing)
     return rows
@@ -156,24 +166,32 @@ def _rows(field: str, tensors: Tensor | dict[str, Tensor], shapes: dict[str, tup
 def _basis(config: PeftConfig, rows: dict[str, Tensor], copy: bool = True) -> Given:
     widths = {tensor.shape[1] if tensor.ndim == 2 else 0 for tensor in rows.values()}
     if len(widths) != 1 or 0 in widths:
-        raise ValueError(f"`basis` must be a matrix [D, k] with one k, got k of {sorted(widths)}.")
+        raise ValueError(
+            f"`basis` must be a matrix [D, k] with one k for all tensors, got k = {sorted(widths)}; give each tensor "
+            "as many columns."
+        )
     k = widths.pop()
     d = k if config.d is None else config.d
     if d > k:
         raise ValueError(f"`basis` must hold at least d = {d} columns, got {k}; lower `d` or give more columns.")
     for name, tensor in rows.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"`basis` must be finite floating numbers, that of `{name}` is not ({tensor.dtype}).")
+            raise ValueError(
+                f"`basis` must be finite floating numbers, that of `{name}` is {tensor.dtype}; convert it, "
+                "`basis.float()`."
+            )
     if copy:
         rows = {name: t[:, :d].detach().clone(memory_format=torch.contiguous_format) for name, t in rows.items()}
     gram = 0
     for name, tensor in rows.items():
         gram = gram + (part := _gram(tensor))
         if not part.diagonal().isfinite().all():
-            raise ValueError(f"`basis` must be finite floating numbers, that of `{name}` is not ({tensor.dtype}).")
+            raise ValueError(
+                f"`basis` must be finite floating numbers, that of `{name}` has others; compute the basis again."
+            )
     error = (gram - torch.eye(d, dtype=gram.dtype)).abs().max().item()
-    tolerance = ORTHONORMALITY if all(t.dtype in (torch.float32, torch.float64) for t in rows.values()) else 2e-2
-    if error > tolerance:
+    is_full = all(tensor.dtype in (torch.float32, torch.float64) for tensor in rows.values())
+    if error > (ORTHONORMALITY if is_full else HALF_ORTHONORMALITY):
         raise ValueError(
             f"`basis` must have orthonormal columns, its Gram matrix differs from the identity by {error:.2g}; "
             "orthonormalise it, for example with torch.linalg.qr."
@@ -182,7 +200,7 @@ def _basis(config: PeftConfig, rows: dict[str, Tensor], copy: bool = True) -> Gi
 
 
 def _gram(tensor: Tensor) -> Tensor:
-    """float64 [d, d] on the CPU, in chunks: a copy of the whole in float64 may not fit."""
+    """The Gram matrix, float64 [d, d] on the CPU; in chunks, because a float64 copy of the whole may not fit."""
     chunks = (chunk.double() for chunk in tensor.split(2**15))
     return sum((chunk.T @ chunk).cpu() for chunk in chunks)
 
@@ -190,11 +208,11 @@ def _gram(tensor: Tensor) -> Tensor:
 def _mask(config: PeftConfig, rows: dict[str, Tensor]) -> Given:
     for name, tensor in rows.items():
         if tensor.dtype != torch.bool:
-            raise ValueError(f"`mask` must be boolean, that of `{name}` is {tensor.dtype}; compare it, `mask != 0`.")
+            raise ValueError(f"`mask` must be boolean, that of `{name}` is {tensor.dtype}; convert it, `mask != 0`.")
     positions = {name: tensor.nonzero()[:, 0] for name, tensor in rows.items()}
     d = sum(map(len, positions.values()))
     if config.d not in (None, d):
         raise ValueError(f"`d` must equal the {d} entries that `mask` selects, got {config.d}; leave `d` out.")
     if d == 0:
-        raise ValueError("`mask` must select at least one entry, got none.")
+        raise ValueError("`mask` must select at least one entry, got none; set one to True.")
     return Given(d, positions)

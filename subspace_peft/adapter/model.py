@@ -1,4 +1,4 @@
-"""SubspaceModel: one theta_d for all target tensors of a model; what is scaled, loaded and saved."""
+"""SubspaceModel: the tuner that PEFT puts around a model, with one theta_d for all its target tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import nn
 
 from . import file as adapter_file
 from .config import SubspaceConfig
-from .file import identity
+from .fingerprint import identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
 from .plan import Plan
 from .targets import ALL, expand_all, expand_all_linear, find_targets, near_names
-from .vectors import SubspaceVectors
-from .walk import PREFIX, VECTORS, unique_coordinates
+from .vectors import PREFIX, VECTORS, SubspaceVectors
+from .walk import unique_coordinates
 
 
 class SubspaceModel(BaseTuner):
-    """A model of which theta = origin + P theta_d trains, theta being D entries and theta_d d numbers.
+    """A model that trains theta_d, d parameters, in place of the D entries of theta = origin + P theta_d.
 
-    Built by `get_peft_model(model, SubspaceConfig(...))`.
+    `get_peft_model(model, SubspaceConfig(...))` makes one.
     """
 
     prefix = PREFIX
@@ -39,17 +39,17 @@ class SubspaceModel(BaseTuner):
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
     ) -> None:
-        """PEFT's; the config alone says where the adapter goes, since theta_d's key in a file names no module."""
-        taken = getattr(model, VECTORS, None)
-        if taken is not None and adapter_name in taken.subspace_peft_theta_d:
+        """As in PEFT, but without `state_dict`: the keys of a file name no modules, so the config says where to go."""
+        vectors = getattr(model, VECTORS, None)
+        if vectors is not None and adapter_name in vectors.subspace_peft_theta_d:
             raise ValueError(
-                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another or "
-                "delete it first."
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name or "
+                "delete that adapter first."
             )
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
-        """Plan everything and check it, before a module or the config is touched."""
+        """Plan and check everything before a module or the config is touched."""
         named = copy.copy(config)
         if config.target_modules == ALL:
             named.target_modules = expand_all(model)
@@ -62,8 +62,8 @@ class SubspaceModel(BaseTuner):
             config.target_modules = named.target_modules
         elif self._all_excluded(model, named):
             raise ValueError(
-                f"`exclude_modules` = {named.exclude_modules} takes away every module that `target_modules` = "
-                f"{named.target_modules} names; leave one."
+                f"`exclude_modules` must leave a module that `target_modules` = {named.target_modules} names, "
+                f"{named.exclude_modules} leaves none; exclude fewer."
             )
         elif near := near_names(model, named):
             raise ValueError(
@@ -72,18 +72,21 @@ class SubspaceModel(BaseTuner):
             )
 
     def _all_excluded(self, model: nn.Module, config: SubspaceConfig) -> bool:
-        everything = copy.copy(config)
-        everything.exclude_modules = None
-        return bool(config.exclude_modules and find_targets(model, everything, partial(self._matches, everything)))
+        lenient = copy.copy(config)
+        lenient.exclude_modules = None
+        return bool(config.exclude_modules and find_targets(model, lenient, partial(self._matches, lenient)))
 
     def _matches(self, config: SubspaceConfig, name: str) -> bool:
-        found = super()._check_target_module_exists(config, name)
-        return bool(found) and not isinstance(found, _ExcludedModule)
+        match = super()._check_target_module_exists(config, name)
+        return bool(match) and not isinstance(match, _ExcludedModule)
 
     def _check_target_module_exists(self, config: SubspaceConfig, key: str):
-        """PEFT's; a module that an earlier adapter wraps also answers for its parts, which PEFT passes over."""
-        found = super()._check_target_module_exists(config, key)
-        return found or self._wraps_a_target(key) or found
+        """As in PEFT, but a module that an earlier adapter wraps also matches for its submodules.
+
+        PEFT passes over those.
+        """
+        match = super()._check_target_module_exists(config, key)
+        return match or self._wraps_a_target(key) or match
 
     def _wraps_a_target(self, key: str) -> bool:
         if self._plan is None:
@@ -91,11 +94,11 @@ class SubspaceModel(BaseTuner):
         layer = self.model.get_submodule(key)
         if not isinstance(layer, SubspaceLayer):
             return False
-        parts = {id(module) for module in layer.base_layer.modules()}
-        return any(id(target.parent) in parts for target in self._plan.targets)
+        inside = {id(module) for module in layer.base_layer.modules()}
+        return any(id(target.parent) in inside for target in self._plan.targets)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
-        """Carry out the whole plan at the first of PEFT's calls: a tied tensor moves modules that have no turn."""
+        """Carry out the whole plan at PEFT's first call: a tied tensor moves modules that PEFT makes no call for."""
         if self._plan is None:
             return
         if not hasattr(self.model, VECTORS):
@@ -108,8 +111,10 @@ class SubspaceModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """theta_d is float32 whatever the base is, unless the user asks for the dtype of the base."""
-        # PEFT's would also cast batch-norm statistics, which must have the dtype of the base's.
+        """Keep theta_d in float32 whatever the base is, or cast it to the base's dtype if the user asks for that.
+
+        PEFT would also cast batch-norm statistics, which must have the dtype of the base's.
+        """
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         dtype = torch.float32
         if not autocast_adapter_dtype:
@@ -125,7 +130,7 @@ class SubspaceModel(BaseTuner):
 
     @property
     def D(self) -> int:
-        """How many numbers theta has, for the active adapter."""
+        """The number of entries of theta, for the active adapter."""
         return self.peft_config[self.active_adapters[0]].D
 
     def moved_share(self, adapter_name: str = "default") -> float:
@@ -134,19 +139,23 @@ class SubspaceModel(BaseTuner):
         return sum(c.moves for c in coordinates.values()) / self.peft_config[adapter_name].D
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
-        """A new adapter whose theta_d is the weighted sum of those of others: exact, since P is linear.
+        """Add an adapter whose theta_d is the weighted sum of those of others; exact, because P is linear.
 
         Raises:
-            ValueError: where it would not be exact: another P, low-rank coordinates, or another combination.
+            ValueError: if it would not be exact: for adapters with different P, low-rank coordinates or batch-norm
+                statistics, and for another `combination_type` than "linear".
         """
         if kwargs.get("combination_type", "linear") not in ("linear", None):
             raise ValueError(f"`combination_type` must be 'linear', got {kwargs['combination_type']!r}; leave it out.")
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another."
+                f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name."
             )
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"`weights` must have one number an adapter, got {len(weights)} for {len(adapters)}.")
+            raise ValueError(
+                "`adapters` must name at least one adapter and `weights` hold one number for each, got "
+                f"{len(weights)} for {len(adapters)}; give as many."
+            )
         configs = [self.peft_config[adapter] for adapter in adapters]
         identities = {identity(config) for config in configs}
         if len(identities) > 1 or configs[0].coordinates != "weight" or configs[0].projection in GIVEN:
@@ -157,8 +166,8 @@ class SubspaceModel(BaseTuner):
         statistics = [n for n, _ in self.model.named_buffers() if ".subspace_peft_running_" in n]
         if statistics:
             raise ValueError("Adapters that hold batch-norm statistics have no exact sum; merge them one by one.")
-        new = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
-        self.peft_config[adapter_name] = new
+        config = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
+        self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         with torch.no_grad():
@@ -166,16 +175,19 @@ class SubspaceModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """Hand `adapter_names`, one adapter a sample, from the model's forward to its layers."""
+        """Hand `adapter_names`, the adapter of each sample, from the model's forward to its layers."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
             return
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ValueError("`adapter_names` needs a model in evaluation mode, got training mode; call model.eval().")
         unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"`adapter_names` must name adapters of the model or '__base__', got the non-existing adapter(s) "
+                f"{', '.join(sorted(unknown))}; add them first."
+            )
         beams = kwargs.get("num_beams") or 1
         names = [name for name in names for _ in range(beams)]
 
@@ -191,12 +203,12 @@ class SubspaceModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look inside a tuner layer, where the children of a target with parameters of its own are.
+        # PEFT does not look inside a tuner layer, but a target that owns parameters may have targets as children.
         while nested := [
             (m, name, c) for m in model.modules() for name, c in m.named_children() if isinstance(c, SubspaceLayer)
         ]:
             for parent, name, layer in nested:
-                if merge and not layer.merged:  # a module under several names meets it more than once
+                if merge and not layer.merged:  # a module under several names comes more than once
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 setattr(parent, name, layer.base_layer)
         if hasattr(model, VECTORS):

@@ -1,4 +1,4 @@
-"""Modules: what they compute from their parameters, and running them with other tensors in their place."""
+"""Modules: which of them are linear in their parameters, and running one with other tensors in their place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LINEAR_IN_PARAMETERS = {
     *(kind.forward for kind in (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)),
     *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
 }
-"""The forward methods whose output is a linear function of weight and bias; a subclass with its own may be none."""
+"""The forward methods that are linear in weight and bias; a subclass may have another that is not."""
 
 
 def is_linear_in_parameters(module: nn.Module) -> bool:
     if isinstance(module, nn.EmbeddingBag):
         return type(module).forward is nn.EmbeddingBag.forward and module.mode != "max"
     if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
-        return True  # transformers has a class of this name in many models: the embedding times a constant
+        return True  # many models of transformers have a class of this name: an embedding times a constant
     return type(module).forward in LINEAR_IN_PARAMETERS
 
 
@@ -33,8 +33,8 @@ def device_of(module: nn.Module) -> torch.device:
 def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
     """Run `module` with these tensors, by path, in place of its parameters and buffers.
 
-    An instance attribute hides a parameter of that name. `torch.func.functional_call` exchanges the parameters, which
-    has no effect where FSDP has put views of its own into the instance.
+    Each becomes an instance attribute, which hides the parameter of that name. `torch.func.functional_call` would
+    exchange the parameters, without effect where FSDP has set instance attributes of its own.
     """
     hidden = []
     for path, tensor in tensors.items():
@@ -42,7 +42,7 @@ def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
         owner = module.get_submodule(prefix).__dict__
         hidden.append((owner, name, owner.get(name)))
         owner[name] = tensor
-    if isinstance(module, nn.RNNBase):  # reads its parameters from a list of its own
+    if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
         names = module._flat_weights_names
         flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
         hidden.append((module.__dict__, "_flat_weights", module._flat_weights))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import prod
 
 import torch
 from accelerate.utils import align_module_device
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..coordinates import COORDINATES, Coordinates, LowRank
 from ..coordinates.factored import operation
-from ..coordinates.starts import STARTS, Increment, Shape, Start, TruncatedSVD
-from ..projections import PROJECTIONS, TensorRows
+from ..coordinates.starts import STARTS, FactorShapes, Increment, Start, TruncatedSVD
+from ..projections import PROJECTIONS, Projection, TensorRows
+from .fingerprint import check_fingerprint, fingerprint
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
-from .targets import Target, check_fingerprint, fingerprint
+from .scale import normalising_scale
+from .targets import Target
 from .vectors import SubspaceVectors
 
 
@@ -28,16 +30,16 @@ class Plan:
 
     def __init__(self, config: PeftConfig, targets: list[Target]):
         self.config, self.targets = config, targets
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of each target tensor
-        self.owners: dict[str, list[tuple[nn.Module, str]]] = {}  # the modules that hold it, and its path inside each
-        self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # of what is projected for it, by suffix
+        self.shapes: dict[str, tuple[int, ...]] = {}  # the shape of each target tensor
+        self.owners: dict[str, list[tuple[nn.Module, str]]] = {}  # the modules that hold it, and its path in each
+        self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # what P moves for it: suffix -> shape
         for target in targets:
             for path, name in target.tensors.items():
                 shape = tuple(target.module.get_parameter(path).shape)
                 if parts := COORDINATES[config.coordinates].parts(shape, config.rank, config.factors):
                     self.shapes[name], self.parts[name] = shape, parts
                     self.owners.setdefault(name, []).append((target.module, path))
-        self._check_coordinates()
+        self._check_shapes()
         if config.replace_weight:
             self._check_replaced()
         if config.expected_fingerprint is not None:
@@ -48,7 +50,9 @@ class Plan:
         self.d = self._dimension()
         self.starts = {name: self._start(name) for name in self.shapes} if config.coordinates == "low_rank" else {}
 
-    def _check_coordinates(self) -> None:
+    # -------------------------------------------------------------------------------------------------------- checking
+
+    def _check_shapes(self) -> None:
         if not self.shapes:
             raise ValueError(
                 f"coordinates={self.config.coordinates!r} need target tensors of two or more dimensions, found none; "
@@ -72,8 +76,8 @@ class Plan:
                     kind = f"{type(module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
                     raise ValueError(
                         "`replace_weight` must be given modules that run as two smaller ones (Linear, Conv1D, Conv1d "
-                        f"to Conv3d without groups, Embedding): `{name}` is of {kind}; leave that module out, or add "
-                        "an increment with replace_weight=False."
+                        f"to Conv3d without groups, Embedding), but `{name}` is of {kind}; leave that module out, or "
+                        "add an increment with replace_weight=False."
                     )
 
     def _dimension(self) -> int:
@@ -86,7 +90,8 @@ class Plan:
             way_out = "lower `d` or widen `target_modules`"
             if config.D not in (None, self.D):
                 way_out += (
-                    f", or give each model a config of its own: this one was filled in for one of D = {config.D}"
+                    ", or give each model a config of its own: wrapping filled in this one for a model of "
+                    f"D = {config.D}"
                 )
             raise ValueError(f"`d` must be at most the D = {self.D} adapted entries, got {d}; {way_out}.")
         if config.projection == "identity" and d != self.D:
@@ -95,35 +100,49 @@ class Plan:
             raise ValueError(f"`{GIVEN[config.projection]}` is needed for projection={config.projection!r}.")
         return d
 
+    def _start(self, name: str) -> Start:
+        config = self.config
+        kind = STARTS[config.start] if config.replace_weight else Increment
+        shapes = FactorShapes.of(self.shapes[name], config.rank, config.factors)
+        start = kind(name, shapes, config.alpha / config.rank, config.seed, config.projection_version)
+        if config.expected_fingerprint is None or kind is not TruncatedSVD:  # the file of a saved adapter holds it
+            module, path = self.owners[name][0]
+            with align_module_device(module):
+                start.measure(module.get_parameter(path))
+        return start
+
+    # ---------------------------------------------------------------------------------------------------- carrying out
+
     def apply(self, vectors: SubspaceVectors, adapter: str) -> None:
-        """Wrap the targets."""
+        """Put a layer around each target, or the adapter into the layer that is there."""
         config = self.config
         config.d, config.D, config.fingerprint = self.d, self.D, fingerprint(self.shapes)
         config.basis_digest = self.given.digest if self.given else config.basis_digest
         coordinates = self._coordinates()
         device = next(parameter.device for target in self.targets for parameter in target.module.parameters())
-        start = torch.zeros(self.d, device=device)
+        theta_d = torch.zeros(self.d, device=device)
         if not config.init_weights:
-            start = torch.randn(self.d, device=device)
+            theta_d = torch.randn(self.d, device=device)
         # A given P comes with the file when an adapter is loaded, and its scale with it.
-        known = config.projection not in GIVEN or self.given is not None
-        normalising = scale(config, coordinates) if known else None
+        is_known = config.projection not in GIVEN or self.given is not None
+        scale = normalising_scale(config, coordinates) if is_known else None
         joint_cache = None
         if not config.save_projection or config.projection == "identity":
-            # else the file holds the P of each tensor, and who reads it gets the outputs of today to the bit
+            # The file of a saved P holds the rows of each tensor: its readers get the same outputs only if no rows
+            # are made together.
             projections = [projection for c in coordinates.values() for projection in c.projections.values()]
             joint_cache = PROJECTIONS[config.projection].together(projections)
-        vectors.add(adapter, start, normalising, joint_cache)
+        vectors.add(adapter, theta_d, scale, joint_cache)
         layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)
             if not isinstance(layer, SubspaceLayer):
                 layer = SubspaceLayer(target.module, vectors)
             target.parent._modules[target.child] = layer
-            if id(target.module) not in layers:  # else one module under several names, which stays one
+            if id(target.module) not in layers:  # a module under several names stays one
                 layers[id(target.module)] = layer
-                mine = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
-                layer.add_adapter(adapter, mine, target.shared)
+                moved = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
+                layer.add_adapter(adapter, moved, target.merged_elsewhere)
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
@@ -131,8 +150,8 @@ class Plan:
         for name, parts in self.parts.items():
             projections = {}
             for suffix, part in parts.items():
-                given = self._given(name + suffix, prod(part))
-                block = TensorRows(
+                given = self._given_rows(name + suffix, prod(part))
+                rows = TensorRows(
                     name=name + suffix,
                     n=prod(part),
                     d=self.d,
@@ -144,14 +163,14 @@ class Plan:
                     cache=config.cache_projection,
                     given=given,
                 )
-                projections[suffix] = PROJECTIONS[config.projection](block)
-                offset += block.n
+                projections[suffix] = PROJECTIONS[config.projection](rows)
+                offset += rows.n
                 column += len(given) if config.projection == "coordinate" else 0
-            coordinates[name] = self._coordinate(name, projections)
+            coordinates[name] = self._coordinates_of(name, projections)
         return coordinates
 
-    def _given(self, name: str, n: int) -> Tensor | None:
-        """The rows of a given P; where they will come with the file, an empty stand-in."""
+    def _given_rows(self, name: str, n: int) -> Tensor | None:
+        """The rows of a given P; an empty tensor in their place if they will come with the file."""
         if self.config.projection not in GIVEN:
             return None
         if self.given is not None:
@@ -160,35 +179,10 @@ class Plan:
             return torch.empty(n, self.d, device="meta")
         return torch.empty(0, dtype=torch.int64)
 
-    def _coordinate(self, name: str, projections) -> Coordinates:
+    def _coordinates_of(self, name: str, projections: dict[str, Projection]) -> Coordinates:
         config = self.config
-        choice = COORDINATES[config.coordinates]
-        if choice is not LowRank:
-            return choice(name, self.shapes[name], projections)
+        kind = COORDINATES[config.coordinates]
+        if kind is not LowRank:
+            return kind(name, self.shapes[name], projections)
         gamma = 1.0 if config.gamma is None else config.gamma
         return LowRank(name, self.shapes[name], projections, self.starts[name], gamma)
-
-    def _start(self, name: str) -> Start:
-        config = self.config
-        kind = STARTS[config.start] if config.replace_weight else Increment
-        shape = Shape.of(self.shapes[name], config.rank, config.factors)
-        start = kind(name, shape, config.alpha / config.rank, config.seed, config.projection_version)
-        if config.expected_fingerprint is None or kind is not TruncatedSVD:  # of a saved adapter that is in its file
-            module, path = self.owners[name][0]
-            with align_module_device(module):
-                start.measure(module.get_parameter(path))
-        return start
-
-
-def scale(config: PeftConfig, coordinates: dict[str, Coordinates]) -> Tensor | float:
-    """What theta_d is multiplied by so that P is normalised over all of D.
-
-    `columns`: float32 [d], 1 / norm of each column, or 1 where all norms are. `rows`: one number, so that the rows
-    that move have mean square norm 1.
-    """
-    squares = sum(p.column_square_norms() for c in coordinates.values() for p in c.projections.values())
-    if config.normalization == "columns":
-        if bool((squares == 1).all()):
-            return 1.0  # where d = D, a product for each layer would cost more than the layers
-        return squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().float()
-    return sqrt(sum(c.moves for c in coordinates.values()) / squares.sum().item())

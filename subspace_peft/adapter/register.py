@@ -1,4 +1,4 @@
-"""Registration: makes SUBSPACE_PEFT a type that PEFT knows."""
+"""Registration: making SUBSPACE_PEFT a type that PEFT knows."""
 
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
@@ -11,10 +11,15 @@ NAME = "subspace_peft"
 
 
 def add_peft_type(name: str) -> None:
-    """Add a member to the enum of PEFT's types, which `register_peft_method` requires and nothing else can give."""
+    """Add a member to the enum of PEFT's types. `register_peft_method` requires one, and PEFT offers no way to add it.
+
+    Raises:
+        RuntimeError: if PEFT already has a type of this name.
+    """
     if name in PeftType.__members__:
         raise RuntimeError(
-            f"PEFT has a type of its own called {name}; install a version of subspace_peft made for it."
+            f"The name of a new PEFT type must be free, {name} is a type already; install a version of subspace_peft "
+            "made for this PEFT."
         )
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
@@ -25,10 +30,10 @@ def add_peft_type(name: str) -> None:
 
 
 def register() -> None:
-    """Make SubspaceConfig and SubspaceModel PEFT's for this type.
+    """Register SubspaceConfig and SubspaceModel with PEFT for this type.
 
     Raises:
-        RuntimeError: if PEFT has taken the name itself.
+        RuntimeError: if PEFT already has a type of this name.
     """
     add_peft_type(NAME.upper())
     register_peft_method(name=NAME, config_cls=SubspaceConfig, model_cls=SubspaceModel)

@@ -1,4 +1,4 @@
-"""Targets: which tensors of a model are theta, found and checked before anything is touched."""
+"""Targets: which tensors of a model are theta, chosen and checked before anything is touched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,25 +24,25 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: where it hangs, and which of its parameters are theta."""
+    """One module to adapt: where it is in the model, and which of its parameters are theta."""
 
     parent: nn.Module
     child: str
     module: nn.Module
     tensors: dict[str, str]  # path inside the module -> name of the tensor in the base model
-    shared: frozenset[str]  # the paths whose tensor an earlier target holds too
+    merged_elsewhere: frozenset[str]  # the paths whose tensor an earlier target holds too
 
     @property
     def layer(self) -> nn.Module:
-        """What hangs there now: the module, or the SubspaceLayer around it."""
+        """The module itself, or the SubspaceLayer that an earlier adapter put around it."""
         return self.parent._modules[self.child]
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every module of the base model as if no adapter were there: name, parent, child name, module.
+    """Every module as if the model had no adapter: its name, its parent, its name in the parent, the module.
 
     Raises:
-        ValueError: where another PEFT method has already taken a module.
+        ValueError: if a module already has an adapter of another PEFT method.
     """
 
     def visit(prefix: str, parent: nn.Module):
@@ -67,7 +66,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a module owns directly, by their path inside it.
 
-    nn.MultiheadAttention reads those of its `out_proj` itself and never calls it: they are its own.
+    Those of the `out_proj` of nn.MultiheadAttention are among them: it reads them itself and never calls `out_proj`.
     """
     owned = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     if isinstance(module, nn.MultiheadAttention):
@@ -75,8 +74,16 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return owned
 
 
+def _is_read_by_parent(parent: nn.Module, child: str) -> bool:
+    return isinstance(parent, nn.MultiheadAttention) and child == "out_proj"
+
+
 def expand_all(model: nn.Module) -> set[str]:
-    """The names of the modules that own parameters, for target_modules="all"."""
+    """The names that target_modules="all" stands for: every module that owns parameters.
+
+    Raises:
+        ValueError: if the model itself owns one, since nothing can be put around it.
+    """
     stray = [name for name, _ in model.named_parameters(recurse=False)]
     if stray:
         raise ValueError(
@@ -86,14 +93,14 @@ def expand_all(model: nn.Module) -> set[str]:
     return {
         name
         for name, parent, child, module in base_modules(model)
-        if own_parameters(module) and not (isinstance(parent, nn.MultiheadAttention) and child == "out_proj")
+        if own_parameters(module) and not _is_read_by_parent(parent, child)
     }
 
 
 def expand_all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
-    """The names that PEFT's "all-linear" stands for, whether or not an adapter is there already.
+    """The names that PEFT's "all-linear" stands for, the same whether or not the model already has an adapter.
 
-    Linear and Conv1D, but not the output embedding, nor the head of a sequence classifier.
+    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier.
     """
     heads = set()
     if isinstance(model, PreTrainedModel):
@@ -111,36 +118,39 @@ def expand_all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
 def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> list[Target]:
     """The modules that the config names, those that share a tensor with them, and those that keep statistics.
 
+    Args:
+        matches: Whether the config names the module of this name.
+
     Raises:
         ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them quantised.
     """
     modules = list(base_modules(model))
     chosen = _chosen_paths(modules, config, matches)
-    canonical = {}
+    first_names = {}  # a tied tensor goes by the first of its names
     for name, _, _, module in modules:
         for path, parameter in own_parameters(module).items():
-            canonical.setdefault(id(parameter), f"{name}.{path}")
-    tensors = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
+            first_names.setdefault(id(parameter), f"{name}.{path}")
+    theta = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
 
     targets, held, places = [], set(), set()
     for name, parent, child, module in modules:
-        if (isinstance(parent, nn.MultiheadAttention) and child == "out_proj") or (id(parent), child) in places:
+        if _is_read_by_parent(parent, child) or (id(parent), child) in places:
             continue
         places.add((id(parent), child))
-        mine = {path: p for path, p in own_parameters(module).items() if id(p) in tensors}
-        if mine or (_keeps_statistics(module) and not _saved_whole(name, config)):
-            shared = set()
-            for path, p in mine.items():
+        parameters = {path: p for path, p in own_parameters(module).items() if id(p) in theta}
+        if parameters or (_keeps_statistics(module) and not _is_saved_whole(name, config)):
+            merged_elsewhere = set()
+            for path, p in parameters.items():
                 if id(p) in held:
-                    shared.add(path)
+                    merged_elsewhere.add(path)
                 held.add(id(p))
-            names = {path: canonical[id(p)] for path, p in mine.items()}
-            targets.append(Target(parent, child, module, names, frozenset(shared)))
-    return targets if tensors else []
+            names = {path: first_names[id(p)] for path, p in parameters.items()}
+            targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere)))
+    return targets if theta else []
 
 
-def _saved_whole(name: str, config: PeftConfig) -> bool:
-    """Whether the module is, or lies in, one of `modules_to_save`, whose copy has statistics of its own."""
+def _is_saved_whole(name: str, config: PeftConfig) -> bool:
+    """Whether the module is, or lies in, one of `modules_to_save`, whose copies have statistics of their own."""
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
@@ -156,29 +166,19 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
             continue
         owned = own_parameters(module)
         known |= set(owned)
-        wanted = list(owned)
+        paths = list(owned)
         if config.parameters is not None:
-            wanted = [path for path in owned if path in config.parameters]
-        if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
+            paths = [path for path in owned if path in config.parameters]
+        if _is_read_by_parent(parent, child):
             name = name.removesuffix(".out_proj")
-            wanted = [f"out_proj.{path}" for path in wanted]
+            paths = [f"out_proj.{path}" for path in paths]
             owned = own_parameters(parent)
-        if wanted and getattr(module, "max_norm", None) is not None:
-            raise ValueError(
-                f"A target must leave its weight alone: the embedding `{name}` rewrites its own by `max_norm`; set "
-                "that to None or exclude the module."
-            )
-        for path in wanted:
-            if not owned[path].is_floating_point():
-                raise ValueError(
-                    f"A target tensor must be of a floating dtype: `{name}.{path}` is {owned[path].dtype}, a "
-                    "quantised weight; load the model unquantised, or leave the module out with `exclude_modules`."
-                )
-        if wanted:
-            chosen[name] = chosen.get(name, []) + wanted
-        else:
+        if not paths:
             empty.append(name)
-    if empty and (not chosen or _named_exactly(config, empty)):
+            continue
+        _check_tensors(name, module, {path: owned[path] for path in paths})
+        chosen[name] = chosen.get(name, []) + paths
+    if empty and (not chosen or _are_named(config, empty)):
         what = "parameters" if config.parameters is None else f"parameters named {sorted(config.parameters)}"
         raise ValueError(
             f"A target module must own {what}: `{empty[0]}` owns none; name modules that do, or use "
@@ -188,8 +188,22 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
     return chosen
 
 
+def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"A target must leave its weight alone, but the embedding `{name}` rewrites its weight by `max_norm`; set "
+            "that to None or exclude the module."
+        )
+    for path, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"A target tensor must be of a floating dtype: `{name}.{path}` is {parameter.dtype}, a quantised "
+                "weight; load the model unquantised, or leave the module out with `exclude_modules`."
+            )
+
+
 def _check_parameters(config: PeftConfig, known: set[str]) -> None:
-    """Of a new adapter: a saved one is held to its fingerprint."""
+    """Check the names in `config.parameters`, except of a saved adapter, which its fingerprint checks."""
     unknown = sorted(set(config.parameters or ()) - known)
     if not unknown or not known or config.expected_fingerprint is not None:
         return
@@ -200,39 +214,13 @@ def _check_parameters(config: PeftConfig, known: set[str]) -> None:
     )
 
 
-def _named_exactly(config: PeftConfig, names: list[str]) -> bool:
+def _are_named(config: PeftConfig, names: list[str]) -> bool:
+    """Whether `target_modules` lists one of these names, rather than matching it by a pattern."""
     return not isinstance(config.target_modules, str) and bool(set(names) & set(config.target_modules or ()))
 
 
 def near_names(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Names of modules that resemble those asked for and not found."""
+    """The names of modules that resemble those of `target_modules`."""
     names = {name for name, *_ in base_modules(model)} | {child for _, _, child, _ in base_modules(model)}
     asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or ()
     return sorted({near for target in asked for near in difflib.get_close_matches(target, names, 3, 0.5)})
-
-
-def fingerprint(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Eight hexadecimal digits for the (name, shape) of each target tensor, in their order."""
-    return "".join(
-        blake2b(f"{name} {list(shape)}".encode(), digest_size=4).hexdigest() for name, shape in shapes.items()
-    )
-
-
-def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming the first tensor that differs, if the adapter was trained on another base."""
-    found = fingerprint(shapes)
-    if found == expected:
-        return
-    first = next(
-        (i for i in range(0, max(len(found), len(expected)), 8) if found[i : i + 8] != expected[i : i + 8]), 0
-    )
-    names = list(shapes)
-    if first // 8 < len(names):
-        name = names[first // 8]
-        what = f"the first target tensor that differs is `{name}` of shape {list(shapes[name])}"
-    else:
-        what = f"this model ends after `{names[-1]}`, the adapter's base had {len(expected) // 8 - len(names)} more"
-    raise ValueError(
-        f"An adapter must be loaded onto the base model it was trained on: {what} (of {len(expected) // 8} tensors "
-        f"there and {len(names)} here); load the right base model, or train a new adapter."
-    )

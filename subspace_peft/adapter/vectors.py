@@ -1,4 +1,4 @@
-"""SubspaceVectors: theta_d of every adapter, the one thing that trains."""
+"""SubspaceVectors: theta_d of every adapter of a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from ..plain_model import whole
 from ..projections import JointCache
 
 
+PREFIX = "subspace_peft_"
+"""Begins the name of every parameter and buffer of an adapter; PEFT tells them from the base's by it."""
+
+VECTORS = "subspace_vectors"
+"""The child of the base model that holds theta_d. PEFT passes over modules whose name contains the prefix."""
+
+
 class SubspaceVectors(AuxiliaryTrainingWrapper):
     """theta_d of every adapter of a model, and the scales that normalise their P.
 
-    A child of the base model, to which layers hold an unregistered reference: the vector has one owner and one name in
-    the state dict, whichever modules it moves. To PEFT it is what `modules_to_save` is, something trained beside its
-    layers, since as a tuner layer it would have to be merged and converted to LoRA.
+    It is a child of the base model, and layers hold an unregistered reference to it: theta_d has one owner and one
+    name in the state dict, whichever modules it moves. PEFT treats it as one of `modules_to_save`, trained beside the
+    layers, because PEFT would merge a tuner layer and convert it to LoRA.
     """
 
     adapter_layer_names = ("subspace_peft_theta_d",)
-    other_param_names = adapter_layer_names  # by this PEFT tells them from the base's own parameters
+    other_param_names = adapter_layer_names  # PEFT leaves these out of the base's state dict
 
     def __init__(self, adapter: str):
         super().__init__(nn.Identity(), adapter)
@@ -32,19 +39,24 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     def add(
         self, adapter: str, theta_d: Tensor, scale: Tensor | float | None, joint_cache: JointCache | None = None
     ) -> None:
+        """Add an adapter; its scale is None until its basis or mask is read from its file."""
         self.update(adapter)
         self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
         self.scales[adapter], self.joint_caches[adapter] = scale, joint_cache
 
     def normalised(self, adapter: str) -> Tensor:
-        """z, the theta_d that the unnormalised P is applied to. [d]"""
-        theta_d, scale = whole(self.subspace_peft_theta_d[adapter]), self.scales[adapter]  # between two forwards too
+        """z = theta_d times the scale, so that P z with the unnormalised P is P theta_d with the normalised one: [d].
+
+        Raises:
+            ValueError: if the adapter's basis or mask was not read.
+        """
+        theta_d, scale = whole(self.subspace_peft_theta_d[adapter]), self.scales[adapter]  # also between two forwards
         if scale is None:
             raise ValueError(
-                f"The basis or mask of adapter {adapter!r} must come with its file, and was not read: transformers' "
-                "own load_adapter and from_pretrained take theta_d alone; use PeftModel.from_pretrained(model, dir)."
+                f"The basis or mask of adapter {adapter!r} must come with its file, but was not read: transformers' "
+                "load_adapter and from_pretrained read theta_d alone; use PeftModel.from_pretrained(model, folder)."
             )
-        if theta_d.device.type == "meta":  # offloaded by accelerate: loaded for a forward of its own only
+        if theta_d.device.type == "meta":  # accelerate offloaded it and loads it only for this module's own forward
             with align_module_device(self.subspace_peft_theta_d):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(scale, Tensor) and scale.device != theta_d.device:
@@ -54,10 +66,10 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         return theta_d if isinstance(scale, float) and scale == 1 else theta_d * scale
 
     def forward(self, *args):
-        """Identity, for base models that run all their children in turn (nn.Sequential)."""
+        """The identity: a base model may run all its children in turn, as nn.Sequential does."""
         return args[0] if len(args) == 1 else args
 
-    # What follows is PEFT's protocol. Which vectors train is set by the layers, as for every tuner.
+    # PEFT's protocol. The layers set which vectors train, as in every tuner.
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.subspace_peft_theta_d.keys())
@@ -74,7 +86,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
 
-    # adapter_file saves and loads. transformers finds theta_d by its prefix; listed here, it would be renamed twice.
+    # file.py saves and loads theta_d. transformers finds it by its prefix and would rename it twice if it were here.
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}

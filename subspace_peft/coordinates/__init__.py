@@ -6,5 +6,6 @@ from .weight import Weight
 
 
 COORDINATES: dict[str, type[Coordinates]] = {"weight": Weight, "low_rank": LowRank}
+"""The classes by the name that a config gives; the only list."""
 
 __all__ = ["COORDINATES", "Coordinates", "LowRank", "Weight"]

@@ -1,4 +1,4 @@
-"""Coordinates: which numbers of a target tensor are moved by P theta_d, and the increment that they make."""
+"""Coordinates: which parameters P theta_d moves for one target tensor, and how the tensor follows from them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Coordinates(ABC):
     """One target tensor as a function of z, the normalised theta_d.
 
     Args:
-        name: Of the tensor in the base model.
-        shape: Of the tensor.
-        projections: For each of `parts`, the rows of P that move it.
+        name: The name of the tensor in the base model.
+        shape: The shape of the tensor.
+        projections: The rows of P for each entry of `parts`, by its suffix.
     """
 
     def __init__(self, name: str, shape: Sequence[int], projections: dict[str, Projection]):
@@ -26,27 +26,27 @@ class Coordinates(ABC):
         self.projections = projections
 
     start: Start | None = None
-    """Where the projected numbers begin, unless it is the tensor as it is in the base."""
+    """The factors at z = 0; None where the projected tensor is the base's tensor itself."""
 
     @property
     def replaces(self) -> bool:
-        """Whether the increment counts from zero, in place of the tensor as it is in the base."""
+        """Whether the increment takes the place of the base's tensor rather than being added to it."""
         return self.start is not None and self.start.replaces
 
     @staticmethod
     @abstractmethod
     def parts(shape: Sequence[int], rank: int | None, factors: int = 2) -> dict[str, tuple[int, ...]]:
-        """Suffix and shape of the tensors that are projected; empty where these coordinates do not fit."""
+        """The tensors that P moves, suffix -> shape; empty if a tensor of this shape has no such coordinates."""
 
     @abstractmethod
     def increment(self, z: Tensor) -> Tensor:
-        """What is added to the tensor, or to zero. [..., d] -> [..., *shape]"""
+        """The increment to the base's tensor, or to zero if it `replaces` it: [..., d] -> [..., *shape]."""
 
     @abstractmethod
     def moved_from(self, origin: Tensor, z: Tensor) -> Tensor:
-        """The tensor: origin plus increment. [..., d] -> [..., *shape]"""
+        """The moved tensor, origin plus increment: [..., d] -> [..., *shape]."""
 
     @property
     def moves(self) -> int:
-        """How many of the projected numbers P moves."""
+        """How many entries of `parts` P moves: its non-zero rows."""
         return sum(projection.moved for projection in self.projections.values())

@@ -1,4 +1,4 @@
-"""Factored: what a module computes with the product of two factors as its weight, without forming the product."""
+"""Factored: running a module whose weight is a product of two factors, without forming the product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..projections.base import full_precision
 
 
 Operation = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(module, x, left [rows, rank], right [rank, columns], bias) -> output."""
+"""(module, x, left [rows, rank], right [rank, columns], bias) -> output; the weight is left @ right."""
 
 
 def _linear(module, x, left, right, bias):
@@ -25,7 +25,7 @@ def _conv1d(module, x, left, right, bias):
 
 
 def _conv(module, x, left, right, bias):
-    """A convolution to `rank` channels, then one of 1 x 1."""
+    """A convolution to `rank` channels, then one with a 1 x 1 kernel."""
     ones = [1] * len(module.kernel_size)
     inner = module._conv_forward(x, right.view(-1, module.in_channels, *module.kernel_size), None)
     return (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1](inner, left.view(*left.shape, *ones), bias)
@@ -33,11 +33,11 @@ def _conv(module, x, left, right, bias):
 
 def _embedding(module, x, left, right, bias):
     rows = F.embedding(x, left, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
-    with full_precision(rows):  # autocast leaves embeddings alone
+    with full_precision(rows):  # autocast does not round the output of an embedding either
         out = F.linear(rows, right.mT)
     if module.padding_idx is None:
         return out
-    return torch.where((x == module.padding_idx).unsqueeze(-1), out.detach(), out)  # padding teaches no factor
+    return torch.where((x == module.padding_idx).unsqueeze(-1), out.detach(), out)  # padding trains no factor
 
 
 OPERATIONS: dict[Callable, Operation] = {
@@ -48,16 +48,16 @@ OPERATIONS: dict[Callable, Operation] = {
     nn.Conv3d.forward: _conv,
     nn.Embedding.forward: _embedding,
 }
-"""By the forward method that they stand for; a subclass with its own may compute something else."""
+"""By the forward method that each replaces: a subclass with a forward of its own may compute something else."""
 
 
 def operation(module: nn.Module) -> Operation | None:
-    """How `module` runs through two factors in turn; None where it cannot."""
+    """The way to run `module` through two factors in turn; None if it has none."""
     return OPERATIONS.get(type(module).forward) if getattr(module, "groups", 1) == 1 else None
 
 
 def run(module: nn.Module, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The output of `module` with left @ right as its weight and this bias, in the dtype that it computes in."""
+    """The output of `module` with weight left @ right and this bias, in the dtype that `module` would compute in."""
     dtype = x.dtype if x.is_floating_point() else module.weight.dtype
     if x.is_floating_point() and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -66,11 +66,13 @@ def run(module: nn.Module, x: Tensor, left: Tensor, right: Tensor, bias: Tensor 
 
 
 class Factored(nn.Sequential):
-    """Two modules that compute what one did. Its weight is their product, for models that read it of their parts.
+    """Two modules that run one after the other in place of one.
+
+    `weight` is their product and `bias` that of the second: some models read these attributes of their submodules.
 
     Args:
-        shape: Of the weight.
-        transposed: Whether the second module's weight is the right factor.
+        shape: The shape of the weight.
+        transposed: Whether the weight is stored [inputs, outputs], as in transformers' Conv1D.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, shape: torch.Size, transposed: bool):
@@ -90,7 +92,7 @@ class Factored(nn.Sequential):
 
 
 def smaller(module: nn.Module, left: Tensor, right: Tensor) -> Factored:
-    """Two modules that run one after the other as `module` with left @ right as its weight."""
+    """Two smaller modules that together compute what `module` computes with weight left @ right."""
     bias, rank, transposed = getattr(module, "bias", None), len(right), isinstance(module, Conv1D)
     if isinstance(module, nn.Embedding):
         first = nn.Embedding(module.num_embeddings, rank, module.padding_idx)
@@ -102,7 +104,7 @@ def smaller(module: nn.Module, left: Tensor, right: Tensor) -> Factored:
         second = nn.Linear(rank, len(weights[1]), bias=bias is not None)
     else:
         options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "padding_mode")}
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]  # a subclass may be built in another way
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]  # a subclass may take other arguments
         first = kind(module.in_channels, rank, module.kernel_size, bias=False, **options)
         second = kind(rank, module.out_channels, 1, bias=bias is not None)
         weights = right, left

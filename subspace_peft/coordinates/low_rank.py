@@ -1,4 +1,4 @@
-"""LowRank: the factors of an increment, or of the weight itself, move."""
+"""LowRank: the factors of an increment move, or the factors of the weight itself."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import Tensor
 
 from ..projections.base import full_precision
 from .base import Coordinates
-from .starts import OUTER, Shape, Start
+from .starts import OUTER, FactorShapes, Start
 
 
 class LowRank(Coordinates):
-    """theta are the factors of a matrix of low rank: the tensor's first dimension by the rest.
+    """The tensor, read as a matrix of its first dimension by the rest, moves by a product of low-rank factors.
 
-        B A = alpha / rank (B_0 + P_B z)(A_0 + P_A z)
+        B A   = alpha / rank (B_0 + P_B z)(A_0 + P_A z)
         U W V = alpha / rank (U_0 + gamma P_U z)(W_0 + P_W z)(V_0 + gamma P_V z)
 
-    It is added to the tensor, or replaces it: that is where the factors start.
+    The start says whether the product is added to the tensor or replaces it.
 
     Args:
         start: The factors at z = 0.
-        gamma: Of three factors: how far the outer two move when the inner one moves by 1 (Qu 2023, the discrepant
-            learning rate of the compressed network).
+        gamma: How far U and V move when W moves by 1; for three factors only. It is the discrepant learning rate of
+            the compressed network of Qu (2023).
     """
 
     def __init__(self, name, shape, projections, start: Start, gamma: float = 1.0):
@@ -29,12 +29,15 @@ class LowRank(Coordinates):
 
     @staticmethod
     def parts(shape, rank, factors=2):
-        return Shape.of(shape, rank, factors).parts if len(shape) > 1 else {}
+        return FactorShapes.of(shape, rank, factors).parts if len(shape) > 1 else {}
 
     def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The left one, scaled: [..., rows, rank], and the right one: [..., rank, columns]; of three, U W and V."""
+        """The left factor times alpha / rank, [..., rows, rank], and the right one, [..., rank, columns].
+
+        They are B and A, or of three factors U W and V.
+        """
         moved = []
-        for (suffix, shape), origin in zip(self.start.shape.parts.items(), self.start(z.device), strict=True):
+        for (suffix, shape), origin in zip(self.start.shapes.parts.items(), self.start(z.device), strict=True):
             factor = self.projections[suffix](z).reshape(*z.shape[:-1], *shape)
             if self.gamma != 1 and suffix in OUTER:
                 factor = factor * self.gamma

@@ -13,15 +13,15 @@ from ..projections.philox import Philox
 
 
 Factors = tuple[Tensor | None, ...]
-"""Left, inner where there are three, right; None is zero."""
+"""B and A, or U, W and V; None stands for zero."""
 
 OUTER = (".U", ".V")
-"""Suffixes of the outer two of three factors."""
+"""The suffixes of the outer two of three factors."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the factors of one tensor, read as a matrix of its first dimension by the rest."""
+class FactorShapes:
+    """The shapes of the factors of one tensor, read as a matrix of its first dimension by the rest."""
 
     rows: int
     columns: int
@@ -29,77 +29,80 @@ class Shape:
     factors: int = 2  # 2: B A; 3: U W V with W [rank, rank]
 
     @classmethod
-    def of(cls, tensor: tuple[int, ...], rank: int, factors: int) -> Shape:
+    def of(cls, tensor: tuple[int, ...], rank: int, factors: int) -> FactorShapes:
         return cls(tensor[0], prod(tensor[1:]), rank, factors)
 
     @property
     def parts(self) -> dict[str, tuple[int, int]]:
-        """Suffix and shape of each factor, from left to right."""
+        """Suffix -> shape of each factor, from left to right."""
         if self.factors == 2:
             return {".B": (self.rows, self.rank), ".A": (self.rank, self.columns)}
         return {".U": (self.rows, self.rank), ".W": (self.rank, self.rank), ".V": (self.rank, self.columns)}
 
 
 class Start(ABC):
-    """The factors of one tensor at theta_d = 0, drawn from the seed where the base's weight does not give them.
+    """The factors of one tensor at theta_d = 0, drawn from the seed or computed from the base's weight.
 
     Args:
-        name: Of the tensor in the base model.
-        scaling: alpha / rank, by which the product of the factors is multiplied.
+        name: The name of the tensor in the base model.
+        scaling: alpha / rank, which multiplies the product of the factors.
     """
 
     replaces = True
-    """Whether the product stands for the weight itself, or is added to it."""
+    """Whether the product takes the place of the weight, or is added to it."""
 
-    def __init__(self, name: str, shape: Shape, scaling: float, seed: int, version: int):
-        self.name, self.shape, self.scaling = name, shape, scaling
+    def __init__(self, name: str, shapes: FactorShapes, scaling: float, seed: int, version: int):
+        self.name, self.shapes, self.scaling = name, shapes, scaling
         self._seed, self._version = seed, version
         self._drawn: dict[torch.device, Factors] = {}
-        self.state: dict[str, Tensor] | None = None  # what the base's weight gave, and the adapter's file holds
+        self.measured: dict[str, Tensor] | None = None  # by `measure`, or from the adapter's file
 
     def measure(self, weight: Tensor) -> None:
-        """Take from the base's weight what the seed does not give.
+        """Take from the base's weight what the seed cannot give.
 
         Raises:
             ValueError: if the weight is not finite.
         """
-        self.state = {}
+        self.measured = {}
 
     def _finite(self, weight: Tensor) -> Tensor:
         if not weight.isfinite().all():
-            raise ValueError(f"A weight must be finite to be replaced, `{self.name}` is not; look at the base model.")
+            raise ValueError(
+                f"A weight must be finite to be replaced, `{self.name}` is not; repair the base model, or leave that "
+                "module out."
+            )
         return weight.detach()
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors in `state`."""
+    def measured_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in `measured`."""
         return {}
 
     def saved(self) -> dict[str, Tensor]:
-        """What the adapter's file must hold, beside theta_d.
+        """The tensors that the adapter's file must hold beside theta_d.
 
         Raises:
-            ValueError: if it was to come with such a file, and did not.
+            ValueError: if they should have come with an adapter's file, but were not read.
         """
-        if self.state is None:
+        if self.measured is None:
             raise ValueError(
-                f"The start of the factors of `{self.name}` must come with the adapter's file, and was not read. "
-                "transformers' own load_adapter takes theta_d alone: use PeftModel.from_pretrained(model, dir). A "
-                "config that was used before is of that adapter: for a new one make a new SubspaceConfig."
+                f"The start of the factors of `{self.name}` must come with the adapter's file, but was not read. "
+                "transformers' load_adapter reads theta_d alone: use PeftModel.from_pretrained(model, folder). A "
+                "config that has wrapped a model belongs to that adapter: for a new one make a new SubspaceConfig."
             )
-        return self.state
+        return self.measured
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take it from an adapter's file instead of from the base."""
-        self.state = state
+    def load(self, measured: dict[str, Tensor]) -> None:
+        """Take the tensors of an adapter's file, whatever the base's weight says."""
+        self.measured = measured
         self._drawn.clear()
 
     @abstractmethod
     def draw(self, device: torch.device) -> Factors:
-        """The factors, float32."""
+        """The factors, in float32."""
 
     def __call__(self, device: torch.device) -> Factors:
         if device not in self._drawn:
-            self.saved()  # or an error that says where it must come from
+            self.saved()  # raises if the tensors that drawing needs were not read
             with torch.inference_mode(False), torch.no_grad():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]
@@ -111,26 +114,27 @@ class Start(ABC):
         return Philox(self._seed, self.name, f"LowRank:{purpose}", self._version)
 
     def orthonormal(self, purpose: str, rows: int, columns: int) -> Tensor:
-        """Columns that are orthonormal, from Haar measure (Mezzadri 2007): float64 [rows, columns] on the CPU."""
+        """Orthonormal columns from the Haar measure (Mezzadri 2007): float64 [rows, columns] on the CPU."""
         Q, R = torch.linalg.qr(self.normal(purpose, rows, columns))
         return Q * R.diagonal().sign()
 
     def normal(self, purpose: str, rows: int, columns: int) -> Tensor:
-        """float64 [rows, columns] on the CPU."""
+        """Standard normals: float64 [rows, columns] on the CPU."""
         return self.philox(purpose).normals(0, rows * columns)[0].double().view(rows, columns)
 
 
 class Increment(Start):
-    """The product is zero and its gradient is not: of two factors B_0 = 0, of three W_0 = 0.
+    """The product is zero but its gradient is not: B_0 = 0 of two factors, W_0 = 0 of three.
 
-    A_0 is uniform in +-1 / sqrt(columns), as LoRA's (Hu et al. 2021) is; U_0 has orthonormal columns, V_0 rows.
+    A_0 is uniform in +-1 / sqrt(columns), as in LoRA (Hu et al. 2021). U_0 has orthonormal columns and V_0
+    orthonormal rows.
     """
 
     replaces = False
 
     def draw(self, device):
-        rows, columns, rank = self.shape.rows, self.shape.columns, self.shape.rank
-        if self.shape.factors == 2:
+        rows, columns, rank = self.shapes.rows, self.shapes.columns, self.shapes.rank
+        if self.shapes.factors == 2:
             uniforms = self.philox("A").uniforms(0, rank * columns, device)
             return None, (2 * uniforms - 1).view(rank, columns) / sqrt(columns)
         U, V = self.orthonormal("U", rows, rank), self.orthonormal("V", columns, rank).mT.contiguous()
@@ -138,29 +142,29 @@ class Increment(Start):
 
 
 class Drawn(Start):
-    """Factors of W that the seed gives, their product of the Frobenius norm of the weight that it stands for.
+    """Factors drawn from the seed, whose product has the Frobenius norm of the weight that it replaces.
 
-    Two factors share that norm; of three the inner one has it.
+    Two factors share that norm equally; of three, W alone has it.
     """
 
     def measure(self, weight):
-        self.state = {"norm": self._finite(weight).double().norm().view(1).cpu()}
+        self.measured = {"norm": self._finite(weight).double().norm().view(1).cpu()}
 
-    def state_shapes(self):
+    def measured_shapes(self):
         return {"norm": (1,)}
 
     @abstractmethod
     def direction(self) -> list[Tensor]:
-        """The factors but for their norm: float64 on the CPU."""
+        """The factors before they are scaled to the norm of the weight: float64 on the CPU."""
 
     def draw(self, device):
         factors = self.direction()
         product = factors[0] if len(factors) == 2 else factors[0] @ factors[1]
-        # the Frobenius norm of a product of thin matrices, without the product
+        # the Frobenius norm of the whole product from two [rank, rank] matrices
         norm = (product.mT @ product @ (factors[-1] @ factors[-1].mT)).trace().sqrt()
-        ratio = (self.state["norm"].cpu() / (norm * abs(self.scaling))).squeeze()
-        if len(factors) == 2 and ratio == 0:  # a weight of zeros: as an increment starts, or nothing would train
-            factors = [factors[0] / factors[0].norm() * self.shape.rank**0.5, factors[1] * 0]
+        ratio = (self.measured["norm"].cpu() / (norm * abs(self.scaling))).squeeze()
+        if len(factors) == 2 and ratio == 0:  # for a weight of zeros, one factor alone is zero: else nothing trains
+            factors = [factors[0] / factors[0].norm() * self.shapes.rank**0.5, factors[1] * 0]
         elif len(factors) == 2:
             factors = [factor * ratio.sqrt() for factor in factors]
         else:
@@ -169,50 +173,52 @@ class Drawn(Start):
 
 
 class Orthogonal(Drawn):
-    """B_0 with orthonormal columns and A_0 with orthonormal rows, to a factor; U_0, V_0 likewise around c I."""
+    """B_0 with orthogonal columns and A_0 with orthogonal rows of equal length; U_0, c I and V_0 likewise."""
 
     def direction(self):
-        rows, columns, rank = self.shape.rows, self.shape.columns, self.shape.rank
+        rows, columns, rank = self.shapes.rows, self.shapes.columns, self.shapes.rank
         left, right = self.orthonormal("left", rows, rank), self.orthonormal("right", columns, rank).mT
-        return [left, right] if self.shape.factors == 2 else [left, torch.eye(rank, dtype=left.dtype), right]
+        return [left, right] if self.shapes.factors == 2 else [left, torch.eye(rank, dtype=left.dtype), right]
 
 
 class Random(Drawn):
-    """Gaussian factors."""
+    """Factors with independent Gaussian entries."""
 
     def direction(self):
-        return [self.normal(suffix, *shape) for suffix, shape in self.shape.parts.items()]
+        return [self.normal(suffix, *shape) for suffix, shape in self.shapes.parts.items()]
 
 
 class TruncatedSVD(Start):
     """The best approximation of the weight by a matrix of this rank (Eckart and Young 1936).
 
-    B_0 = U sqrt(S), A_0 = sqrt(S) V^T, or U, S, V^T as three. They are in the adapter's file: singular vectors may
-    have another sign, or turn among equal singular values, on another machine.
+        W_0 ~ U S V^T:    B_0 = U sqrt(S), A_0 = sqrt(S) V^T,    or U, S, V^T as three factors
+
+    The adapter's file holds them, because another machine may give singular vectors another sign, or turn them among
+    equal singular values.
     """
 
     def measure(self, weight):
-        rank, matrix = self.shape.rank, self._finite(weight).reshape(self.shape.rows, -1)
+        rank, matrix = self.shapes.rank, self._finite(weight).reshape(self.shapes.rows, -1)
         U, S, Vh = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
         U, S, Vh = U[:, :rank], S[:rank] / abs(self.scaling), Vh[:rank]
         U = U if self.scaling > 0 else -U
-        if self.shape.factors == 2:
+        if self.shapes.factors == 2:
             zero = S / S[0].clamp_min(torch.finfo(S.dtype).tiny) <= max(matrix.shape) * torch.finfo(S.dtype).eps
             root = S.sqrt().masked_fill(zero, 0)
-            # where the weight is of lower rank, B_0 is not zero, or nothing there would train
+            # where a singular value is zero, B_0 is not: with both factors zero nothing there would train
             factors = U * root.masked_fill(zero, root[0] or 1), root[:, None] * Vh
         else:
             factors = U, S.diag(), Vh
-        self.state = {
-            suffix: factor.float().contiguous() for suffix, factor in zip(self.shape.parts, factors, strict=True)
+        self.measured = {
+            suffix: factor.float().contiguous() for suffix, factor in zip(self.shapes.parts, factors, strict=True)
         }
 
-    def state_shapes(self):
-        return self.shape.parts
+    def measured_shapes(self):
+        return self.shapes.parts
 
     def draw(self, device):
-        return tuple(self.state[suffix].to(device) for suffix in self.shape.parts)
+        return tuple(self.measured[suffix].to(device) for suffix in self.shapes.parts)
 
 
 STARTS: dict[str, type[Start]] = {"svd": TruncatedSVD, "orthogonal": Orthogonal, "random": Random}
-"""Of replaced weights, by name: the only list."""
+"""Where the factors of a replaced weight may start, by the name that a config gives; the only list."""

@@ -4,7 +4,7 @@ from .base import Coordinates
 
 
 class Weight(Coordinates):
-    """theta is the tensor itself: W = W_0 + P z."""
+    """W = W_0 + P z, entry by entry."""
 
     @staticmethod
     def parts(shape, rank, factors=2):

@@ -1,41 +1,16 @@
-"""A given basis or mask: every form of it, and every way in which it can be wrong."""
+"""A given basis or mask: every form that it can have, and every way in which it can be wrong."""
 
 import json
-import shutil
-from math import prod
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from subspace_peft import SubspaceConfig, Trajectory
-from subspace_peft.adapter.walk import unique_coordinates
 from subspace_peft.projections import PROJECTIONS, TensorRows
-from tests.cases import BY_NAME, dense_P, move, outputs, refused, settings, train, wrap
+from tests.adapter.bases import CASE, cut, orthonormal, random_mask, refuse, stacked_P, walk
+from tests.cases import move, outputs, settings, train, wrap
 from tests.trajectory.walks import SHAPES, Allocations, D
-
-
-CASE = BY_NAME["mlp"]
-
-
-def orthonormal(k=5, rows=D):
-    return torch.linalg.qr(torch.randn(rows, k, generator=torch.Generator().manual_seed(4)))[0].contiguous()
-
-
-def cut(matrix):
-    sizes = [prod(shape) for shape in SHAPES.values()]
-    return dict(zip(SHAPES, matrix.split(sizes), strict=True))
-
-
-def random_mask():
-    return torch.rand(D, generator=torch.Generator().manual_seed(5)) < 0.2
-
-
-def stacked_P(model):
-    P = dense_P(model)
-    return torch.cat([P[name] for name in unique_coordinates(model, "default")])
 
 
 @pytest.mark.parametrize("form", ["tensor", "dictionary", "shaped", "file", "folder", "fewer"])
@@ -79,7 +54,7 @@ def test_a_given_projection_is_saved_with_the_adapter(projection, tmp_path):
         assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
 
 
-def test_the_givers_tensor_may_change_afterwards():
+def test_the_users_tensor_may_change_afterwards():
     Q = orthonormal()
     model = wrap(CASE, projection="basis", basis=Q, d=None)
     move(model)
@@ -93,7 +68,7 @@ def test_norms_take_no_copy_of_the_basis():
     projection = PROJECTIONS["basis"](TensorRows(name="w", n=200_000, d=8, given=rows))
     with Allocations() as allocations:
         squares = projection.column_square_norms()
-    assert rows.nbytes <= allocations.peak < 2 * rows.nbytes  # of which the columns themselves are one
+    assert rows.nbytes <= allocations.peak < 2 * rows.nbytes  # the peak holds the columns themselves once
     torch.testing.assert_close(squares, rows.double().square().sum(0))
 
 
@@ -101,17 +76,26 @@ def test_norms_take_no_copy_of_the_basis():
     ("basis", "message"),
     [
         (orthonormal(rows=D - 1), "one row for each of the D = 114 adapted entries, got shape \\[113, 5\\]"),
-        (torch.ones(D), "`basis` must be a matrix \\[D, k\\]"),
+        (torch.ones(D), "`basis` must be a matrix \\[D, k\\] with one k for all tensors, got k = \\[0\\]"),
         (2 * orthonormal(), "orthonormal columns, its Gram matrix differs from the identity by 3"),
-        (orthonormal().index_fill(0, torch.tensor([3]), float("nan")), "`basis` must be finite.*`fc1.weight`"),
-        (orthonormal().index_fill(0, torch.tensor([113]), float("inf")), "`basis` must be finite.*`fc2.bias`"),
-        (torch.eye(D)[:, :5].long(), "`basis` must be finite floating numbers"),
-        ({"fc1.weight": torch.ones(60, 2)}, "one entry for each target tensor; `fc1.bias` is in only one"),
+        (
+            orthonormal().index_fill(0, torch.tensor([3]), float("nan")),
+            "`basis` must be finite.*`fc1.weight` has others",
+        ),
+        (
+            orthonormal().index_fill(0, torch.tensor([113]), float("inf")),
+            "`basis` must be finite.*`fc2.bias` has others",
+        ),
+        (torch.eye(D)[:, :5].long(), "`basis` must be finite floating numbers, that of `fc1.weight` is torch.int64"),
+        (
+            {"fc1.weight": torch.ones(60, 2)},
+            "one entry for each target tensor and no other, but lacks one for `fc1.bias`",
+        ),
         (
             {**cut(orthonormal()), "fc1.bias": torch.ones(11, 5)},
             "`basis` of `fc1.bias` must be of shape \\[10, 'k'\\]",
         ),
-        ({**cut(orthonormal()), "fc1.bias": torch.ones(10, 4)}, "`basis` must be a matrix \\[D, k\\] with one k"),
+        ({**cut(orthonormal()), "fc1.bias": torch.ones(10, 4)}, "with one k for all tensors, got k = \\[4, 5\\]"),
         ("no/such/file", "a safetensors file that exists, got 'no/such/file'"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
@@ -138,119 +122,15 @@ def test_a_bad_mask(mask, d, message):
     refuse(message, projection="coordinate", mask=mask, d=d)
 
 
-def refuse(message, **changes):
-    model = CASE.model()
-    with refused(model, message):
-        get_peft_model(model, settings(**changes))
-
-
 def test_nothing_is_unpickled(tmp_path):
     torch.save({"basis": orthonormal()}, tmp_path / "basis.safetensors")
     with pytest.raises(Exception, match="(?i)header|safetensors"):
         get_peft_model(CASE.model(), settings(projection="basis", d=None, basis=tmp_path / "basis.safetensors"))
 
 
-# ------------------------------------------------------------------------------------------ from a trajectory's folder
-
-
-def walk(folder, t=6):
-    """A trajectory of CASE's model, of which not all parameters are targets everywhere."""
-    trajectory, model = Trajectory(folder), CASE.model()
-    for i in range(t):
-        trajectory.add(model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    return trajectory
-
-
-@pytest.mark.parametrize("targets", ["all", ["fc2"]], ids=str)
-def test_a_trajectory_gives_the_components_of_the_targets(targets, tmp_path):
-    trajectory = walk(tmp_path / "samples")
-    model = wrap(
-        CASE, projection="basis", basis=tmp_path / "samples", d=4, target_modules=targets, normalization="columns"
-    )
-    names = list(unique_coordinates(model, "default"))
-    expected = trajectory.basis(4, names=names)
-    torch.testing.assert_close(stacked_P(model), torch.cat([expected[name].reshape(-1, 4) for name in names]))
-    move(model)
-    model.save_pretrained(tmp_path / "adapter")
-    shutil.rmtree(tmp_path / "samples")
-    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter").eval()
-    assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
-
-
-def test_a_bad_trajectory(tmp_path):
-    walk(tmp_path)
-    basis = {"projection": "basis", "basis": str(tmp_path)}
-    refuse("`d` is needed for the trajectory in .*: set it to 1 or more", **basis, d=None)
-    refuse("`d` must be at most 5, the dimensions that the 6 samples", **basis, d=6)
-    refuse("`save_projection=False` needs a basis in a file.*save_basis", **basis, d=2, save_projection=False)
-    refuse("a safetensors file that exists", projection="coordinate", mask=tmp_path, d=None)
-    refuse("`fc1.weight.B` must be in the samples", **basis, d=2, coordinates="low_rank", rank=2)
-    other = CASE.model()
-    other.fc2 = nn.Linear(10, 5)
-    with pytest.raises(
-        ValueError, match=r"`fc2.weight` must have the shape that the trajectory .*\[4, 10\], got \[5, 10\]"
-    ):
-        get_peft_model(other, settings(**basis, d=2))
-    other.fc2 = CASE.model().fc2
-    other.fc3 = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="`fc3.weight` must be in the samples .* holds 4 other tensors"):
-        get_peft_model(other, settings(**basis, d=2))
-
-
-# ---------------------------------------------------------------------------------- a file that several adapters share
-
-
-@pytest.fixture
-def shared(tmp_path):
-    """An adapter that leaves its columns in a file, of more columns than it uses."""
-    walk(tmp_path / "samples").save_basis(tmp_path / "shared.safetensors", 5)
-    config = {"projection": "basis", "basis": tmp_path / "shared.safetensors", "d": 3, "save_projection": False}
-    model = wrap(CASE, **config)
-    train(model, CASE)
-    model.save_pretrained(tmp_path / "adapter")
-    return model
-
-
-def test_a_shared_basis_is_stored_once(shared, tmp_path):
-    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in state.values()) == 3 + 1  # theta_d and the mark
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["basis"] == str(tmp_path / "shared.safetensors")
-    assert len(config["basis_digest"]) == 32
-    for low_cpu_mem_usage in (False, True):
-        loaded = PeftModel.from_pretrained(
-            CASE.model(), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
-        ).eval()
-        assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
-    loaded.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(CASE.model(), tmp_path / "again").eval()
-    assert torch.equal(outputs(again, CASE), outputs(shared, CASE))
-    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 2
-
-
-def test_a_shared_basis_that_has_moved(shared, tmp_path):
-    (tmp_path / "shared.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(ValueError, match="shared.safetensors'.* If the file has moved: config = SubspaceConfig.from_"):
-        PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter")
-    config = SubspaceConfig.from_pretrained(tmp_path / "adapter")
-    config.basis = str(tmp_path / "moved.safetensors")
-    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter", config=config).eval()
-    assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
-
-
-def test_a_shared_basis_that_has_changed(shared, tmp_path):
-    Trajectory(tmp_path / "samples", increments=True).save_basis(tmp_path / "shared.safetensors", 4)
-    base = CASE.model()
-    with refused(base, "the one that the adapter was trained in: the first 3 columns of .*shared.safe"):
-        PeftModel.from_pretrained(base, tmp_path / "adapter")
-
-
 @pytest.mark.parametrize("save_projection", [None, True, False])
-def test_a_tensor_is_saved_with_the_adapter_in_any_case(save_projection, tmp_path):
-    """As files say that were written when `save_projection` was False by default."""
+def test_a_basis_given_as_a_tensor_is_saved_with_the_adapter(save_projection, tmp_path):
+    """Older files say False, which was the default of `save_projection`."""
     model = wrap(CASE, projection="basis", d=None, basis=orthonormal(), save_projection=save_projection)
     train(model, CASE)
     model.save_pretrained(tmp_path)

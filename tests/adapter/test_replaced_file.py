@@ -1,4 +1,4 @@
-"""The file of an adapter that replaces weights: the start of its factors is in it."""
+"""The file of an adapter that replaces weights: it holds the start of the factors."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_save_and_load(start, projection, tmp_path):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_start_is_that_of_the_file(start, tmp_path):
-    """A base whose weights were rounded since, or singular vectors of another sign, change nothing."""
+    """It counts even if the base has other weights or the SVD gives other signs on another machine."""
     case = BY_NAME["mlp"]
     model = replaced("mlp", start=start)
     move(model)
@@ -39,16 +39,20 @@ def test_a_file_without_the_start_is_refused(tmp_path):
     case = BY_NAME["mlp"]
     replaced("mlp").save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    whole = load_file(file)
-    key = next(key for key in whole if "start.fc1" in key and key.endswith(".B"))
-    save_file({k: t for k, t in whole.items() if "start.fc1" not in k}, file)
-    with pytest.raises(ValueError, match="replaced weight start, for `fc1.weight` it does not"):
+    state = load_file(file)
+    key = next(key for key in state if "start.fc1" in key and key.endswith(".B"))
+    save_file({k: t for k, t in state.items() if "start.fc1" not in k}, file)
+    with pytest.raises(
+        ValueError, match="start of the factors of each replaced weight and no other, but lacks that of `fc1.weight`"
+    ):
         PeftModel.from_pretrained(case.model(), tmp_path)
-    save_file({**whole, key: whole[key][:3].clone()}, file)
+    save_file({**state, key: state[key][:3].clone()}, file)
     with pytest.raises(ValueError, match="start of `fc1.weight` in the adapter file must be"):
         PeftModel.from_pretrained(case.model(), tmp_path)
-    save_file({**whole, key.replace("fc1", "fc9"): whole[key].clone()}, file)
-    with pytest.raises(ValueError, match="for `fc9.weight` it has no place"):
+    save_file({**state, key.replace("fc1", "fc9"): state[key].clone()}, file)
+    with pytest.raises(
+        ValueError, match="start of the factors of each replaced weight and no other, but holds that of `fc9.weight`"
+    ):
         PeftModel.from_pretrained(case.model(), tmp_path)
 
 

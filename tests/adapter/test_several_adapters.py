@@ -1,4 +1,4 @@
-"""Several adapters on one model: made, loaded, chosen, deleted, summed, mixed in a batch."""
+"""Several adapters on one model: made, loaded, chosen, deleted, summed."""
 
 import pytest
 import torch
@@ -6,15 +6,22 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_layer_status, get_mod
 from peft.utils.hotswap import hotswap_adapter
 
 from subspace_peft import SubspaceConfig
-from tests.cases import BY_NAME, REPLACED, move, outputs, refused, replaced, settings, theta_d, train, wrap
-
-
-ADAPTERS = {
-    "one": {"d": 7, "seed": 1},
-    "two": {"d": 5, "seed": 2, "projection": "sparse"},
-    "three": {"d": 9, "seed": 2, "projection": "dense", "target_modules": ["fc2", "head"]},
-    "low": {"d": 6, "coordinates": "low_rank", "rank": 2, "parameters": ["weight"]},
-}
+from subspace_peft.adapter.walk import find_vectors, unique_coordinates
+from tests.adapter.several import ADAPTERS, alone, several
+from tests.cases import (
+    BY_NAME,
+    REPLACED,
+    move,
+    outputs,
+    product_base,
+    refused,
+    replaced,
+    settings,
+    tensors,
+    theta_d,
+    train,
+    wrap,
+)
 
 
 @pytest.fixture(params=["mlp", "convnet"])
@@ -24,28 +31,16 @@ def case(request):
 
 @pytest.fixture
 def model(case):
-    names = list(ADAPTERS)
-    model = wrap(case, names[0], **ADAPTERS[names[0]])
-    for name in names[1:]:
-        model.add_adapter(name, settings(**ADAPTERS[name]))
-    for i, name in enumerate(names):
-        move(model, name, size=0.3, seed=i)
-    return model.eval()
-
-
-def alone(case, name):
-    model = wrap(case, name, **ADAPTERS[name])
-    move(model, name, size=0.3, seed=list(ADAPTERS).index(name))
-    return outputs(model, case)
+    return several(case)
 
 
 def test_each_acts_as_if_alone(case, model):
-    seen = []
+    results = []
     for name in ADAPTERS:
         model.set_adapter(name)
-        seen.append(outputs(model, case))
-        assert torch.equal(seen[-1], alone(case, name))
-    assert not any(torch.equal(x, y) for i, x in enumerate(seen) for y in seen[:i])
+        results.append(outputs(model, case))
+        assert torch.equal(results[-1], alone(case, name))
+    assert not any(torch.equal(x, y) for i, x in enumerate(results) for y in results[:i])
 
 
 def test_only_the_active_one_trains(case, model):
@@ -69,8 +64,8 @@ def test_deleting(case, model):
     assert torch.equal(outputs(model, case), alone(case, "two"))
     assert "one" not in model.peft_config
     for module in model.modules():
-        for held in vars(module).values():
-            assert not (isinstance(held, dict) and "one" in held)
+        for value in vars(module).values():
+            assert not (isinstance(value, dict) and "one" in value)
     assert not any(name.endswith(".one") for name in model.state_dict())
     with pytest.warns(UserWarning, match="two was active which is now deleted. Setting active adapter to"):
         model.delete_adapter("two")
@@ -108,33 +103,6 @@ def test_a_loaded_adapter_can_train_on(case, model, tmp_path):
     before = theta_d(loaded, "one").clone()
     train(loaded, case)
     assert not torch.equal(theta_d(loaded, "one"), before)
-
-
-def test_a_mixed_batch(model):
-    case = BY_NAME["mlp"]
-    if "head" in dict(model.base_model.model.named_children()):
-        case = BY_NAME["convnet"]
-    names = ["two", "__base__", "one"]
-    mixed = outputs(model, case, adapter_names=names)
-    for i, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                expected = outputs(model, case)
-        else:
-            model.set_adapter(name)
-            expected = outputs(model, case)
-        torch.testing.assert_close(mixed[i], expected[i], rtol=1e-5, atol=1e-6)
-
-
-def test_wrong_mixed_batches(case, model):
-    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
-        outputs(model, case, adapter_names=["one", "one", "nobody"])
-    with pytest.raises(
-        ValueError, match="one name for each sample.*got 2 names|same length|length of `adapter_names`"
-    ):
-        outputs(model, case, adapter_names=["one", "two"])
-    with pytest.raises(ValueError, match="training mode"):
-        outputs(model.train(), case, adapter_names=["one", "two", "one"])
 
 
 def test_a_weighted_sum_is_exact():
@@ -175,11 +143,11 @@ def test_other_inexact_sums_are_refused():
     with pytest.raises(ValueError, match="batch-norm statistics have no exact sum"):
         convnet.base_model.add_weighted_adapter(["default"], [2.0], "sum")
     mlp = wrap(BY_NAME["mlp"])
-    with pytest.raises(ValueError, match="got 2 for 1"):
+    with pytest.raises(ValueError, match="`weights` hold one number for each, got 2 for 1"):
         mlp.base_model.add_weighted_adapter(["default"], [1.0, 2.0], "sum")
     with pytest.raises(ValueError, match="must be 'linear', got 'svd'"):
         mlp.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
-    with pytest.raises(ValueError, match="default.*taken|own"):
+    with pytest.raises(ValueError, match="needs a name of its own, 'default' is taken; choose another name"):
         mlp.base_model.add_weighted_adapter(["default"], [1.0], "default")
     assert set(mlp.peft_config) == {"default"}
 
@@ -223,3 +191,40 @@ def test_a_module_holds_adapters_of_one_type(other):
     model = replaced("mlp")
     with refused(model, "Cannot combine adapters with different peft types"):
         model.add_adapter("theirs", other)
+
+
+def test_a_replaced_weight_and_adapters_that_add_to_it():
+    case = BY_NAME["mlp"]
+    model = replaced("mlp")
+    move(model, size=0.3)
+    alone = outputs(model, case)
+    model.add_adapter("added", SubspaceConfig(d=5, target_modules=["fc1", "fc2"]))
+    model.add_adapter("other", SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"], "start": "random"}))
+    move(model, "added", size=0.3)
+    assert torch.equal(outputs(model, case), alone)
+    model.base_model.set_adapter(["default", "added"])
+    both = outputs(model, case)
+    plain = product_base("mlp", model)
+    with torch.no_grad():
+        z = find_vectors(model).normalised("added")
+        for path, coordinates in unique_coordinates(model, "added").items():
+            plain.get_parameter(path).add_(coordinates.increment(z))
+    torch.testing.assert_close(both, outputs(plain, case), rtol=1e-4, atol=1e-4)
+    model.base_model.set_adapter(["added", "default"])
+    torch.testing.assert_close(outputs(model, case), both, rtol=1e-4, atol=1e-4)
+    before = tensors(model)
+    model.merge_adapter(["added", "default"])
+    torch.testing.assert_close(outputs(model, case), both, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    for name, tensor in model.state_dict().items():  # unmerging subtracts from biases, which rounds
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0 if name.endswith("weight") else 1e-6)
+    model.load_state_dict(before)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="At most one active adapter can replace a weight"):
+        outputs(model, case)
+    with refused(model, "At most one active adapter can replace a weight"):
+        model.merge_adapter(["default", "other"])
+    model.set_adapter("default")
+    assert torch.equal(outputs(model, case), alone)
+    model.delete_adapter("other")
+    assert torch.equal(outputs(model, case), alone)

@@ -1,4 +1,4 @@
-"""Factored: modules run through two factors in turn, as they would run with the product."""
+"""Factored: a module that runs through two factors computes what it computes with their product."""
 
 import pytest
 import torch
@@ -37,13 +37,13 @@ def test_it_is_the_module_with_the_product_as_its_weight(name):
     build, shape = MODULES[name]
     module, x = build(), inputs(shape)
     left, right = (factor.requires_grad_() for factor in factors(module))
-    found = run(module, x, left, right, getattr(module, "bias", None))
+    output = run(module, x, left, right, getattr(module, "bias", None))
     dense = {"weight": (left @ right).view(module.weight.shape)}
     expected = torch.func.functional_call(module, dense, x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    probe = torch.randn_like(found)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    probe = torch.randn_like(output)
     for ours, theirs in zip(
-        torch.autograd.grad(found, (left, right), probe), torch.autograd.grad(expected, (left, right), probe),
+        torch.autograd.grad(output, (left, right), probe), torch.autograd.grad(expected, (left, right), probe),
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -54,12 +54,12 @@ def test_it_costs_what_two_smaller_modules_cost(name):
     build, shape = MODULES[name]
     module, x = build(), inputs(shape)
     left, right = factors(module)
-    with FlopCounterMode(display=False) as whole:
+    with FlopCounterMode(display=False) as one:
         out = module(x)
     with FlopCounterMode(display=False) as two:
         run(module, x, left, right)
     rows, columns = module.weight.flatten(1).shape
-    per_output = whole.get_total_flops() / (rows * columns)
+    per_output = one.get_total_flops() / (rows * columns)
     assert two.get_total_flops() == pytest.approx(per_output * 2 * (rows + columns))
     assert out.numel()
 

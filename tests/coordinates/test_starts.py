@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspace_peft.coordinates.starts import STARTS, Increment, Shape, Start
+from subspace_peft.coordinates.starts import STARTS, FactorShapes, Increment, Start
 
 
 CPU = torch.device("cpu")
@@ -18,10 +18,10 @@ def weight(rows=7, columns=12) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(4))
 
 
-def made(kind, factors=2, rank=3, scaling=1.0, seed=0, of=None) -> Start:
-    of = weight() if of is None else of
-    start = kind("w", Shape.of(tuple(of.shape), rank, factors), scaling, seed, 1)
-    start.measure(of)
+def made(kind, factors=2, rank=3, scaling=1.0, seed=0, W=None) -> Start:
+    W = weight() if W is None else W
+    start = kind("w", FactorShapes.of(tuple(W.shape), rank, factors), scaling, seed, 1)
+    start.measure(W)
     return start
 
 
@@ -33,19 +33,19 @@ def product(start: Start) -> torch.Tensor:
 @pytest.mark.parametrize("name", STARTS)
 def test_factors_have_their_shapes(name, factors):
     start = made(STARTS[name], factors)
-    assert [tuple(factor.shape) for factor in start(CPU)] == list(start.shape.parts.values())
+    assert [tuple(factor.shape) for factor in start(CPU)] == list(start.shapes.parts.values())
     assert {factor.dtype for factor in start(CPU)} == {torch.float32}
-    assert {key: tuple(tensor.shape) for key, tensor in start.state.items()} == start.state_shapes()
+    assert {key: tuple(tensor.shape) for key, tensor in start.measured.items()} == start.measured_shapes()
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), scaling=st.sampled_from([1.0, 0.25, -2.0]), data=st.data())
 def test_svd_is_the_best_approximation(rows, columns, scaling, data):
-    """Eckart and Young: what is left has the other singular values as its norm."""
+    """Eckart and Young: the norm of the rest is that of the other singular values."""
     rank, factors = data.draw(st.integers(1, min(rows, columns))), data.draw(st.sampled_from([2, 3]))
     W = weight(rows, columns)
-    left = product(made(STARTS["svd"], factors, rank, scaling, of=W)) - W
-    rest = torch.linalg.svdvals(W.double())[rank:]
-    assert left.norm().item() == pytest.approx(rest.norm().item(), abs=1e-5)
+    rest = W - product(made(STARTS["svd"], factors, rank, scaling, W=W))
+    values = torch.linalg.svdvals(W.double())[rank:]
+    assert rest.norm().item() == pytest.approx(values.norm().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.25, -2.0])
@@ -69,7 +69,7 @@ def test_orthogonal_factors_are_orthogonal(factors):
 
 
 def test_random_factors_are_gaussian():
-    for factor in made(STARTS["random"], rank=60, of=torch.ones(80, 90))(CPU):
+    for factor in made(STARTS["random"], rank=60, W=torch.ones(80, 90))(CPU):
         entries = (factor / factor.std()).flatten().double()
         assert abs(entries.mean()) < 5 / entries.numel() ** 0.5
         assert entries.pow(4).mean().item() == pytest.approx(3, abs=0.4)
@@ -85,14 +85,14 @@ def test_three_factors_of_an_increment_start_orthonormal_around_zero():
 @pytest.mark.parametrize("kind", [Increment, STARTS["orthogonal"], STARTS["random"]])
 def test_drawn_factors_are_of_the_seed_and_the_name(kind):
     same, again, other = made(kind), made(kind), made(kind, seed=1)
-    renamed = kind("v", same.shape, 1.0, 0, 1)
+    renamed = kind("v", same.shapes, 1.0, 0, 1)
     renamed.measure(weight())
     assert torch.equal(same(CPU)[1], again(CPU)[1])
     assert not torch.equal(same(CPU)[1], other(CPU)[1])
     assert not torch.equal(same(CPU)[1], renamed(CPU)[1])
 
 
-def test_a_start_is_drawn_once_and_pickled_without_what_was_drawn():
+def test_a_start_is_drawn_once_and_pickled_without_its_factors():
     start = made(STARTS["orthogonal"])
     assert start(CPU)[0] is start(CPU)[0]
     for twin in (pickle.loads(pickle.dumps(start)), copy.deepcopy(start)):
@@ -105,7 +105,7 @@ def test_a_start_is_drawn_once_and_pickled_without_what_was_drawn():
 @pytest.mark.parametrize("name", STARTS)
 def test_a_weight_of_lower_rank_leaves_no_pair_of_factors_zero(name, rank_of_weight, factors):
     W = weight()[:, :1] @ weight()[:1] * rank_of_weight
-    start = made(STARTS[name], factors, of=W)
+    start = made(STARTS[name], factors, W=W)
     assert product(start).norm().item() == pytest.approx(W.norm().item(), rel=1e-5)
     left, *_, right = start(CPU)
     assert ((left != 0).any(0) | (right != 0).any(1)).all()
@@ -116,17 +116,19 @@ def test_a_weight_of_lower_rank_leaves_no_pair_of_factors_zero(name, rank_of_wei
 @pytest.mark.parametrize("name", STARTS)
 def test_a_weight_that_is_not_finite_is_refused(name):
     with pytest.raises(ValueError, match="must be finite to be replaced, `w` is not"):
-        made(STARTS[name], of=weight() / 0)
+        made(STARTS[name], W=weight() / 0)
 
 
-def test_what_was_saved_wins_over_the_weight():
-    start, other = made(STARTS["svd"]), made(STARTS["svd"], of=2 * weight())
+def test_a_saved_start_wins_over_the_weight():
+    start, other = made(STARTS["svd"]), made(STARTS["svd"], W=2 * weight())
     other(CPU)
-    other.load(start.state)
+    other.load(start.measured)
     assert torch.equal(product(other), product(start))
 
 
 def test_without_weight_or_file_there_is_no_start():
-    start = STARTS["svd"]("w", Shape(7, 12, 3), 1.0, 0, 1)
-    with pytest.raises(ValueError, match="start of the factors of `w` must come with the adapter's file"):
+    start = STARTS["svd"]("w", FactorShapes(7, 12, 3), 1.0, 0, 1)
+    with pytest.raises(
+        ValueError, match="start of the factors of `w` must come with the adapter's file, but was not read"
+    ):
         start(CPU)

@@ -1,12 +1,10 @@
-"""Coordinates: the increment that a tensor is given by what P moves."""
+"""Low-rank coordinates: increments of two or three factors."""
 
 import pytest
 import torch
-from torch import nn
 
-from subspace_peft.adapter.layer import SubspaceLayer
-from subspace_peft.adapter.walk import unique_coordinates
-from tests.cases import BY_NAME, base_outputs, dense_P, loss, move, outputs, theta_d, train, wrap
+from subspace_peft.adapter.walk import find_vectors, unique_coordinates
+from tests.cases import BY_NAME, base_outputs, loss, move, outputs, replaced, theta_d, train, wrap
 
 
 LOW_RANK = {"coordinates": "low_rank", "rank": 2, "d": 9, "parameters": ["weight"]}
@@ -31,9 +29,8 @@ def test_low_rank_outputs_are_those_of_the_product(name):
     plain = case.model()
     with torch.no_grad():
         for path, c in coordinates(model).items():
-            z = model.base_model.model.subspace_vectors.normalised("default")
-            rows, columns = c.shape[0], c.shape[1:].numel() if isinstance(c.shape, torch.Size) else None
-            columns = columns or plain.get_parameter(path)[0].numel()
+            z = find_vectors(model).normalised("default")
+            rows, columns = c.shape[0], plain.get_parameter(path)[0].numel()
             B = c.projections[".B"](z).view(rows, 2)
             A = c.start(z.device)[-1] + c.projections[".A"](z).view(2, columns)
             plain.get_parameter(path).add_((4.0 / 2 * B @ A).view(c.shape))
@@ -98,44 +95,10 @@ def test_low_rank_identity_is_LoRA():
     assert not torch.equal(outputs(model, case), base_outputs(case))
 
 
-@pytest.mark.parametrize("name", ["mlp", "norms", "recurrent"])
-def test_weight_identity_is_full_fine_tuning(name):
+@pytest.mark.parametrize("name", ["mlp", "convnet", "embeddings", "llama"])
+def test_three_factors_of_an_increment_start_at_the_base(name):
     case = BY_NAME[name]
-    model = wrap(case, projection="identity", d=None)
-    plain = case.model()
-    assert sum(p.numel() for p in plain.parameters()) == model.base_model.D
-    train(model, case, steps=3)
-    train(plain, case, steps=3)
-    torch.testing.assert_close(outputs(model, case), outputs(plain, case), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("normalization", ["rows", "columns"])
-def test_normalisation_is_over_all_of_theta(normalization):
-    model = wrap(BY_NAME["convnet"], normalization=normalization, d=11)
-    P = torch.cat(list(dense_P(model).values())).double()
-    squares = P.square().sum(0 if normalization == "columns" else 1)
-    if normalization == "columns":
-        torch.testing.assert_close(squares, torch.ones(11, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-    else:
-        assert squares.mean().item() == pytest.approx(1, rel=1e-5)
-
-
-def test_adding_targets_changes_no_other_rows():
-    few = dense_P(wrap(BY_NAME["mlp"], target_modules=["fc2"]))
-    all_ = dense_P(wrap(BY_NAME["mlp"]))
-    for name, P in few.items():
-        ratio = (P / all_[name])[all_[name].abs() > 1e-3]
-        torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=1e-4, atol=1e-4)
-
-
-def test_the_layer_of_a_linear_runs_low_rank_through_both_factors():
-    """The product of size rows x columns is not formed where x can go through A and B in turn."""
-    model = wrap(BY_NAME["mlp"], **LOW_RANK)
-    move(model)
-    layer = model.base_model.model.fc1
-    assert isinstance(layer, SubspaceLayer)
-    assert isinstance(layer.base_layer, nn.Linear)
-    seen = []
-    layer.coordinates["default"]["weight"].increment = lambda z: seen.append(z)
-    layer(torch.randn(2, 6))
-    assert not seen
+    model = replaced(name, replace_weight=False, factors=3)
+    assert torch.equal(outputs(model, case), base_outputs(case))
+    train(model, case)
+    assert not torch.equal(outputs(model, case), base_outputs(case))

@@ -1,0 +1,61 @@
+"""Fingerprint: the digits by which an adapter's files recognise their base model, and each other."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+
+IDENTITY = ("fingerprint", "D", "d", "projection", "coordinates", "rank", "alpha", "seed", "normalization")
+IDENTITY += ("nnz_per_row", "projection_version")
+LATER = ("replace_weight", "start", "factors", "gamma")
+"""Part of the identity only where they differ from their defaults: older files have a mark made without them."""
+
+DIGITS = 8  # of each target tensor
+
+
+def fingerprint(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Eight hexadecimal digits for the name and shape of each target tensor, in their order."""
+    return "".join(
+        blake2b(f"{name} {list(shape)}".encode(), digest_size=DIGITS // 2).hexdigest()
+        for name, shape in shapes.items()
+    )
+
+
+def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the target tensors with those of the base model that the adapter was trained on.
+
+    Raises:
+        ValueError: if they differ; it names the first tensor that does.
+    """
+    actual = fingerprint(shapes)
+    if actual == expected:
+        return
+    starts = range(0, max(len(actual), len(expected)), DIGITS)
+    first = next((at for at in starts if actual[at : at + DIGITS] != expected[at : at + DIGITS]), 0)
+    names, count = list(shapes), len(expected) // DIGITS
+    if first // DIGITS < len(names):
+        name = names[first // DIGITS]
+        difference = f"the first target tensor that differs is `{name}` of shape {list(shapes[name])}"
+    else:
+        difference = f"this model ends after `{names[-1]}`, the adapter's base had {count - len(names)} more"
+    raise ValueError(
+        f"An adapter must be loaded onto the base model it was trained on: {difference} (of {count} target tensors "
+        f"there and {len(names)} here); load the right base model, or train a new adapter."
+    )
+
+
+def identity(config: PeftConfig) -> str:
+    """Everything that P and its use depend on, as JSON."""
+    later = [field for field in LATER if getattr(config, field) != getattr(type(config), field)]
+    return json.dumps({field: getattr(config, field) for field in (*IDENTITY, *later)})
+
+
+def mark(config: PeftConfig) -> Tensor:
+    """The identity in 64 bits, which the file with the weights holds: int64 [1]."""
+    digest = blake2b(identity(config).encode(), digest_size=8).digest()
+    return torch.tensor([int.from_bytes(digest, "little", signed=True)])

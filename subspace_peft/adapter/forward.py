@@ -1,0 +1,69 @@
+"""Forward: the output of a base module whose parameters are origin + P theta_d, in one of three ways.
+
+- Any module runs with the moved tensors in place of its parameters.
+- A module in half precision whose operation is linear in its parameters: op(x, W_0) + op(x, P theta_d), because
+  W_0 + P theta_d would round P theta_d away.
+- Low-rank coordinates: x runs through the two factors in turn, without their product, if the module has such an
+  operation.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from ..coordinates import LowRank, factored
+from . import statistics
+from .modules import in_place_of, is_linear_in_parameters
+
+
+def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
+    """The output of a SubspaceLayer's base module as these adapters move it."""
+    low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
+    if _adds_to_output(layer) or len(low_rank) == len(adapters):
+        return _sum_of_outputs(layer, adapters, low_rank, *args, **kwargs)
+    with in_place_of(layer.base_layer, layer.moved(adapters) | statistics.of_adapter(layer, adapters[0])):
+        return layer.base_layer(*args, **kwargs)
+
+
+def _adds_to_output(layer: BaseTunerLayer) -> bool:
+    base = layer.base_layer
+    return is_linear_in_parameters(base) and base.weight.dtype in (torch.float16, torch.bfloat16)
+
+
+def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
+    coordinates = layer.coordinates[adapter].get("weight")
+    return isinstance(coordinates, LowRank) and factored.operation(layer.base_layer) is not None
+
+
+def _sum_of_outputs(layer: BaseTunerLayer, adapters: list[str], low_rank: list[str], *args, **kwargs) -> Tensor:
+    """op(x, W_0) + the sum of op(x, P theta_d) over the adapters; without W_0 where one of them replaces it.
+
+    Args:
+        low_rank: Those of the adapters whose increments run through their factors.
+    """
+    base = layer.base_layer
+    x = args[0] if args else next(iter(kwargs.values()))
+    factors = {}
+    for adapter in low_rank:
+        z = layer.normalised(adapter)
+        z = z.to(torch.promote_types(z.dtype, base.weight.dtype))
+        factors[adapter] = layer.coordinates[adapter]["weight"].factors(z)
+    replacing = next((adapter for adapter in low_rank if layer.coordinates[adapter]["weight"].replaces), None)
+    if replacing is None:
+        output = base(*args, **kwargs)
+    else:
+        output = factored.run(base, x, *factors.pop(replacing), getattr(base, "bias", None))
+    for left, right in factors.values():
+        output = output + factored.run(base, x, left, right).to(output.dtype)
+    formed = [adapter for adapter in adapters if adapter not in low_rank]
+    if formed:
+        increments = layer.increments(formed)
+        tensors = {
+            path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)
+            for path, parameter in base.named_parameters(recurse=False)
+        }
+        with in_place_of(base, tensors):
+            output = output + base(*args, **kwargs)
+    return output

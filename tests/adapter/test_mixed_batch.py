@@ -1,0 +1,60 @@
+"""Mixed batches: each sample of a batch with an adapter of its own."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from tests.adapter.several import several
+from tests.cases import BY_NAME, base_outputs, move, outputs, replaced, settings
+
+
+@pytest.fixture(params=["mlp", "convnet"])
+def case(request):
+    return BY_NAME[request.param]
+
+
+def test_each_sample_runs_with_its_adapter(case):
+    model = several(case)
+    names = ["two", "__base__", "one"]
+    mixed = outputs(model, case, adapter_names=names)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = outputs(model, case)
+        else:
+            model.set_adapter(name)
+            expected = outputs(model, case)
+        torch.testing.assert_close(mixed[i], expected[i], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_mixed_batches(case):
+    model = several(case)
+    with pytest.raises(ValueError, match="name adapters of the model or '__base__', got the non-existing .* nobody"):
+        outputs(model, case, adapter_names=["one", "one", "nobody"])
+    with pytest.raises(ValueError, match="must have one name for each sample .* got 2 names; run such a batch one"):
+        outputs(model, case, adapter_names=["one", "two"])
+    with pytest.raises(ValueError, match="needs a model in evaluation mode, got training mode; call"):
+        outputs(model.train(), case, adapter_names=["one", "two", "one"])
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="needs adapters that are neither merged nor disabled; unmerge or enable"):
+        outputs(model, case, adapter_names=["one", "two", "one"])
+
+
+def test_outputs_that_are_no_samples():
+    class Mean(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).mean(0, keepdim=True)
+
+    model = get_peft_model(nn.Sequential(Mean(4, 2)), settings()).eval()
+    with pytest.raises(ValueError, match="needs outputs that can be split into samples .* those of .*Mean.* cannot"):
+        model(torch.randn(3, 4), adapter_names=["default", "default", "__base__"])
+
+
+def test_a_replaced_weight_in_a_mixed_batch():
+    case = BY_NAME["mlp"]
+    model = replaced("mlp")
+    move(model, size=0.3)
+    alone = outputs(model, case)
+    mixed = outputs(model, case, adapter_names=["default", "__base__", "default"])
+    torch.testing.assert_close(mixed, torch.stack([alone[0], base_outputs(case)[1], alone[2]]), rtol=1e-4, atol=1e-4)
