@@ -56,9 +56,11 @@ def parse(arguments: list[str] | None = None) -> Order:
     if known.workers < 1:
         raise ValueError(f"`--workers` must be at least 1, got {known.workers}.")
     recipe = load(known.file)
-    keys = known_keys(find_kind(recipe.pop("kind", DEFAULT)), recipe)
-    overrides = command.settings(rest, keys)
-    return Order(known.file, known.output or known.file.parent, *list(vars(known).values())[2:], overrides)
+    kind = find_kind(recipe.pop("kind", DEFAULT))
+    recipe.pop("report", None)
+    overrides = command.settings(rest, known_keys(kind, recipe))
+    output = known.output or known.file.parent
+    return Order(known.file, output, known.workers, known.executor, known.report, known.compact, overrides)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,9 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
             runs = [*Sweep(recipe.kind, recipe.runs, order.output).runs, *all_runs(recipe, results), *recipe.searches]
             file = order.output / f"{order.file.stem}.jsonl"
             print(f"{compact(results, runs, file)} results moved to {file}")
-        else:
-            conclude(recipe, results, figure)
-        if order.report and not order.overrides:
+        elif not conclude(recipe, results, figure) and order.report:
+            raise ValueError(
+                f"A report needs results, {order.file.name} has none in {str(order.output)!r} yet; leave --report out "
+                "to make them."
+            )
+        if order.report and not order.overrides and order.output == order.file.parent:
             write_pages(order.file)
     processes().destroy_process_group()
 

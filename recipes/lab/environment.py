@@ -1,6 +1,5 @@
 """What a result was made with: versions, hardware and commit."""
 
-import json
 import os
 import platform
 import subprocess
@@ -16,12 +15,6 @@ PACKAGES = ("subspace_peft", "torch", "peft", "transformers", "accelerate", "dat
 
 def record() -> dict[str, Any]:
     return {"versions": versions(), "hardware": hardware(), "commit": commit()}
-
-
-def write(file: Path, measured: dict[str, Any]) -> None:
-    """What was measured, and what with, as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**measured, **record()}, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -111,14 +111,17 @@ def _processes(workers: int, folder: Path) -> Made:
     executor = ProcessPoolExecutor(workers, context, _start, (threads,))
 
     def close(at_once: bool) -> None:
-        for process in multiprocessing.active_children() if at_once else ():
+        processes = multiprocessing.active_children() if at_once else []
+        for process in processes:
             process.terminate()
+        for process in processes:
+            process.join()
 
     return executor, close
 
 
 def _start(threads: int) -> None:
-    """In a worker: its share of the cores; and it ends with the process that started it, however that ends."""
+    """Prepares a worker: it uses its share of the cores, and ends when the process that started it ends."""
     torch.set_num_threads(threads)
 
     def watch() -> None:

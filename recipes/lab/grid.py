@@ -11,9 +11,10 @@ what kind of run it is and `report` what is made of the results. In the place of
 a `threshold` of test accuracy, or a `fraction` of that of full training in the same recipe, is a search for the
 smallest d that reaches it.
 
-The command line narrows the grid. A value that the file has for a key selects: what is left are the runs with that
-value, and sub-grids that have other values alone are dropped. A value that the file does not have for that key takes
-the place of those that it has.
+The command line narrows the grid. Along a list, and among names (model, projection, method), a value that the file
+has selects: what is left are the runs with that value, and sub-grids that have other values alone are dropped. A value
+that the file does not have, and any value for a number that stands alone in the file, takes the place of what stands
+there.
 """
 
 import difflib
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from recipes.lab.kinds import DEFAULT, Kind, find_kind, find_report
-from recipes.lab.request import SEARCH, SearchRequest, check_no_search, check_seeds, is_search, requests
+from recipes.lab.request import SEARCH, SearchRequest, check_alone, check_no_search, check_seeds, is_search, requests
 from recipes.lab.settings import Run
 
 
@@ -53,8 +54,7 @@ def read(file: Path, overrides: Values | None = None) -> Recipe:
     kind = find_kind(recipe.pop("kind", DEFAULT))
     report = find_report(recipe.pop("report", kind.report or kind.name))
     choices = {key: recipe.pop(key) for key in choices_of(report) if key in recipe}
-    parts = list(narrowed(kind, *_split(kind, recipe), overrides or {}))
-    runs, asked = _runs(kind, parts), _searches(kind, parts)
+    runs, asked, parts = _asked(kind, recipe, overrides)
     check_seeds(asked, runs, parts)
     return Recipe(kind, runs, asked, report, choices)
 
@@ -83,12 +83,27 @@ def choices_of(report: Any) -> list[str]:
 
 def grid(kind: Kind, recipe: Values, overrides: Values | None = None) -> list[Run]:
     """Every run of a recipe once."""
-    return _runs(kind, list(narrowed(kind, *_split(kind, recipe), overrides or {})))
+    return _asked(kind, recipe, overrides)[0]
 
 
 def searches(kind: Kind, recipe: Values, overrides: Values | None = None) -> list[SearchRequest]:
     """Every `d: auto` of a recipe once."""
-    return _searches(kind, list(narrowed(kind, *_split(kind, recipe), overrides or {})))
+    return _asked(kind, recipe, overrides)[1]
+
+
+def _asked(
+    kind: Kind, recipe: Values, overrides: Values | None
+) -> tuple[list[Run], list[SearchRequest], list[Values]]:
+    """Runs, searches, and the sub-grids that they come from."""
+    shared, parts = _split(kind, recipe)
+    left = list(narrowed(kind, shared, parts, overrides or {}))
+    if not left:
+        given = ", ".join(f"{key} {' '.join(map(str, _listed(value)))}" for key, value in (overrides or {}).items())
+        raise ValueError(f"The command line must leave a run of the recipe, none has {given}; give other values.")
+    if not any(is_search(part) for part in [*left, *(kind.joined(shared, part) for part in parts)]):
+        for part in left:
+            check_no_search(part)
+    return _runs(kind, left), _searches(kind, left), left
 
 
 def known_keys(kind: Kind, recipe: Values) -> list[str]:
@@ -117,16 +132,16 @@ def narrowed(kind: Kind, shared: Values, parts: list[Values], given: Values) -> 
     joined = [kind.joined(shared, part) for part in parts]
     options = {f"_{key}": _listed(given[key]) for key in kind.options if key in given}
     given = {key: _listed(value) for key, value in given.items() if key not in kind.options}
-    there = {key: {_text(value) for part in joined for value in _listed(part.get(key, []))} for key in given}
+    there = {key: _selectable(key, joined) for key in given}
     for part in joined:
         values = dict(part)
         for key, wanted in given.items():
             if kind.stays(part, key, wanted):
                 continue
-            known = [value for value in wanted if _text(value) in there[key]]
-            chosen = [value for value in wanted if value not in known]
+            known = {_text(value) for value in wanted} & there[key]
+            chosen = [value for value in wanted if _text(value) not in known]
             if key in part:
-                chosen += [value for value in _listed(part[key]) if _text(value) in set(map(_text, known))]
+                chosen += [value for value in _listed(part[key]) if _text(value) in known]
                 if not chosen:
                     break
             if chosen:
@@ -135,16 +150,30 @@ def narrowed(kind: Kind, shared: Values, parts: list[Values], given: Values) -> 
             yield values | options
 
 
+def _selectable(key: str, parts: list[Values]) -> set[str]:
+    """The values of a key that select, as text: all of them where one is in a list or is a name."""
+    values = [part[key] for part in parts if key in part]
+    if not any(isinstance(value, (list, bool)) or not _is_number(value) for value in values):
+        return set()
+    return {_text(each) for value in values for each in _listed(value)}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return float(str(value)) is not None
+    except ValueError:
+        return False
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def _text(value: Any) -> str:
     """How a value is told from others: 1e-3 of the command line is 0.001 of the file."""
-    try:
+    if _is_number(value):
         return repr(float(str(value)))
-    except ValueError:
-        return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def points(values: Values) -> Iterator[Values]:
@@ -159,7 +188,7 @@ def _runs(kind: Kind, parts: list[Values]) -> list[Run]:
         if kind.keys is not None:
             check_keys((key for key in part if not key.startswith("_")), kind.keys)
         if not is_search(part):
-            check_no_search(part, parts)
+            check_alone(part)
             settings = {key: value for key, value in part.items() if key not in SEARCH and not _is_auto(value)}
             for run in map(kind.settings, points(settings)):
                 runs.setdefault(run.name, run)
@@ -167,11 +196,11 @@ def _runs(kind: Kind, parts: list[Values]) -> list[Run]:
 
 
 def _searches(kind: Kind, parts: list[Values]) -> list[SearchRequest]:
-    found: dict[str, SearchRequest] = {}
+    searches: dict[str, SearchRequest] = {}
     for part in filter(is_search, parts):
         for request in requests(part, lambda values: map(kind.settings, points(values)), lambda: _runs(kind, parts)):
-            found.setdefault(request.name, request)
-    return list(found.values())
+            searches.setdefault(request.name, request)
+    return list(searches.values())
 
 
 def _is_auto(value: Any) -> bool:

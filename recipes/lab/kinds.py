@@ -1,4 +1,4 @@
-"""Kind: what one kind of run is and how it is made. The engine knows nothing else of a run."""
+"""Kind: all that the engine knows of a run: its settings, how to make it, and what it needs and leaves."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ class Kind:
         make: The results of runs that are made at once, in this process: (runs, output folder, report).
         keys: The settings that a YAML and the command line may name; None: those that the YAML names.
         options: Settings from the command line alone, such as the folder of the data; they reach a run as "_<key>".
-        joined: What is shared and what a sub-grid of a YAML says, as one grid.
-        stays: Whether a sub-grid stays as it is where the command line selects by this key: a baseline.
+        joined: The values that a YAML shares and those of one of its sub-grids, as one grid.
+        stays: Whether a sub-grid is a baseline, which this key does not narrow: (sub-grid, key, values).
         before: The run whose trajectory or checkpoint a run needs.
-        ready: Whether that is there as far as it is needed: (run, output folder).
-        incomplete: Whether a run that has a result must be made again, because what it leaves beside it is gone.
-        kept: The same run, told to leave what others need.
-        alike: What a run shares with those that may be made at once with it; None: it is made alone.
+        ready: Whether what `before` leaves is there and suffices: (run, output folder).
+        incomplete: Whether a run with a result must be made again, because a file that it should leave is missing.
+        kept: The same run, told to keep what other runs need.
+        alike: What a run has in common with the runs that can be made at once with it; None: it is made alone.
         check_left: Raises ValueError if what a run left does not suffice for another: (run, other, output folder).
-        report: The module that makes tables and figures, where the YAML names none.
+        report: The module that makes tables and figures, unless the YAML names another.
     """
 
     name: str

@@ -113,14 +113,19 @@ def _single(key: str, value: Any) -> Any:
     return values[0]
 
 
-def check_no_search(part: Values, parts: list[Values]) -> None:
-    """Raises ValueError where what belongs to a search stands beside a grid, and no search is meant elsewhere."""
-    lost = [key for key in SEARCH if key in part]
+def check_alone(part: Values) -> None:
+    """Raises ValueError where a sub-grid mixes `d: auto` with other d."""
     values = part["d"] if isinstance(part.get("d"), list) else [part.get("d")]
     if AUTO in values and len(values) > 1:
         raise ValueError(f"`d: auto` must stand alone, got d = {values}; write the grid as a run of its own.")
-    if lost and not any(map(is_search, parts)):
-        where = "with projection 'full', which has no d" if AUTO in values else "beside a grid; write `d: auto`"
+
+
+def check_no_search(part: Values) -> None:
+    """Raises ValueError where what belongs to a search stands in a sub-grid, in a recipe without one."""
+    check_alone(part)
+    if lost := [key for key in SEARCH if key in part]:
+        auto = part.get("d") in (AUTO, [AUTO])
+        where = "with projection 'full', which has no d" if auto else "beside a grid; write `d: auto`"
         raise ValueError(f"`{lost[0]}` belongs to `d: auto`, got it {where}, or leave it out.")
 
 

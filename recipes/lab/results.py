@@ -120,11 +120,11 @@ def read_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         ValueError: if a line is damaged.
     """
     lines = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             result = json.loads(line)
             lines.append((result.pop("name"), result))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"Line {number} of {str(file)!r} must be a result in JSON with a `name`, {error}; delete the line, to "
                 "run it again."

@@ -59,7 +59,9 @@ def look_for(
     """By the runs that it needs; those that have a result are not made again."""
     if executor is not None:
         train = partial(accuracy_at, kind.name, search, output)
-        result = find_dimension(train, goal, executor=executor, workers=workers, **search.options)
+        notes = output / "results" / f"{search.name}.search"  # which runs were proposed: a restart makes the same
+        result = find_dimension(train, goal, executor=executor, workers=workers, file=notes, **search.options)
+        notes.unlink(missing_ok=True)
         bar.update(result.cost.runs)
         return result
     tried = []

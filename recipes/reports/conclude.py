@@ -11,12 +11,8 @@ from recipes.lab.settings import Run
 from recipes.reports import searches
 
 
-def conclude(recipe: Recipe, results: Results, figure: Path) -> None:
-    """Prints what all results so far say, and draws the figure.
-
-    Raises:
-        ValueError: where there are no results yet.
-    """
+def conclude(recipe: Recipe, results: Results, figure: Path) -> bool:
+    """Prints what all results so far say, and draws the figure. False where there are no results yet."""
     runs = all_runs(recipe, results)
     missing = [run for run in runs if not results.has(run)]
     if missing:
@@ -24,19 +20,17 @@ def conclude(recipe: Recipe, results: Results, figure: Path) -> None:
     if pending := sum(not results.has(request) for request in recipe.searches):
         print(f"\n{pending} of {len(recipe.searches)} searches have not ended, or are still held by other processes.")
     if len(missing) == len(runs):
-        raise ValueError(
-            f"A report needs results, {figure.stem}.yaml has none in {str(results.output)!r} yet; leave --report out "
-            "to make them."
-        )
+        return False
     for words in texts(recipe, results).values():
         print(f"\n{words}")
-    called(recipe, recipe.report.plot, shown(recipe, runs, results), results, figure)
+    called(recipe, recipe.report.plot, shown(runs, results), results, figure)
     print(f"\nfigure: {figure}")
     for run in runs:
         if getattr(run, "save_adapter", False) and (proof := results.load(run).get("adapter")):
             print(f"saved adapter: {results.output / 'adapters' / run.name}, {proof['bytes']} bytes of weights")
             equal = "outputs equal" if proof["max_difference"] == 0 else "OUTPUTS DIFFER"
             print(f"reloaded adapter: {equal} (max difference {proof['max_difference']})")
+    return True
 
 
 def all_runs(recipe: Recipe, results: Results) -> list[Run]:
@@ -48,7 +42,7 @@ def texts(recipe: Recipe, results: Results) -> dict[str, str]:
     """The tables of a recipe by their names; the searches' is called "searches"."""
     tables = {"searches": searches.text(recipe.searches, results)} if recipe.searches else {}
     if recipe.runs:  # a d that a search chose is no grid
-        runs = shown(recipe, recipe.runs, results)
+        runs = shown(recipe.runs, results)
         parts = getattr(recipe.report, "parts", None)
         tables |= (
             called(recipe, parts, runs, results) if parts else {"": called(recipe, recipe.report.text, runs, results)}
@@ -62,7 +56,7 @@ def check(recipe: Recipe) -> None:
         checked(recipe.runs)
 
 
-def shown(recipe: Recipe, runs: list[Run], results: Results) -> list[Run]:
+def shown(runs: list[Run], results: Results) -> list[Run]:
     return [run for run in runs if results.has(run)]
 
 

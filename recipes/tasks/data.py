@@ -43,7 +43,7 @@ class Split(NamedTuple):
         return (images.float() / 255 - self.mean) / self.deviation, self.labels[index]
 
     def standardized(self, like: "Split") -> "Split":
-        """With inputs of zero mean and unit variance in each channel, over all pixels of `like`."""
+        """The split with inputs of zero mean and unit variance in each channel, over all pixels of `like`."""
         counts = torch.stack([torch.bincount(c.flatten().long(), minlength=256) for c in like.images.unbind(1)])
         share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256, device=counts.device) / 255
         mean = share @ value.double()
@@ -51,12 +51,12 @@ class Split(NamedTuple):
         return self._replace(mean=mean.float()[:, None, None], deviation=deviation.float()[:, None, None])
 
     def centered(self, like: "Split") -> "Split":
-        """With inputs less the mean image of `like`."""
+        """The split with the mean image of `like` subtracted from its inputs."""
         return self._replace(mean=like.images.float().mean(0) / 255)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image at random flipped or not, padded by 4 zeros and cropped to its size (He et al. 2016)."""
+    """Flips each image at random, pads it by 4 zeros and crops it to its size (He et al. 2016)."""
     N, _, height, width = images.shape
     flip = torch.randint(2, (N,), generator=generator).bool()
     top, left = torch.randint(9, (2, N), generator=generator)
@@ -87,10 +87,14 @@ def load(dataset: str, source: str, split: str) -> Split:
     return _decode(rows)
 
 
-def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """One epoch: a permutation of n indices in batches of exactly `size`; the remainder waits for another epoch."""
+def check_batch_size(n: int, size: int) -> None:
     if not 1 <= size <= n:
         raise ValueError(f"`batch_size` must be between 1 and the {n} training images, got {size}.")
+
+
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """One epoch: a permutation of n indices in batches of exactly `size`; the remainder is left out."""
+    check_batch_size(n, size)
     order = torch.randperm(n, generator=generator)
     return iter(order[: n - n % size].view(-1, size))
 
@@ -104,7 +108,7 @@ def _decode(rows: datasets.Dataset) -> Split:
 
 
 def _column(rows: datasets.Dataset, kind: type) -> str:
-    """The first column of a kind: the Hub's copies call it image or img, label or fine_label."""
+    """The first column of this type, since data sets on the Hub call it image or img, label or fine_label."""
     for name, feature in rows.features.items():
         if isinstance(feature, kind):
             return name
@@ -112,7 +116,7 @@ def _column(rows: datasets.Dataset, kind: type) -> str:
 
 
 def _digits(split: str) -> Split:
-    """scikit-learn's 1797 digits: 1437 to train, 360 to test, the same share of each class in both, fixed for good."""
+    """scikit-learn's 1797 digits: always the same 1437 to train and 360 to test, with equal shares of each class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

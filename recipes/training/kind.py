@@ -26,14 +26,14 @@ Values = dict[str, Any]
 
 
 def keys() -> Iterator[str]:
-    own = [f.name for f in fields(Settings) if f.name != "trajectory"]
-    yield from own
-    yield from (TRAJECTORY + name for name in own if name not in COMMON)
+    names = [f.name for f in fields(Settings) if f.name != "trajectory"]
+    yield from names
+    yield from (TRAJECTORY + name for name in names if name not in COMMON)
     yield from SEARCH
 
 
 def joined(shared: Values, part: Values) -> Values:
-    """What is shared and what a sub-grid says; the trajectory that a sub-grid names shares it too."""
+    """The shared values and those of a sub-grid; a trajectory that the sub-grid names takes the shared values too."""
     shared, part = _flat(shared), _flat(part)
     if any(key.startswith(TRAJECTORY) for key in part):
         part = {TRAJECTORY + key: shared[key] for key in shared if TRAJECTORY + key in KEYS} | part
@@ -48,7 +48,7 @@ def _flat(values: Values) -> Values:
 
 
 def stays(part: Values, key: str, values: list) -> bool:
-    """Full training is what subspaces are compared with: it has no d, and is no run in another subspace."""
+    """Full training is the baseline: it has no d, and choosing a projection does not remove it."""
     full = part.get("projection") in ("full", ["full"])
     return full and (key == "d" or (key == "projection" and "full" not in values))
 
@@ -70,7 +70,7 @@ def trajectory_of(run: Settings, output: Path) -> Path:
 
 
 def ready(run: Settings, output: Path) -> bool:
-    """Whether the trajectory that a run's basis is made of is there as far as it is needed."""
+    """Whether the trajectory that a run needs has been recorded far enough."""
     return not run.trajectory or run.last_sample in Trajectory(trajectory_of(run, output)).steps
 
 
@@ -81,7 +81,7 @@ def incomplete(run: Settings, output: Path) -> bool:
 
 
 def check_left(run: Settings, other: Settings, output: Path) -> None:
-    """Whether a run that waits for the trajectory just recorded now has its samples."""
+    """Raises ValueError if a recorded trajectory is too short for a run that needs it."""
     recorded = max(Trajectory(trajectory_of(run, output)).steps, default=0)
     if other.last_sample > recorded:
         raise ValueError(
@@ -108,7 +108,7 @@ def make(runs: list[Settings], output: Path, report: Report) -> list[Values]:
 
 
 def company(run: Settings) -> Settings | None:
-    """What runs that are trained together share; runs that several processes make together are trained alone."""
+    """The settings that runs trained together share; None where several processes train each run."""
     return alike(run) if processes().num_processes == 1 else None
 
 

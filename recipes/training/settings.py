@@ -1,4 +1,4 @@
-"""What a run is: a flat record of settings."""
+"""Settings of a training: a flat record, from which its result gets its name."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from subspace_peft.projections import PROJECTIONS
 
 
 COMMON = ("dataset", "model", "seed", "images", "augment", "standardize", "center", "measured", "data", "threads")
-"""What a run and the run of its trajectory share."""
+"""Settings that a run and its trajectory share."""
 CHOICES = {
     "dataset": SHAPES,
     "projection": ["full", *PROJECTIONS],
@@ -22,16 +22,16 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Settings(Named):
-    """One run."""
+    """One training of a network, in the whole space or in a subspace."""
 
     dataset: str = "digits"
     model: str = "lenet"
-    projection: str = "full"  # full: every weight is trained, without a subspace
+    projection: str = "full"  # full: every parameter is trained, without a subspace
     d: int = 0
-    seed: int = 0  # of the network, of P and of the order of the batches
-    projection_seed: int = -1  # of P; -1: the seed, so that each run has a P of its own, as probabilities ask for
+    seed: int = 0  # draws the network, P and the order of the batches
+    projection_seed: int = -1  # draws P; -1: `seed` does, so each run has another P, as success probabilities need
     normalization: str = "columns"
-    nnz_per_row: int = 0  # 0: what the projection takes by itself
+    nnz_per_row: int = 0  # 0: the default of the projection
     epochs: int = 10
     batch_size: int = 128
     optimizer: str = "adam"
@@ -39,28 +39,30 @@ class Settings(Named):
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: str = "constant"
-    decay_epoch: int = 0  # of schedule step: after this epoch the learning rate is a tenth
-    images: int = 0  # of the training set: the first so many; 0: all
-    augment: bool = False  # flips and crops, in every batch
+    decay_epoch: int = 0  # schedule "step": the learning rate is a tenth after this epoch
+    images: int = 0  # the first so many of the training set; 0: all
+    augment: bool = False  # flips and crops in every batch
     standardize: bool = False  # inputs of zero mean and unit variance in each channel
-    center: bool = False  # inputs less the mean image
-    measured: int = 0  # training images, the first so many, on which loss and accuracy are measured after each epoch
-    burn_in: int = 0  # steps of SGD with momentum 0.9 in full space before the origin is taken; the t of Larsen et al.
-    burn_in_lr: float = 0.05
-    samples: int = (
-        0  # of basis: it spans the weights after each of this many epochs of the trajectory, and at its start
+    center: bool = False  # the mean image is subtracted from the inputs
+    measured: int = 0  # loss and accuracy on the first so many training images are measured after each epoch
+    burn_in: int = (
+        0  # steps of SGD with momentum 0.9 in the whole space before the origin is taken; t in Larsen et al.
     )
-    increments: bool = False  # of basis: it spans the differences of successive samples instead: a lottery subspace
-    sample_steps: int = 0  # of a trajectory: a sample each so many steps; 0: after each epoch
-    pruned: bool = False  # of coordinate: weights that do not move are zero: random pruning, or lottery tickets
-    rank: int = 0  # of identity: linear layers between others are two factors of this inner width, the rest is whole
-    start: str = "svd"  # of rank: where the factors start
-    trajectory: "Settings | None" = None  # the full training that is sampled for a basis, or gives a lottery ticket
+    burn_in_lr: float = 0.05
+    samples: int = 0  # basis: spans the weights at the start of the trajectory and after this many of its epochs
+    increments: bool = False  # basis: spans the differences of successive samples instead, a lottery subspace
+    sample_steps: int = 0  # trajectory: a sample after every so many steps; 0: after each epoch
+    pruned: bool = False  # coordinate: weights that do not move are zero, as in random pruning and lottery tickets
+    rank: int = 0  # identity: linear layers between others are two factors of this inner width, other layers are whole
+    start: str = "svd"  # rank: where the factors start
+    trajectory: "Settings | None" = None  # the full training whose samples give the basis or the lottery ticket
     data: str = unnamed("")  # a folder of parquet files, or another Hub id
     threads: int = unnamed(0)  # 0: torch's choice
-    together: int = unnamed(0)  # runs with one `projection_seed` trained at once, see together.py; 0 or 1: each alone
+    together: int = unnamed(
+        0
+    )  # runs with one `projection_seed` that train at once, see together.py; 0 or 1: each alone
     save_adapter: bool = unnamed(False)
-    save_trajectory: bool = unnamed(False)  # of full training: a sample at the start and after each epoch
+    save_trajectory: bool = unnamed(False)  # full training: keep a sample at the start and after each epoch
 
     def __post_init__(self):
         for key, known in CHOICES.items():
@@ -138,7 +140,7 @@ class Settings(Named):
 
     @property
     def last_sample(self) -> int:
-        """Of the trajectory: how many samples after its start this run needs."""
+        """How many samples after the start of its trajectory this run needs."""
         if self.trajectory is None:
             return 0
         return self.samples or self.trajectory.epochs

@@ -1,4 +1,4 @@
-"""Which weights stay when a network is pruned, and the network without the others (Frankle and Carbin 2019)."""
+"""Pruning: which weights stay, and the network without the others (Frankle and Carbin 2019)."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ def lottery_ticket(trained: dict[str, Tensor], d: int) -> Mask:
 
 
 def random_ticket(network: nn.Module, d: int, seed: int) -> Mask:
-    """d weights and biases, each choice alike probable."""
+    """d weights and biases, every choice equally probable."""
     parameters = dict(network.named_parameters())
     D = sum(p.numel() for p in parameters.values())
     return _mask(parameters, torch.randperm(D, generator=torch.Generator().manual_seed(seed))[:d])
@@ -22,7 +22,7 @@ def random_ticket(network: nn.Module, d: int, seed: int) -> Mask:
 
 @torch.no_grad()
 def prune(network: nn.Module, mask: Mask) -> None:
-    """Sets to zero what does not stay."""
+    """Sets the weights that do not stay to zero."""
     for name, parameter in network.named_parameters():
         parameter.mul_(mask[name].to(parameter.device))
 

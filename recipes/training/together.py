@@ -1,13 +1,13 @@
-"""Runs that share one P, trained at once: they differ in seed, or in d where the columns of P are nested.
+"""Training several runs at once that share one P: they differ in seed, or in d where the columns of P are nested.
 
     weights [R, ...] = origins [R, ...] + P [theta_1 ... theta_R]
 
-P is drawn once and applied to all theta_d at once. Of dense, the columns for a smaller d are the first columns for a
-larger one: theta_d is filled up with zeros. The networks run side by side under `torch.func.vmap` where that is
-faster, elsewhere in turn. Each run has the origin, the batches, the schedule and the measurements that it has alone,
-so its result is that of `recipes.training.train.train` up to rounding.
+P is drawn once and applied to all theta_d at once. With the dense projection, the columns for a smaller d are the
+first columns for a larger one, so a shorter theta_d is padded with zeros. The networks run side by side under
+`torch.func.vmap` where that is faster, and one after the other elsewhere. Each run keeps the origin, batches, schedule
+and measurements that it would have alone, so its result is that of `recipes.training.train.train` up to rounding.
 
-One P is one draw: a probability over subspaces, as in Larsen et al. 2021, asks for a P of its own for each run.
+One P is one draw: a probability over subspaces, as in Larsen et al. 2021, needs another P for each run.
 """
 
 import copy
@@ -32,13 +32,13 @@ from subspace_peft.adapter.walk import find_vectors, unique_coordinates
 
 
 ELEMENTWISE = ("sgd", "adam", "adamw", "adam_larsen")
-"""The optimisers that move a number by its own gradients alone, so that a row of [R, d] moves as if by itself."""
+"""Optimisers that move each entry by the gradients of that entry alone, so that the rows of [R, d] do not mix."""
 FULLY_CONNECTED = (nn.Sequential, nn.Flatten, nn.Linear, nn.ReLU)
-"""What a network is made of that runs side by side on a CPU: of others the batched kernels are slower there."""
+"""Networks of these modules run side by side on a CPU; for other modules the batched kernels are slower there."""
 
 
 def alike(settings: Settings) -> Settings | None:
-    """What a run shares with all that it may be trained together with; None: it is trained alone."""
+    """The settings that a run shares with all runs it can be trained with; None: it is trained alone."""
     shared = settings.projection_seed >= 0 and settings.optimizer in ELEMENTWISE and not settings.save_adapter
     if not shared or not _has_parameters_alone(settings.model, settings.dataset):
         return None
@@ -48,7 +48,7 @@ def alike(settings: Settings) -> Settings | None:
 
 @cache
 def _has_parameters_alone(model: str, dataset: str) -> bool:
-    """Not so where training also changes statistics; of timm's networks nothing is known."""
+    """False for networks whose training also changes statistics, and for timm's, which are not built to find out."""
     return model in MODELS and not any(True for _ in build(model, dataset).buffers())
 
 
@@ -87,8 +87,8 @@ def train_together(
             schedule.step()
         means = torch.stack(losses).mean(0).tolist()
         seconds["train"] += (time.perf_counter() - start) / len(runs)
-        for own, loss, values in zip(epochs, means, networks.measured(shown), strict=True):
-            own.append({"train_loss": finite(loss)} | values | {"seconds": round(seconds["train"], 3)})
+        for record, loss, values in zip(epochs, means, networks.measured(shown), strict=True):
+            record.append({"train_loss": finite(loss)} | values | {"seconds": round(seconds["train"], 3)})
             report(values["test_accuracy"])
 
     finals = [evaluated_accuracy(logits, test) for logits in networks.predict(test)]
@@ -123,8 +123,10 @@ class Networks:
         widest = max(runs, key=lambda run: run.d)
         wrapped = wrap(copy.deepcopy(self.network), widest)
         self.projections = {name: c.projections[""] for name, c in unique_coordinates(wrapped, "default").items()}
-        own = torch.arange(widest.d) < torch.tensor([[run.d] for run in runs])
-        self.scale = (own * find_vectors(wrapped).scales["default"]).to(device)  # a run's own columns, normalised
+        columns = torch.arange(widest.d) < torch.tensor([[run.d] for run in runs])
+        self.scale = (columns * find_vectors(wrapped).scales["default"]).to(
+            device
+        )  # the columns of each run, normalised
         self.theta_d = nn.Parameter(torch.zeros(len(runs), widest.d, device=device))
         connected = all(isinstance(module, FULLY_CONNECTED) for module in self.network.modules())
         self.side_by_side = connected or device.type != "cpu"
@@ -145,12 +147,12 @@ class Networks:
 
     def _in_turn(self, weights: Tensors, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         losses, gradients = [], []
-        for own, *batch in zip(self._each(weights), images, labels, strict=True):
-            for weight in own.values():
+        for tensors, *batch in zip(self._each(weights), images, labels, strict=True):
+            for weight in tensors.values():
                 weight.requires_grad_()
-            loss = self._loss(own, *batch)
+            loss = self._loss(tensors, *batch)
             losses.append(loss.detach())
-            gradients.append(torch.autograd.grad(loss, list(own.values())))
+            gradients.append(torch.autograd.grad(loss, list(tensors.values())))
         return torch.stack(losses), [torch.stack(parts) for parts in zip(*gradients, strict=True)]
 
     @torch.no_grad()
@@ -161,16 +163,16 @@ class Networks:
             if self.side_by_side:
                 logits.append(vmap(self._logits, in_dims=(0, None))(weights, images))
             else:
-                logits.append(torch.stack([self._logits(own, images) for own in self._each(weights)]))
+                logits.append(torch.stack([self._logits(tensors, images) for tensors in self._each(weights)]))
         return torch.cat(logits, 1)
 
     def measured(self, shown: list[Split]) -> list[dict[str, float | None]]:
         logits = [self.predict(split) for split in shown]
-        return [measured(shown, list(own)) for own in zip(*logits, strict=True)]
+        return [measured(shown, list(parts)) for parts in zip(*logits, strict=True)]
 
     @torch.no_grad()
     def weights(self) -> Tensors:
-        """origins + P theta_d, in memory of their own: [R, ...]"""
+        """origins + P theta_d, copied: [R, ...]"""
         z, pairs = self.theta_d * self.scale, self.projections.items()
         return {name: P.apply(z).view_as(self.origins[name]).add_(self.origins[name]) for name, P in pairs}
 

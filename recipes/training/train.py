@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from recipes.tasks.data import Split, batches
+from recipes.tasks.data import Split, batches, check_batch_size
 from recipes.tasks.models import build
 from recipes.training.optimizers import OPTIMIZERS, scheduled, update
 from recipes.training.settings import Settings
@@ -81,9 +81,14 @@ def train(
 
 
 def inputs(settings: Settings, training: Split, test: Split) -> tuple[Split, Split]:
-    """The two splits as the network sees them."""
+    """The two splits as the network sees them.
+
+    Raises:
+        ValueError: if there are fewer training images than a batch has.
+    """
     if settings.images:
         training = training.first(settings.images)
+    check_batch_size(len(training.labels), settings.batch_size)
     if settings.standardize:
         training, test = training.standardized(training), test.standardized(training)
     if settings.center:
@@ -114,7 +119,7 @@ def outcome(
 
 
 def origin(settings: Settings, training: Split, trajectory: Path | None, device: torch.device | str) -> nn.Module:
-    """The network that theta_d = 0 stands for: as it is built, after burn-in, and pruned."""
+    """The network at theta_d = 0: built from the seed, then burnt in, then pruned."""
     network = build(settings.model, settings.dataset, settings.seed)
     if settings.burn_in:
         burn_in(network.to(device), settings, training)
@@ -140,7 +145,7 @@ def burn_in(network: nn.Module, settings: Settings, training: Split) -> None:
 
 
 def mask(network: nn.Module, settings: Settings, trajectory: Path | None) -> Mask:
-    """Of projection "coordinate": the lottery ticket at the end of its trajectory, or a random one."""
+    """The mask of projection "coordinate": the lottery ticket at the end of the trajectory, or a random one."""
     if settings.trajectory:
         return lottery_ticket(Trajectory(trajectory).sample(-1), settings.d)
     return random_ticket(network, settings.d, settings.seed)
@@ -169,7 +174,7 @@ def wrap(network: nn.Module, settings: Settings, trajectory: Path | None = None)
 
 
 def factored(network: nn.Module, settings: Settings) -> dict[str, Any]:
-    """Of low-rank training: the linear layers but the first and the last as W = B A, all other modules whole.
+    """The config of low-rank training: linear layers but the first and the last as W = B A, other modules whole.
 
     Raises:
         ValueError: if the network has no linear layer between two others.
@@ -181,14 +186,14 @@ def factored(network: nn.Module, settings: Settings) -> dict[str, Any]:
             f"`rank` needs a linear layer between the first and the last, {settings.model!r} has {len(layers)}; "
             "take another `model`, such as 'mlp' or 'fc'."
         )
-    own = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    owners = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
     return {
         "coordinates": "low_rank",
         "rank": settings.rank,
         "replace_weight": True,
         "start": settings.start,
         "target_modules": hidden,
-        "modules_to_save": sorted(own.difference(hidden)),
+        "modules_to_save": sorted(owners.difference(hidden)),
     }
 
 
@@ -204,7 +209,7 @@ def measured_on(settings: Settings, training: Split, test: Split) -> list[Split]
 
 
 def measured(shown: list[Split], logits: list[Tensor]) -> dict[str, float | None]:
-    """Test accuracy and, where training images are shown too, the loss and the accuracy on those."""
+    """Test accuracy; also loss and accuracy on training images where those are measured."""
     values = {"test_accuracy": _share_right(logits[0], shown[0])}
     if len(shown) > 1:
         loss = cross_entropy(logits[1], shown[1].labels).item()
@@ -222,7 +227,7 @@ def evaluated_accuracy(logits: Tensor, split: Split) -> float:
 
 
 def save_and_reload(model: nn.Module, network: nn.Module, split: Split, folder: Path) -> dict[str, Any]:
-    """Saves the adapter, and what a network made anew gives with the adapter loaded from there: the same outputs."""
+    """Saves the adapter, loads it onto a network built again, and compares the outputs of the two."""
     model.save_pretrained(folder)
     reloaded = PeftModel.from_pretrained(network.to(split.images.device), folder)
     difference = (predict(model, split) - predict(reloaded, split)).abs().max().item()
@@ -239,7 +244,7 @@ def _epoch(
     random: torch.Generator,
     recorder: Trajectory | None,
 ) -> float:
-    """The mean loss of one epoch. Each process takes its share of the same global batch; gradients are averaged."""
+    """Trains one epoch; each process takes its share of every global batch. Returns the mean loss."""
     model.train()
     losses = []
     for index in batches(len(training.labels), settings.batch_size, random):
@@ -254,5 +259,5 @@ def _epoch(
 
 
 def finite(value: float) -> float | None:
-    """JSON has no nan."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -1,7 +1,15 @@
-"""What tests of sweeps write and read: a YAML, the command line's options, the results."""
+"""What tests of sweeps write and read: YAMLs, the command line's options, the results."""
 
 import json
 from pathlib import Path
+
+from recipes import run
+from recipes.lab.grid import grid, searches
+from recipes.training.kind import KIND
+
+
+RECIPES = Path(run.__file__).parent
+RECIPE_FILES = sorted(set(RECIPES.glob("*/*.yaml")) - set(RECIPES.glob("accelerate/*")))
 
 
 def written(file: Path, *lines: str) -> Path:
@@ -11,6 +19,16 @@ def written(file: Path, *lines: str) -> Path:
 
 def options(values: dict, output: Path) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))] + ["--output", str(output)]
+
+
+def runs(recipe: dict, overrides: dict | None = None) -> list:
+    """The runs of the default kind that a mapping spans."""
+    return grid(KIND, recipe, overrides)
+
+
+def requests(recipe: dict, overrides: dict | None = None) -> list:
+    """The searches of the default kind that a mapping asks for."""
+    return searches(KIND, recipe, overrides)
 
 
 def results(folder: Path) -> dict[str, dict]:

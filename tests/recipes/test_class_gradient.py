@@ -1,15 +1,17 @@
-import json
-
 import pytest
 import torch
 
 from recipes.class_gradient import coverage
+from recipes.lab.results import read_measurement
 
 
 def test_coverage_is_measured_along_training(tmp_path, capsys):
     options = "--dataset digits --images 200 --seeds 2 --epochs 2 --batch_size 50 --lr 0.3 --output"
     coverage.main([*options.split(), str(tmp_path)])
-    runs = json.loads((tmp_path / "results" / "coverage.json").read_text())["runs"]
+    record = read_measurement(tmp_path / "coverage.jsonl")
+    settings = {"dataset": "digits", "images": 200, "seeds": 2, "epochs": 2, "lr": 0.3, "batch_size": 50}
+    assert record["settings"] == settings
+    runs = record["runs"]
     assert [[point["epoch"] for point in points] for points in runs] == [[0, 1, 2]] * 2
     for point in (point for points in runs for point in points):
         assert all(0 <= point[key] <= 1 + 1e-6 for key in coverage.CURVES)
@@ -17,7 +19,11 @@ def test_coverage_is_measured_along_training(tmp_path, capsys):
         assert all(len(point[key]) <= 10 for key in coverage.RATIOS)
     start = runs[0][0]
     assert sum(start["ratios_of_all"]) > 5 * sum(start["ratios"])
-    assert "| 2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 2 |" in printed
+    (tmp_path / "plots" / "coverage.png").unlink()
+    coverage.main(["--report", "--output", str(tmp_path)])
+    assert printed.endswith(capsys.readouterr().out)
     assert (tmp_path / "plots" / "coverage.png").stat().st_size > 10_000
 
 

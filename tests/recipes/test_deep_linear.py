@@ -1,17 +1,23 @@
 """The scripts of recipes/deep_linear, small: what the theorem says, what a compressed network is, and resuming."""
 
-import json
+import dataclasses
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from recipes.deep_linear import collapse, completion, depth, dynamics
+from recipes import run as command
+from recipes.deep_linear import collapse, completion, dynamics
 from recipes.deep_linear.networks import compressed, descend, product, start
-from recipes.deep_linear.runs import FOLDER, _value
-from recipes.lab.collected import Collected, digits, spanned
+from recipes.lab.grid import read
+from recipes.lab.results import Results
+from recipes.lab.rounding import digits
+from recipes.lab.settings import PlainSettings
+from tests.recipes.files import RECIPES, options, results
+
+
+FOLDER = RECIPES / "deep_linear"
 
 
 def generator(seed=0):
@@ -24,7 +30,7 @@ def normal(*shape, seed=0):
 
 def first(name: str) -> dict:
     """The settings of the first run of a YAML."""
-    return spanned(FOLDER / "settings" / f"{name}.yaml", {})[0]
+    return read(FOLDER / f"{name}.yaml").runs[0]
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "normal", "uniform"])
@@ -111,39 +117,38 @@ def test_the_law_needs_whitened_data():
     assert max(run["deviation"]) > 1e-3
 
 
-def test_dynamics_and_resuming(tmp_path, capsys):
-    arguments = ["--set", "d=8", "rank=2", "iterations=20", "lr=0.002", "--output", str(tmp_path)]
-
-    def no_figure(runs, file):
-        return file
-
-    dynamics.main(dynamics.measure, dynamics.text, no_figure, "dynamics", "", arguments)
-    table = capsys.readouterr().out
-    file = tmp_path / "results" / "dynamics.json"
-    record = json.loads(file.read_text())
-    assert len(record["runs"]) == len(spanned(FOLDER / "settings" / "dynamics.yaml", {"iterations": 20}))
-    assert {"settings", "versions", "hardware", "commit"} <= record["runs"][0].keys()
-    del record["runs"][3]
-    file.write_text(json.dumps(record))
-    dynamics.main(dynamics.measure, dynamics.text, no_figure, "dynamics", "", arguments)
-    again = capsys.readouterr().out
-    assert again.count("run ") == 1
-    assert [line for line in again.splitlines() if line.startswith("|")] == [
-        line for line in table.splitlines() if line.startswith("|")
-    ]
-    dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", [*arguments, "--plot"])
+def test_dynamics_and_resuming(tmp_path, capsys, monkeypatch):
+    tiny = {"d": 8, "rank": 2, "iterations": 20, "lr": 0.002}
+    arguments = [str(FOLDER / "dynamics.yaml"), *options(tiny, tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamics, "plot", lambda runs, results, file: file)
+        command.main(arguments)
+        table, made = capsys.readouterr().out, results(tmp_path)
+        assert made.keys() == {run.name for run in read(FOLDER / "dynamics.yaml", tiny).runs}
+        assert all({"settings", "versions", "hardware", "commit"} <= result.keys() for result in made.values())
+        name = sorted(made)[3]
+        (tmp_path / "results" / f"{name}.json").unlink()
+        again = []
+        measure = dynamics.measure
+        kind = dataclasses.replace(
+            dynamics.KIND, make=lambda runs, *rest: [again.append(run.name) or measure(run) for run in runs]
+        )
+        patch.setattr(dynamics, "KIND", kind)
+        command.main(arguments)
+    assert again == [name]
+    assert capsys.readouterr().out.splitlines()[:-1] == table.splitlines()[:-1]
+    command.main([*arguments, "--report"])
     assert (tmp_path / "plots" / "dynamics.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["factorisation", "completion"])
 def test_completion(name, tmp_path, capsys):
-    common = ["d=24", "rank=1", "estimate=1", "eps=0.05", "iterations=1500", "seed=0", "lr=0.4", "seen=1.0"]
-    common = common[:-2] + ["seen=0.5", "lr=0.8"] if name == "completion" else common
-    file = str(FOLDER / "settings" / f"{name}.yaml")
-    arguments = [file, "--set", *common, "--output", str(tmp_path)]
-    completion.main(completion.measure, completion.text, completion.plot, "completion", "", arguments)
-    assert "| compressed, 2r̂ = 2" in capsys.readouterr().out
-    runs = Collected(tmp_path / "results" / f"{name}.json").runs
+    tiny = {"d": 24, "rank": 1, "estimate": 1, "eps": 0.05, "iterations": 1500, "seed": 0}
+    tiny |= {"lr": 0.8, "seen": 0.5} if name == "completion" else {"lr": 0.4, "seen": 1.0}
+    file = FOLDER / f"{name}.yaml"
+    command.main([str(file), *options(tiny, tmp_path)])
+    assert "compressed, 2r̂ = 2" in capsys.readouterr().out
+    runs = Results(tmp_path).records(read(file, tiny).runs)
     whole, small = (next(r for r in runs if r["settings"]["network"] == kind) for kind in ("whole", "compressed"))
     assert whole["error"] < 0.1
     assert small["parameters"] < whole["parameters"]
@@ -152,15 +157,16 @@ def test_completion(name, tmp_path, capsys):
 
 
 def test_depth(tmp_path, capsys):
-    arguments = ["--set", "d=16", "rank=1", "width=[4, 16]", "seen=[0.5, 0.8]", "eps=0.05", "iterations=600", "seed=0"]
-    depth.main(depth.measure, depth.text, depth.plot, "depth", "", [*arguments, "--output", str(tmp_path)])
+    tiny = {"d": 16, "rank": 1, "eps": 0.05, "iterations": 600, "seed": 0}
+    arguments = [str(FOLDER / "depth.yaml"), *options(tiny, tmp_path)]
+    command.main([*arguments, "--width", "4", "16", "--seen", "0.5", "0.8"])
     assert capsys.readouterr().out.count("| 3 | 16 |") == 2
     assert (tmp_path / "plots" / "depth.png").stat().st_size > 10_000
 
 
 def test_collapse(tmp_path, capsys):
-    arguments = ["--set", "K=3", "n=4", "d=12", "seed=0", "iterations=300", "depth=[4, 5]", "--output", str(tmp_path)]
-    collapse.main(collapse.measure, collapse.text, collapse.plot, "collapse", "", arguments)
+    tiny = {"K": 3, "n": 4, "d": 12, "seed": 0, "iterations": 300}
+    command.main([str(FOLDER / "collapse.yaml"), *options(tiny, tmp_path), "--depth", "4", "5"])
     assert "| 5 | relu |" in capsys.readouterr().out
     run = collapse.measure(first("collapse") | {"K": 3, "n": 4, "d": 20, "depth": 4, "eps": 0.2, "iterations": 3000})
     ratio, r2 = collapse.fit(run)
@@ -170,56 +176,17 @@ def test_collapse(tmp_path, capsys):
     assert (tmp_path / "plots" / "collapse.png").stat().st_size > 10_000
 
 
-def test_every_settings_file_is_of_a_script():
-    for file in (FOLDER / "settings").glob("*.yaml"):
-        runs = spanned(file, {})
+def test_every_yaml_has_runs_of_its_settings():
+    for file in FOLDER.glob("*.yaml"):
+        runs = read(file).runs
         assert runs
-        assert runs[0].keys() >= yaml.safe_load(file.read_text()).keys() - {"runs"}
+        assert runs[0].keys() >= yaml.safe_load(file.read_text()).keys() - {"runs", "kind", "report"}
 
 
-def test_grids(tmp_path):
-    file = tmp_path / "grid.yaml"
-    file.write_text("a: 1\nb: [1, 2]\nruns:\n  - {a: [3, 4]}\n  - {c: 5}\n")
-    assert spanned(file, {"b": 7}) == [{"a": 3, "b": 7}, {"a": 4, "b": 7}, {"a": 1, "b": 7, "c": 5}]
-    assert len(spanned(file, {})) == 6
-    with pytest.raises(ValueError, match=r"must name settings of grid.yaml, got \['e'\]; it has \['a', 'b', 'c'\]"):
-        spanned(file, {"e": 1})
+def test_numbers_of_a_few_digits():
     assert digits([1.23456, float("nan")], 2) == [1.2, None]
-    (tmp_path / "damaged.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged.json' is damaged; delete it"):
-        Collected(Path(tmp_path / "damaged.json"))
+    assert digits(torch.tensor([[1.23456]]), 3) == [[1.23]]
 
 
-def test_what_another_process_does_is_neither_done_again_nor_lost(tmp_path, capsys):
-    runs, done = [{"a": 1}, {"a": 2}, {"a": 3}], []
-    other, own = (Collected(tmp_path / "runs.json") for _ in range(2))
-
-    def measure(run):
-        done.append(run["a"])
-        if run == runs[1]:
-            other.add(runs[2], {"value": 3})
-        return {"value": run["a"]}
-
-    assert other.take(runs[0])
-    own.carry_out(runs, measure, label=str)
-    assert done == [2]
-    assert "1 of 3 runs are held by other processes" in capsys.readouterr().out
-    assert [run["value"] for run in own.of(runs)] == [2, 3]
-    other.release(runs[0])
-    own.carry_out(runs, measure, label=str)
-    assert done == [2, 1]
-    assert [run["value"] for run in Collected(own.file).of(runs)] == [1, 2, 3]
-    assert list(tmp_path.iterdir()) == [own.file]
-
-
-def test_settings_of_the_command_line():
-    assert [_value(text) for text in ("1e-3", "3", "[1, 2]", "normal", "false")] == [1e-3, 3, [1, 2], "normal", False]
-
-
-def test_without_results_or_with_half_a_setting(tmp_path):
-    with pytest.raises(SystemExit, match=r"No run of .*dynamics.yaml has a result"):
-        dynamics.main(
-            dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", ["--plot", "--output", str(tmp_path)]
-        )
-    with pytest.raises(SystemExit):
-        dynamics.main(dynamics.measure, dynamics.text, dynamics.plot, "dynamics", "", ["--set", "eps"])
+def test_settings_are_named_by_all_of_them():
+    assert PlainSettings(a=1, _data="here").name == PlainSettings(a=1).name != PlainSettings(a=2).name

@@ -5,14 +5,14 @@ import json
 import pytest
 from torch import nn
 
-from recipes.lab.grid import grid
-from recipes.lab.results import Results
+from recipes.lab.results import Results, read_measurement
 from recipes.low_rank_training import cost
 from recipes.reports import low_rank
 from recipes.run import main
 from recipes.tasks.models import build
 from recipes.training import train
 from recipes.training.settings import Settings
+from tests.recipes.files import runs as grid
 
 
 RECIPE = {"seed": [0, 1], "model": "fc", "dataset": ["mnist", "usps"]}
@@ -81,7 +81,7 @@ def test_a_product_trains_and_its_adapter_gives_the_same_outputs(tmp_path, capsy
 def test_costs(tmp_path, capsys):
     options = ["--model", "fc", "--dataset", "digits", "--rank", "3", "--steps", "2"]
     cost.main([*options, "--output", str(tmp_path)])
-    normal, adapter, plain = json.loads((tmp_path / "results" / "cost.json").read_text())["methods"]
+    normal, adapter, plain = read_measurement(tmp_path / "cost.jsonl")["methods"]
     first, hidden, last = 64 * 32, 32 * 32, 32 * 10
     assert normal["flops"] == 2 * 128 * (2 * first + 3 * hidden + 3 * last)  # no gradient with respect to the images
     assert adapter["flops"] == plain["flops"] == 2 * 128 * (2 * first + 3 * (64 * 3) + 3 * last)
@@ -90,4 +90,7 @@ def test_costs(tmp_path, capsys):
     assert normal["held_mib"] == pytest.approx(3 * 3_466 * 4 / cost.MIB, abs=0.006)  # weights and two moments
     activations = 128 * (2 * 32 + 10) * 4 / cost.MIB
     assert normal["held_mib"] + activations < normal["peak_mib"] < 4 * (normal["held_mib"] + activations)
-    assert "| compressed | 3 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| compressed | 3 |" in printed
+    cost.main(["--report", "--output", str(tmp_path)])
+    assert printed.endswith(capsys.readouterr().out)

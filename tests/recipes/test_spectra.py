@@ -1,14 +1,14 @@
 """recipes/spectra, small: what its numbers are for increments known in closed form, and each YAML's run."""
 
-import json
-
 import pytest
 import torch
 import yaml
 from transformers import ViTConfig, ViTForImageClassification
 
-from recipes.spectra import train
+from recipes import run as command
+from recipes.lab.grid import read
 from recipes.spectra.dynamics import dynamics
+from tests.recipes.files import RECIPES, results
 
 
 TINY = {"dataset": "digits", "images": 128, "epochs": 1, "batch_size": 32, "recorded": 3}
@@ -51,7 +51,7 @@ def test_directions_that_leave_a_block_are_counted():
     assert layer["share_K"] == [1.0]
 
 
-@pytest.mark.parametrize("file", sorted(train.Path(train.__file__).parent.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((RECIPES / "spectra").glob("*.yaml")), ids=lambda file: file.stem)
 def test_each_yaml_runs_and_is_not_run_again(file, tmp_path, capsys, monkeypatch):
     recipe = yaml.safe_load(file.read_text()) | TINY
     if recipe["model"] == "vit":
@@ -64,10 +64,10 @@ def test_each_yaml_runs_and_is_not_run_again(file, tmp_path, capsys, monkeypatch
         recipe |= {"model": str(tmp_path / "base"), "image_size": 16, "bf16": False}  # slow on CPUs
     settings = tmp_path / file.name
     settings.write_text(yaml.safe_dump(recipe))
-    train.main([str(settings), "--output", str(tmp_path)])
-    result = tmp_path / "results" / f"{file.stem}.json"
-    before, table = result.read_text(), capsys.readouterr().out
-    runs = json.loads(before)["runs"]
+    command.main([str(settings)])
+    before, printed = results(tmp_path), capsys.readouterr()
+    assert before.keys() == {run.name for run in read(settings).runs}
+    runs = list(before.values())
     assert len(runs) == len(recipe.get("runs", [1]))
     for run in runs:
         assert {"versions", "hardware", "commit"} <= run.keys()
@@ -78,9 +78,9 @@ def test_each_yaml_runs_and_is_not_run_again(file, tmp_path, capsys, monkeypatch
             assert layer["known"][-1] == pytest.approx(layer["share_2K"][-1], rel=1e-3)
             whole = layer["accuracy"][str(max(map(int, layer["accuracy"])))]
             assert whole == pytest.approx(run["accuracy"], abs=0.05)  # 20 of 32 or 16 directions
-    assert "step 4 of 4" in table
-    monkeypatch.setattr(train, "conclude", lambda *rest: None)
-    train.main([str(settings), "--output", str(tmp_path)])
-    assert result.read_text() == before
+    assert "step 4 of 4" in printed.out
+    monkeypatch.setattr(command, "conclude", lambda *rest: None)
+    command.main([str(settings)])
+    assert results(tmp_path) == before
     assert "step 4 of 4" not in capsys.readouterr().out
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000

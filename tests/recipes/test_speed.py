@@ -1,22 +1,30 @@
 """The measurements of recipes/speed, tiny: what they compare and write. The times themselves prove nothing."""
 
-import json
-
 import pytest
 from torch import nn
 
-from recipes.speed import distortion, optimiser, pca, projections, setup, step
+from recipes.lab.results import read_measurement
+from recipes.speed import distortion, optimiser, pca, projections, setup, step, sweeps
 
 
 @pytest.fixture
-def record(tmp_path):
-    """What a script writes."""
+def record(tmp_path, capsys):
+    """What a script writes; it reports the same tables from its file."""
 
     def run(script, *arguments: str) -> dict:
-        file = tmp_path / "results" / "measured.json"
-        script.main([*arguments, "--output", str(file)])
-        measured = json.loads(file.read_text())
+        script.main([*arguments, "--output", str(tmp_path / "new")])
+        file = tmp_path / "new" / f"{script.__name__.split('.')[-1]}.jsonl"
+        assert list(file.parent.iterdir()) == [file]
+        measured = read_measurement(file)
         assert {"versions", "hardware", "commit"} <= set(measured)
+        assert {len(load) for load in measured["load"].values()} == {3}
+        printed = capsys.readouterr().out
+        written = file.read_bytes()
+        script.main(["--report", "--output", str(file.parent)])
+        reported = capsys.readouterr().out
+        assert "| --- |" in reported
+        assert printed.endswith(reported)
+        assert file.read_bytes() == written
         return measured
 
     return run
@@ -26,6 +34,7 @@ def test_projections_beside_a_copy_a_butterfly_and_peft(record, monkeypatch):
     monkeypatch.setattr(projections, "SIZES", {"tiny": (20, [96, 12], 2)})
     methods = projections.measure("tiny", None, 1)["methods"]
     assert list(methods) == list(projections.METHODS)
+    assert methods["copy"]["of_copy"] == methods["butterfly fastfood"]["times_faster_than_butterfly"] == 1
     measured = record(projections, "--sizes", "tiny", "--methods", "copy", "butterfly fastfood", "fastjl")["sizes"][
         "tiny"
     ]
@@ -74,6 +83,24 @@ def test_bases_of_a_trajectory(record, monkeypatch):
     assert (measured["D"], measured["samples"], measured["d"]) == (2000, 12, 3)
     assert list(measured["methods"]) == list(pca.METHODS)
     assert all(method["error"] < 1e-5 for method in measured["methods"].values())
+
+
+def test_more_components_than_the_trajectory_has_are_refused():
+    with pytest.raises(ValueError, match="`--d` must be at most the 11 components of the trajectory, got 12"):
+        pca.main(["--samples", "12", "--d", "12"])
+
+
+def test_runs_alone_and_together(record, monkeypatch):
+    monkeypatch.setitem(sweeps.CASES, ("fc", "digits", "dense"), (10, 16))
+    monkeypatch.setattr(sweeps, "WHOLE", 2)
+    tiny = ["--rounds", "1", "--runs", "1", "6", "--cases", "fc digits dense", "--whole", "fastjl"]
+    measured = record(sweeps, *tiny)
+    assert measured["d and batch"] == {"fc digits dense": [10, 16]}
+    assert [result["runs"] for result in measured["cases"]["fc digits dense"]] == [1, 6]
+    for result in measured["cases"]["fc digits dense"]:
+        assert list(result["step"]) == ["alone", "in turn", "side by side"]
+        assert result["step"]["alone"]["gain"] == result["setup"]["alone"]["gain"] == 1
+    assert list(measured["whole"]["fastjl"]) == ["alone", "together"]
 
 
 def test_a_step_of_an_optimiser(record):

@@ -1,12 +1,11 @@
 """The scripts of recipes/theory, small, and what their results must show."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from scipy.stats import beta
 
+from recipes.lab.results import read_measurement
 from recipes.theory import affine, dimensions, linearized, wells
 from recipes.theory.spectra import SPECTRA
 
@@ -23,7 +22,7 @@ def test_wells(tmp_path, capsys):
     wells.main(["--D", "60", "--runs", "6", "--output", str(tmp_path)])
     table = capsys.readouterr().out
     assert table.count("| bimodal |") == 12
-    record = json.loads((tmp_path / "results" / "wells.json").read_text())
+    record = read_measurement(tmp_path / "wells.jsonl")
     assert record["d"] == list(range(61))
     epsilon = torch.logspace(-4, -1, 5).double()
     for name in SPECTRA:
@@ -33,7 +32,7 @@ def test_wells(tmp_path, capsys):
             assert (near[kind].diff() <= 0).all()
         assert (far["limit"] <= far["bound"]).all()
         assert (far["simulated"] - far["limit"]).abs().max() < 12
-    wells.main(["--plot", "--output", str(tmp_path)])
+    wells.main(["--report", "--output", str(tmp_path)])
     assert capsys.readouterr().out == table
     assert (tmp_path / "plots" / "wells.png").stat().st_size > 10_000
 
@@ -41,7 +40,7 @@ def test_wells(tmp_path, capsys):
 def test_dimensions(tmp_path, capsys):
     dimensions.main(["--D", "60", "--draws", "100", "--runs", "20", "--output", str(tmp_path)])
     assert "| one axis |" in capsys.readouterr().out
-    record = json.loads((tmp_path / "results" / "dimensions.json").read_text())
+    record = read_measurement(tmp_path / "dimensions.jsonl")
     for row in record["widths"]:
         assert row["low"] - 4 * row["error"] < row["square"] < row["high"] + 4 * row["error"]
     for row in record["angles"]:
@@ -53,7 +52,7 @@ def test_dimensions(tmp_path, capsys):
 def test_affine_subspaces_meet_from_their_threshold_on(tmp_path, capsys):
     affine.main(["--D", "40", "--runs", "20", "--output", str(tmp_path)])
     assert "| 20 | 20 | 20 | 100 % | 0 | 0.0000 |" in capsys.readouterr().out
-    for row in json.loads((tmp_path / "results" / "affine.json").read_text())["rows"]:
+    for row in read_measurement(tmp_path / "affine.jsonl")["rows"]:
         assert row["meets"] == (row["d"] >= 40 - row["n"])
         left = 40 - row["n"] - row["d"]
         spread = beta(left / 2, (40 - left) / 2).std() / 20**0.5 if left > 0 else 0  # of the mean square over 20 runs
@@ -64,21 +63,22 @@ def test_linearized_networks_and_what_is_left_of_a_sweep(tmp_path, capsys):
     common = "--dataset digits --images 512 --test_images 100 --epochs 4 --optimum_epochs 4 --seed 0"
     arguments = [*common.split(), "--output", str(tmp_path)]
     linearized.main([*arguments, "--d", "8"])
-    file = tmp_path / "results" / "linearized.json"
-    record = json.loads(file.read_text())
+    file = tmp_path / "linearized.jsonl"
+    record = read_measurement(file)
+    assert {"versions", "hardware", "commit"} <= set(record)
     digits = record["datasets"]["digits"]
     assert digits["D"] == 6090
     cut = digits["cut"]
     column, row = (np.abs(np.array(cut[axis]) - at).argmin() for axis, at in zip("xy", cut["points"][1], strict=True))
     assert cut["full"][row][column] == pytest.approx(cut["linearized"][row][column], abs=0.1)  # the same, at w*
     linearized.main([*arguments, "--d", "8", "512"])
-    runs = json.loads(file.read_text())["runs"]
+    runs = read_measurement(file)["runs"]
     assert runs[:2] == record["runs"]
     assert [(run["network"], run["d"]) for run in runs[2:]] == [("full", 512), ("linearized", 512)]
     assert all(run["accuracy"] > 0.3 for run in runs[2:])
     capsys.readouterr()
-    linearized.main([*arguments, "--plot"])
+    linearized.main([*arguments, "--report"])
     assert "| digits | linearized |" in capsys.readouterr().out
     assert (tmp_path / "plots" / "linearized.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="holds runs of .* give another `output`"):
+    with pytest.raises(ValueError, match="holds runs of .* give another `--output`"):
         linearized.main([*arguments, "--model", "cnn"])

@@ -1,32 +1,35 @@
 """The recipe that fine-tunes a ViT, tiny: a pretraining on digits, and every method on top of it."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from recipes import run
+from recipes.lab.grid import read
+from recipes.lab.results import read_measurement
 from recipes.tasks.data import Split
-from recipes.vit_lora import cost, finetune
+from recipes.vit_lora import cost
 from recipes.vit_lora.images import Batches, splits
 from recipes.vit_lora.methods import base_model, trainable, wrap
-from recipes.vit_lora.settings import Settings, read
-from tests.recipes.files import options, results, written
+from recipes.vit_lora.settings import Settings
+from tests.recipes.files import RECIPES, options, results, written
 
 
-FOLDER = Path(finetune.__file__).parent
+FOLDER = RECIPES / "vit_lora"
 TINY = {"dataset": "digits", "data": "", "images": 32, "epochs": 1, "batch_size": 16, "seed": 0, "image_size": 8}
 TINY |= {"lr": 0.01, "head_lr": 0.01, "bf16": False, "validation": 0}
 SHAPE = {"patch_size": 4, "hidden_size": 16, "layers": 1, "heads": 2}
-SMALLEST = {"d": 5, "rank": 1, "projection": "sparse"}
+SMALLEST = {"d": 5, "rank": 3, "projection": "dense", "lr": 0.011, "head_lr": 0.011}
+"""Values that no YAML has, so that they take the place of all and select none."""
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
     """A folder with the checkpoint of a tiny ViT."""
     folder = tmp_path_factory.mktemp("pretrained")
-    finetune.main([str(FOLDER / "pretrain.yaml"), *options(TINY | SHAPE | {"checkpoint": "tiny"}, folder)])
+    run.main([str(FOLDER / "pretrain.yaml"), *options(TINY | SHAPE | {"checkpoint": "tiny"}, folder)])
     assert (folder / "checkpoints" / "tiny" / "model.safetensors").exists()
     return folder
 
@@ -47,17 +50,17 @@ def shared(pretrained, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_yaml_runs_tiny(file, shared, capsys):
-    adapted = any(run.base for run in read(file).runs)
+    adapted = any(each.base for each in read(file).runs)
     tiny = TINY | ({"base": "tiny", **SMALLEST} if adapted else SHAPE | {"checkpoint": "mine"})
-    finetune.main([str(file), *options(tiny, shared)])
-    found = [results(shared)[run.name] for run in read(file, tiny).runs]
-    assert {result["settings"]["method"] for result in found} == {run.method for run in read(file).runs}
+    run.main([str(file), *options(tiny, shared)])
+    found = [results(shared)[each.name] for each in read(file, tiny).runs]
+    assert {result["settings"]["method"] for result in found} == {each.method for each in read(file).runs}
     for result in found:
         if result["settings"]["method"] not in ("full", "head"):
             assert result["adapter"]["max_difference"] <= 1e-6
     printed = capsys.readouterr().out
     if adapted:
-        assert "| LoRA | 1 |  | " in printed
+        assert "| LoRA | 3 |  | " in printed
     if "plots" in printed:
         assert (shared / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 
@@ -65,12 +68,14 @@ def test_every_yaml_runs_tiny(file, shared, capsys):
 @pytest.fixture
 def recipe(folder) -> Path:
     ours = "  - {method: subspace, projection: fastjl, d: [5, 20]}"
-    return written(folder / "ours.yaml", "runs:", "  - {method: full}", "  - {method: lora, rank: 1}", ours)
+    return written(
+        folder / "ours.yaml", "kind: vit_lora", "runs:", "  - {method: full}", "  - {method: lora, rank: 1}", ours
+    )
 
 
 def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, capsys):
     command = [str(recipe), *options(TINY | {"base": "tiny", "images": 64}, folder)]
-    finetune.main(command)
+    run.main(command)
     printed = capsys.readouterr().out
     found = {(r["settings"]["method"], r["settings"]["d"]): r for r in results(folder).values()}
     assert found["subspace", 20]["trainable"] == {"adapter": 20, "head": 170}
@@ -81,7 +86,7 @@ def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, cap
     right = 360 * found["full", 0]["final_accuracy"]  # of all test images
     assert right == pytest.approx(round(right), abs=1e-6)
     before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
-    finetune.main(command)
+    run.main(command)
     assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
 
 
@@ -93,11 +98,11 @@ def test_lora_of_rank_two_trains_the_published_number():
 
 
 def test_adalora_regularises_and_prunes(folder, recipe):
-    finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "adalora", "rank": 2}, folder)])
+    run.main([str(recipe), *options(TINY | {"base": "tiny", "method": "adalora", "rank": 2}, folder)])
     (result,) = results(folder).values()
     assert result["trainable"]["adapter"] == 3 * (4 * 33 + 2 * 81)  # starts from rank 3
     (with_regularisation,) = result["train_loss"]
-    finetune.main([str(recipe), *options(TINY | {"base": "tiny", "method": "lora", "rank": 3}, folder)])
+    run.main([str(recipe), *options(TINY | {"base": "tiny", "method": "lora", "rank": 3}, folder)])
     (without,) = (r["train_loss"][0] for r in results(folder).values() if r["settings"]["method"] == "lora")
     assert with_regularisation > without + 0.1
 
@@ -105,7 +110,7 @@ def test_adalora_regularises_and_prunes(folder, recipe):
 def test_costs_are_those_of_the_training(recipe, folder, capsys):
     tiny = {key: value for key, value in TINY.items() if key not in ("data", "images")} | {"base": "tiny"}
     cost.main([str(recipe), "--steps", "2", "--rounds", "1", *options(tiny | {"method": "lora", "rank": 1}, folder)])
-    (row,) = json.loads((folder / "results" / "costs_ours.json").read_text())["runs"]
+    (row,) = read_measurement(folder / "costs_ours.jsonl")["runs"]
     assert row["trained"] == 288 + 170
     assert row["step_ms"]["cpu"] > 0
     assert 0.02 < row["peak_mb"] < 5  # the weights alone are 15 KB
@@ -148,11 +153,11 @@ def test_bad_settings_are_errors(values, message):
     [
         ("ranks: 2", "got `ranks`; near: rank"),
         ("epochs: 1.5", "`epochs` must be of type int"),
-        ("report: all", "`report` must be one of methods"),
+        ("report: all", "`report` must name a module of recipes/ that has text, got 'all'"),
     ],
 )
 def test_a_bad_yaml_is_an_error(line, message, tmp_path):
-    (tmp_path / "bad.yaml").write_text(line)
+    (tmp_path / "bad.yaml").write_text(f"kind: vit_lora\n{line}")
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "bad.yaml")
 

@@ -68,5 +68,5 @@ class MaximalConv2d(nn.Module):
         return torch.fft.irfft(rows, n=2 * self.side)[..., : self.side] + self.bias[:, None, None]
 
     def _transform(self, x: Tensor) -> Tensor:
-        """Of x, filled up with zeros: [..., 2 side, side + 1]."""
+        """x padded with zeros: [..., 2 side, side + 1]."""
         return torch.fft.fft(torch.fft.rfft(x, n=2 * self.side), n=2 * self.side, dim=2)

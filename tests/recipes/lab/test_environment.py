@@ -8,7 +8,7 @@ def test_the_commit_is_dirty_where_code_differs_but_not_where_a_recipe_wrote(tmp
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
 
     files = [
-        tmp_path / "recipes" / name for name in ("lab/environment.py", "lottery/plots/a.png", "lottery/results/a.json")
+        tmp_path / "recipes" / name for name in ("lab/environment.py", "lottery/plots/a.png", "lottery/mnist.jsonl")
     ]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

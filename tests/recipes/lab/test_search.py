@@ -7,9 +7,14 @@ from tqdm import tqdm
 
 from recipes import run
 from recipes.lab import search
-from recipes.lab.grid import grid, read, searches
+from recipes.lab.grid import read
+from recipes.lab.results import Results
+from recipes.reports import searches as table
+from recipes.training import kind
 from recipes.training.settings import Settings
+from tests.recipes.files import requests as searches
 from tests.recipes.files import results, written
+from tests.recipes.files import runs as grid
 
 
 @pytest.fixture
@@ -21,14 +26,14 @@ def recipe(tmp_path):
 
 
 def outcome(folder):
-    (file,) = (folder / "searches").glob("*.json")
-    return json.loads(file.read_text())
+    (search,) = read(folder / "auto.yaml").searches
+    return Results(folder).load(search)
 
 
 def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, capsys):
     run.main([str(recipe)])
     found, (asked,) = outcome(recipe.parent), read(recipe).searches
-    full = [r["final_accuracy"] for r in results(recipe.parent).values() if r["settings"]["projection"] == "full"]
+    full = [results(recipe.parent)[run.name]["final_accuracy"] for run in read(recipe).runs]
     assert found["goal"] == pytest.approx(0.3 * sum(full) / 2)
     low, high = found["interval"]
     assert low <= found["d"] <= (high or 64)
@@ -42,7 +47,7 @@ def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, caps
 
 
 def test_a_search_that_was_stopped_goes_on_where_it_was(recipe, monkeypatch):
-    train, made = run.train, []
+    train, made = kind.train, []
     command = [str(recipe), "--epochs", "1", "--images", "256", "--max_runs", "6"]
 
     def failing(settings, *rest):
@@ -51,11 +56,12 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(recipe, monkeypatch):
             raise KeyboardInterrupt
         return train(settings, *rest)
 
-    monkeypatch.setattr(run, "train", failing)
+    monkeypatch.setattr(kind, "train", failing)
     monkeypatch.setattr(run, "conclude", lambda *rest: None)
     with pytest.raises(KeyboardInterrupt):
         run.main(command)
-    assert not list((recipe.parent / "searches").glob("*.json"))
+    (asked,) = read(recipe).searches
+    assert not Results(recipe.parent).has(asked)
     run.main(command)
     assert made.count(made[4]) == 2
     assert len(made) == len(set(made)) + 1
@@ -144,7 +150,7 @@ def test_a_share_is_of_full_trainings_that_are_alike(recipe):
         run.main([str(recipe)])
 
 
-def test_the_bar_says_what_is_known_and_counts_on_no_run_that_was_there():
+def test_the_bar_says_what_is_known_and_counts_on_no_run_that_was_there(monkeypatch, tmp_path):
     (asked,) = searches({"projection": "fastjl", "d": "auto", "threshold": 0.5, "d_max": 64, "seeds": 2})
     bars = []
 
@@ -152,9 +158,10 @@ def test_the_bar_says_what_is_known_and_counts_on_no_run_that_was_there():
         bars.append(str(bar))
         return float(settings.d >= 6)
 
-    sweep = SimpleNamespace(results=SimpleNamespace(has=lambda settings: settings.seed < 3), accuracy=accuracy)
+    monkeypatch.setattr(search, "Results", lambda output: SimpleNamespace(has=lambda settings: settings.seed < 3))
+    monkeypatch.setattr(search, "accuracy", lambda run, kind, output: accuracy(run))
     with tqdm(total=60, bar_format=search.BAR, smoothing=0) as bar:
-        found = search.look_for(asked, 0.5, sweep, bar)
+        found = search.look_for(asked, 0.5, kind.KIND, tmp_path, bar)
         assert (bar.n, bar.initial) == (found.cost.runs, 3)
         bar.total = 100
         assert "runs [" in str(bar)
@@ -165,14 +172,14 @@ def test_the_bar_says_what_is_known_and_counts_on_no_run_that_was_there():
     assert "at most ? left" in bars[3]
     assert "at most 00:" in bars[4]
     with tqdm(total=60, disable=True) as silent:
-        assert search.look_for(asked, 0.5, sweep, silent).d == found.d
+        assert search.look_for(asked, 0.5, kind.KIND, tmp_path, silent).d == found.d
 
 
 def test_a_recorded_search_keeps_its_name():
     folder = Path(run.__file__).parent / "intrinsic_dimension"
     (asked,) = read(folder / "auto.yaml").searches
     assert asked.name == "b66c558fd3d7"
-    assert (folder / "searches" / f"{asked.name}.json").exists()
+    assert Results(folder).load(asked)["d"] == 185
 
 
 def test_a_share_of_another_full_training_is_another_search():
@@ -190,10 +197,10 @@ def test_the_table_names_what_tells_searches_apart(tmp_path):
     common = {"d": "auto", "threshold": 0.9, "d_max": 8}
     part = {"projection": "dense", "lr": 0.1}
     asked = searches(common | {"runs": [{"projection": "fastjl"}, part, part | {"lr": 0.3}, part | {"seeds": 9}]})
-    (tmp_path / "searches").mkdir()
     found = {"goal": 0.9, "d": 3, "interval": [2, 4], "made": [[3, 0]], "seconds": 1.0, "text": ""}
+    (tmp_path / "results").mkdir()
     for each in asked:
-        (tmp_path / "searches" / f"{each.name}.json").write_text(json.dumps(found))
-    table = search.text(asked, tmp_path)
+        (tmp_path / "results" / f"{each.name}.json").write_text(json.dumps(found))
+    printed = table.text(asked, Results(tmp_path))
     for name in ("fastjl", "dense, lr 0.1, seeds 5", "dense, lr 0.3, seeds 5", "dense, lr 0.1, seeds 9"):
-        assert table.count(f"| digits | lenet | {name} | 90.00 | 3 | 2 to 4 |") == 1
+        assert printed.count(f"| digits | lenet | {name} | 90.00 | 3 | 2 to 4 |") == 1

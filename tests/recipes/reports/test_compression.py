@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.lab.grid import grid
-from recipes.lab.results import Results
+from recipes.lab.results import Results, read_measurement
 from recipes.lottery import spectra
 from recipes.reports import compression
 from subspace_peft import Trajectory
+from tests.recipes.files import runs as grid
 
 
 SAMPLED = {"optimizer": "sgd", "lr": 0.1, "epochs": 4}
@@ -117,7 +117,7 @@ def lottery(tmp_path):
     """A recipe with one of two trajectories recorded: steps of 4, 3, 2 and 1 along the axes."""
     file = tmp_path / "tiny.yaml"
     file.write_text(json.dumps({**RECIPE, "runs": [RECIPE["runs"][0], LOTTERY]}))
-    runs, results = grid({**RECIPE, "runs": [LOTTERY]}), Results(tmp_path / "results")
+    runs, results = grid({**RECIPE, "runs": [LOTTERY]}), Results(tmp_path)
     for run in runs:
         finish(results, run, 0.2 * run.d)
     model, trajectory = nn.Linear(2, 2, bias=False), Trajectory(tmp_path / "trajectories" / runs[0].trajectory.name)
@@ -130,7 +130,7 @@ def lottery(tmp_path):
 
 def test_spectra_outlive_their_trajectories(lottery, capsys):
     spectra.main([str(lottery)])
-    record = json.loads((lottery.parent / "results" / "spectra_digits.json").read_text())
+    record = read_measurement(lottery.parent / "spectra_digits.jsonl")
     assert [spectrum["singular_values"] for spectrum in record["spectra"]] == [pytest.approx([4, 3, 2, 1])]
     assert record["dataset"] == "digits"
     assert "versions" in record
@@ -143,11 +143,18 @@ def test_spectra_outlive_their_trajectories(lottery, capsys):
     spectra.main([str(lottery)])
     assert cells(capsys.readouterr().out, "fc") == [row]
     assert figure.stat().st_size > 20_000
-    assert json.loads((lottery.parent / "results" / "spectra_digits.json").read_text()) == record
+    assert read_measurement(lottery.parent / "spectra_digits.jsonl") == record
 
 
 def test_without_a_trajectory_it_says_how_to_record_one(lottery):
     for sample in lottery.parent.glob("trajectories/*/*"):
         sample.unlink()
-    with pytest.raises(SystemExit, match=r"recipes/run\.py"):
+    with pytest.raises(ValueError, match=r"must hold a trajectory of .* on digits, .* with recipes/run\.py"):
         spectra.main([str(lottery)])
+
+
+def test_spectra_of_a_recipe_without_lottery_subspaces_are_refused(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text("model: fc\n")
+    with pytest.raises(ValueError, match="The recipe must have lottery subspaces, .*tiny.yaml' has none"):
+        spectra.main([str(file)])

@@ -1,8 +1,9 @@
 import pytest
 
-from recipes.lab.grid import grid, read
+from recipes.lab.grid import read
 from recipes.run import parse
 from recipes.training.settings import Settings
+from tests.recipes.files import runs as grid
 
 
 def test_names_are_fixed_and_come_from_what_differs_from_the_defaults():
@@ -65,11 +66,11 @@ def test_a_list_is_an_axis_and_a_sub_grid_wins_over_what_is_shared():
 def test_the_command_line_wins_and_a_run_stands_once(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: [0, 1, 2]\nruns:\n  - {d: 5}\n  - {d: [1, 2]}\n")
-    path, output, _, overrides = parse(
+    order = parse(
         [str(file), "--seed", "3", "--lr", "0.1", "0.2", "--save_adapter", "true", "--d", "4", "--projection", "dense"]
     )
-    runs = read(path, overrides).runs
-    assert output == tmp_path
+    runs = read(order.file, order.overrides).runs
+    assert order.output == tmp_path
     assert [(run.seed, run.lr, run.save_adapter) for run in runs] == [(3, 0.1, True), (3, 0.2, True)]
 
 
@@ -118,6 +119,7 @@ def test_a_file_that_is_no_recipe(text, tmp_path):
 
 
 def test_an_unknown_option_is_an_error(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("d: 3\n")
     with pytest.raises(ValueError, match="got `epoch`; near: epochs"):
         parse([str(tmp_path / "recipe.yaml"), "--epoch", "3"])
 
