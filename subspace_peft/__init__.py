@@ -1,4 +1,4 @@
-"""Fine-tuning in subspaces: theta = origin + P theta_d, as a Hugging Face PEFT method.
+"""Fine-tuning in subspaces as a Hugging Face PEFT method: theta = origin + P theta_d.
 
 Importing this package makes the adapter type SUBSPACE_PEFT known to PEFT.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "SubspaceTrainer":  # transformers' Trainer is slow to import, and not everybody trains with it
+    if name == "SubspaceTrainer":  # imported when asked for, because transformers' Trainer is slow to import
         from .trainer import SubspaceTrainer
 
         return SubspaceTrainer

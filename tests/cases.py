@@ -1,4 +1,4 @@
-"""Cases that every behaviour is tested on, and what tests do with them; a new one joins CASES, and that is all."""
+"""Cases: the models that every behaviour is tested on, and helpers for tests. A new case is one line in CASES."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def tokens(*shape: int, below: int = 11) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what it is run on."""
+    """A model, and the inputs it runs on."""
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     tied: bool = False
-    mixed: bool = True  # whether every target takes one sample a row of its first argument, and none lies in another
+    mixed: bool = True  # whether every target takes samples along dimension 0, and no target contains another
 
     def model(self) -> nn.Module:
-        """The same model at each call, in eval mode."""
+        """The same model at each call, in evaluation mode."""
         torch.manual_seed(0)
         model = self.build().eval()
         with torch.no_grad():  # biases and norms that are zero or one would hide mistakes
@@ -96,7 +96,7 @@ def settings(**changes) -> SubspaceConfig:
 
 
 def wrap(case: Case, adapter_name: str = "default", **changes) -> PeftModel:
-    """The case's model with an adapter, in eval mode."""
+    """The case's model with an adapter, in evaluation mode."""
     return get_peft_model(case.model(), settings(**changes), adapter_name=adapter_name).eval()
 
 
@@ -112,7 +112,7 @@ REPLACED_TARGETS = {
 
 
 def replaced(name: str, **changes) -> PeftModel:
-    """The model of that case with weights replaced by factors."""
+    """The case's model with weights replaced by factors."""
     return wrap(BY_NAME[name], **{**REPLACED, "target_modules": REPLACED_TARGETS[name], **changes})
 
 
@@ -140,9 +140,9 @@ def outputs(model: nn.Module, case: Case, **kwargs) -> Tensor:
 
 
 def base_outputs(case: Case) -> Tensor:
-    """Those of the case's model by the operations that the wrapped model runs too.
+    """The outputs of the case's model, by the operations that the wrapped model runs.
 
-    Whether weights are frozen, and whether nn.TransformerEncoderLayer takes its fast path, changes the rounding.
+    The rounding depends on whether weights are frozen, and whether nn.TransformerEncoderLayer takes its fast path.
     """
     model = case.model().requires_grad_(False)
     for module in model.modules():
@@ -152,7 +152,7 @@ def base_outputs(case: Case) -> Tensor:
 
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
-    """A loss in which every output counts, each differently."""
+    """A loss to which every output contributes with another weight."""
     out = run(model, x).double()
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return (out * probe).sum() / out.numel() ** 0.5
@@ -182,7 +182,7 @@ def move(model: nn.Module, adapter: str = "default", size: float = 0.05, seed: i
 
 @torch.no_grad()
 def dense_P(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """P of weight coordinates by the tensors it moves, from unit vectors: [n, d] each."""
+    """The rows of P of each target tensor, read off from unit vectors, for weight coordinates: [n, d]."""
     scale = find_vectors(model).scales[adapter]
     units = torch.eye(theta_d(model, adapter).numel()) * scale
     return {
@@ -192,7 +192,7 @@ def dense_P(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 @torch.no_grad()
 def moved_base(case: Case, model: nn.Module, adapter: str = "default") -> nn.Module:
-    """The oracle: a plain model of the case whose weights are origin + P theta_d."""
+    """The oracle: a plain model of the case with weights origin + P theta_d."""
     plain = case.model()
     for name, P in dense_P(model, adapter).items():
         parameter = plain.get_parameter(name)
@@ -201,7 +201,7 @@ def moved_base(case: Case, model: nn.Module, adapter: str = "default") -> nn.Mod
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the whole state."""
+    """A copy of the state dict."""
     return copy.deepcopy(dict(model.state_dict()))
 
 
@@ -218,7 +218,7 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 @contextmanager
 def refused(model: nn.Module, message: str) -> Iterator[None]:
-    """What is done inside is a ValueError, and the model stays as it was."""
+    """Assert that the block raises this ValueError and leaves the model as it was."""
     before, shape = tensors(model), tree(model)
     with pytest.raises(ValueError, match=message):
         yield
@@ -231,6 +231,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def close(a, b, atol=1e-12, rtol=1e-9):
-    """Numbers or tensors, in double precision."""
+    """Assert that numbers or tensors are close in double precision."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     torch.testing.assert_close(a, b, atol=atol, rtol=rtol)

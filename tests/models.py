@@ -1,4 +1,4 @@
-"""Small models, one for each kind of module and of sharing."""
+"""Small models: one for each kind of module, and for each way to share a tensor or a module."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Norms(nn.Module):
 
 
 class Convs(nn.Module):
-    """Convolutions of one to three dimensions, plain, grouped, dilated and transposed."""
+    """Convolutions in one to three dimensions: plain, grouped, dilated and transposed."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Convs(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Embedding with padding, bag of embeddings, transformers' Conv1D."""
+    """An embedding with padding, a bag of embeddings, and transformers' Conv1D."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one projection matrix, and with three."""
+    """Multi-head attention with one input projection for query, key and value, and with three."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """LSTM of two layers and bidirectional GRU."""
+    """An LSTM with two layers and a bidirectional GRU."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class Recurrent(nn.Module):
 
 
 class Scale(nn.Module):
-    """A module of no known kind, which owns bare parameters and has a child with more."""
+    """A custom module that owns parameters and has a child with more."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ class Bare(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output layer's."""
+    """An embedding tied to the output layer."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class Tied(nn.Module):
 
 
 class SharedModules(nn.Module):
-    """One module under two names, run twice; and one with a child."""
+    """A module under two names, which runs twice, and one with a child under two names."""
 
     def __init__(self):
         super().__init__()

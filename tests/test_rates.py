@@ -1,4 +1,4 @@
-"""Learning rates: of theta_d and the head, of the outer and the inner factors."""
+"""Learning rates of theta_d and the head, and of the outer and inner factors."""
 
 import pytest
 import torch
@@ -41,9 +41,9 @@ def test_all_adapters_that_train():
 
 
 def test_without_theta_d():
-    with pytest.raises(ValueError, match="must have a theta_d that trains, found none; wrap it"):
+    with pytest.raises(ValueError, match="must have a trainable theta_d, it has none; wrap it"):
         parameter_groups(CASE.model(), lr=1e-3)
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match="must have a trainable theta_d, it has none"):
         parameter_groups(wrap(CASE, inference_mode=True), lr=1e-3)
 
 
@@ -83,8 +83,12 @@ def test_outer_factors_train_as_in_a_parameter_group_of_their_own(name):
     ("rate", "kind", "message"),
     [
         (-0.1, torch.optim.SGD, "`rate` must be a finite number of at least 0, got -0.1"),
-        (float("nan"), torch.optim.Adam, "`rate` must be a finite number"),
-        (0.1, torch.optim.LBFGS, "got LBFGS; set `gamma` by hand"),
+        (
+            float("nan"),
+            torch.optim.Adam,
+            "`rate` must be a finite number of at least 0, got nan; 1 trains all factors alike",
+        ),
+        (0.1, torch.optim.LBFGS, "known to scale with the gradient or not at all .*, got LBFGS; set `gamma` by hand"),
         (0.1, "sgd", "got str; set `gamma` by hand"),
     ],
 )

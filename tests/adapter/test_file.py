@@ -1,4 +1,4 @@
-"""The adapter's file: what is in it, and what happens when it is damaged or meant for another model."""
+"""The adapter's file: what it holds, and what happens when it is damaged or belongs to another model."""
 
 import json
 from collections import OrderedDict
@@ -43,10 +43,10 @@ def configure(folder, **changes):
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))
 
 
-def test_what_is_in_it(folder):
+def test_its_content(folder):
     state = load_file(folder / WEIGHTS)
     assert state[THETA_D].shape == (7,)
-    assert sum(tensor.numel() for tensor in state.values()) == 8  # and the mark of P
+    assert sum(tensor.numel() for tensor in state.values()) == 8  # theta_d and the mark of P
     config = json.loads((folder / CONFIG).read_text())
     assert config["D"] == 114
     assert len(config["fingerprint"]) == 8 * 4
@@ -67,7 +67,7 @@ def test_a_saved_projection_is_used(projection, coordinates, tmp_path):
 
 @pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
 def test_a_saved_projection_is_what_acts(projection, tmp_path):
-    """With another seed written into the config, and the mark taken away, outputs stay the same."""
+    """Outputs stay the same with another seed in the config, and without the mark that would refuse it."""
     model = wrap(CASE, projection=projection, save_projection=True)
     move(model)
     model.save_pretrained(tmp_path)
@@ -114,11 +114,11 @@ def test_a_truncated_file_is_refused(folder, keep):
     [
         (
             lambda s: s.update({THETA_D: torch.zeros(6)}),
-            "theta_d in the adapter file must be 7 floating.*shape \\[6\\]",
+            "theta_d in the adapter file must be 7 floating numbers.*of shape \\[6\\]",
         ),
         (lambda s: s.update({THETA_D: torch.zeros(7, dtype=torch.int64)}), "must be 7 floating numbers.*torch.int64"),
         (lambda s: s.update({THETA_D.replace("theta_d", "theta_e"): torch.zeros(7)}), "no version of .* writes"),
-        (lambda s: s.pop(THETA_D), "theta_d"),
+        (lambda s: s.pop(THETA_D), "must hold theta_d, but does not; it is damaged"),
         (lambda s: s.update({f"{OWN}.fc1.subspace_peft_running_mean": torch.zeros(10)}), "no batch norm for `.*fc1"),
         (lambda s: s.update({f"{OWN}.fc1.subspace_peft_P": torch.zeros(10)}), "no batch norm for `.*subspace_peft_P"),
         (lambda s: s.update({THETA_D.replace("theta_d", "P.fc3.weight/0"): torch.zeros(1)}), "tensor `fc3.weight`"),
@@ -155,7 +155,7 @@ def test_nothing_is_unpickled(folder):
         load(folder)
 
 
-def test_factors_are_not_saved_but_redrawn(folder):
+def test_the_scale_is_not_saved_but_computed_again(folder):
     loaded = load(folder)
     assert find_vectors(loaded).scales["default"] == find_vectors(wrap(CASE)).scales["default"]
 
@@ -195,6 +195,6 @@ def test_statistics_have_one_name_whatever_is_wrapped_around(saved_with, tmp_pat
     other.set_adapter("default")
     for loaded in (load(tmp_path, case.model()), other):
         assert torch.equal(outputs(loaded.eval(), case), outputs(model, case))
-    # a file that was written with the wrapper's name in it
+    # a file with the name of the wrapper in its keys
     rewrite(tmp_path, lambda s: s.update({name.replace("outer.", "outer.base_layer."): s.pop(name)}))
     assert torch.equal(outputs(load(tmp_path, case.model()).eval(), case), outputs(model, case))

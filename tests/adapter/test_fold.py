@@ -1,4 +1,4 @@
-"""Folding: the same outputs from one direction and a length, and what cannot be folded."""
+"""Folding: the same outputs from one direction and its length, and what cannot be folded."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def assert_folded(model, case, before):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_stay(case, tmp_path):
-    """Of every kind of module, batch-norm statistics included; and the folded adapter is saved and loaded."""
+    """For every kind of module, batch norms included, and after the folded adapter is saved and loaded."""
     model = wrap(case)
     train(model, case)
     base = outputs(wrap(case), case)
@@ -69,7 +69,7 @@ def test_the_file_holds_D_numbers(tmp_path):
         folder: sum(tensor.numel() for tensor in load_file(tmp_path / folder / "adapter_model.safetensors").values())
         for folder in ("five", "one")
     }
-    assert numbers == {"five": 5 * D + 5 + 1, "one": D + 1 + 1}  # and the mark
+    assert numbers == {"five": 5 * D + 5 + 1, "one": D + 1 + 1}  # theta_d and the mark too
 
 
 def test_the_length_can_be_trained_and_merged():
@@ -138,7 +138,8 @@ def test_what_cannot_be_folded(prepare, message):
 
 def test_what_has_no_one_direction():
     with pytest.raises(
-        ValueError, match="Only coordinates='weight' .* 'default' has coordinates='low_rank'; .* merge"
+        ValueError,
+        match="Only coordinates='weight' have .* 'default' has coordinates='low_rank'; keep its file.* or merge it",
     ):
         fold(wrap(MLP, coordinates="low_rank", rank=2))
     with pytest.raises(

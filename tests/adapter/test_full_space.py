@@ -1,4 +1,4 @@
-"""The weights around a basis, and P+-BFGS on a PEFT model."""
+"""Full space: the weights around a basis, and P+-BFGS on a PEFT model."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def wrapped(name: str, k: int = 3, **changes):
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "convnet", "shared_modules"])
 def test_weights_and_lift(name):
-    """origin + lift(theta_d) is what the layers run with, each tensor once; the columns are orthonormal."""
+    """lift(theta_d) is the increment of the layers, with each tensor once; the columns of P are orthonormal."""
     model = wrapped(name)
     assert all(not p.requires_grad for n, p in model.named_parameters() if "theta_d" not in n)
     weights, lift = full_space(model)

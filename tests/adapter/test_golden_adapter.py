@@ -1,6 +1,6 @@
-"""Adapters written once, whole: they must load and give the same outputs for good.
+"""Golden adapters: files written once, which must load and give the same outputs for good.
 
-`python -m tests.test_golden_adapter` writes those that are missing; what is there is never written again.
+`python -m tests.adapter.test_golden_adapter` writes the missing ones and never writes over one.
 """
 
 import os
@@ -34,7 +34,7 @@ ADAPTERS = {
 
 
 def exact(shape, step: int) -> torch.Tensor:
-    """Eighths from -1 to 1, in an order that repeats only after 17: the same on every machine."""
+    """Eighths from -1 to 1 in an order of period 17: the same numbers on every machine."""
     n = torch.Size(shape).numel()
     return ((torch.arange(n) * step) % 17 - 8).float().view(shape) / 8
 

@@ -1,4 +1,4 @@
-"""Half-precision bases: theta_d is float32, and an increment that the base's dtype cannot hold still acts."""
+"""Half-precision bases: theta_d is float32, and an increment below the resolution of the base still acts."""
 
 import copy
 
@@ -14,7 +14,7 @@ from tests.cases import BY_NAME, CASES, loss, move, outputs, run, settings, thet
 
 
 HALF = [torch.bfloat16, torch.float16]
-LINEAR = {  # a module of 4 inputs and the shape of an input after its 4 channels
+LINEAR = {  # a module with 4 input channels, and the shape of an input after its channels
     "linear": (lambda: nn.Linear(4, 3), ()),
     "conv1d_of_transformers": (lambda: Conv1D(3, 4), ()),
     "conv2d": (lambda: nn.Conv2d(4, 3, 2), (3, 3)),
@@ -48,7 +48,7 @@ def test_a_half_precision_base_trains_in_float32(case, dtype):
 @pytest.mark.parametrize("kind", LINEAR)
 @torch.no_grad()
 def test_an_increment_below_the_bases_resolution_acts(kind, dtype):
-    """Weights of 1 on inputs that cancel: the base's output is 0, so all of the output is the increment's."""
+    """With weights of 1 and inputs that cancel, the output of the base is 0 and that of the increment is all."""
     build, shape = LINEAR[kind]
     base = nn.Sequential(build()).to(dtype)
     base[0].weight.fill_(1)
@@ -74,8 +74,7 @@ def test_autocast(name):
     train(model, case)
     expected = outputs(model, case)
     with torch.autocast("cpu", torch.bfloat16):
-        got = outputs(model, case)
-        torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(outputs(model, case).float(), expected, rtol=0.1, atol=0.1)
         value = loss(model.train(), case.batch())
     value.backward()
     assert theta_d(model).grad.dtype == torch.float32
@@ -143,7 +142,7 @@ def scaled_embedding():
 @torch.no_grad()
 def test_an_embeddings_increment_below_its_resolution_acts(build, rows, dtype):
     base = nn.Sequential(build()).to(dtype)
-    base[0].weight.copy_(torch.tensor([[0.0], [1], [-1], [0], [0]]).expand(5, 4))  # of the bag only the sum is zero
+    base[0].weight.copy_(torch.tensor([[0.0], [1], [-1], [0], [0]]).expand(5, 4))  # the sum over a bag is zero too
     model = get_peft_model(base, settings()).eval()
     x = torch.tensor([[1, 2, 3]])
     move(model, size=0.02 * torch.finfo(dtype).eps)

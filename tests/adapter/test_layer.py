@@ -1,4 +1,4 @@
-"""SubspaceLayer: what torch and models do to a module besides calling it."""
+"""SubspaceLayer: everything that torch and models do with a module besides calling it."""
 
 import copy
 
@@ -17,8 +17,8 @@ from tests.models import Bare
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @torch.no_grad()
-def test_torchs_fast_path_of_the_encoder_does_not_go_past_the_adapter(nested, norm_first):
-    """In eval mode nn.TransformerEncoderLayer reads the weights of its parts and calls none of them."""
+def test_the_fast_path_of_torchs_encoder_does_not_bypass_the_adapter(nested, norm_first):
+    """In evaluation mode nn.TransformerEncoderLayer reads the weights of its submodules and calls none of them."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
@@ -54,7 +54,7 @@ def test_the_layer_answers_for_its_base():
         _ = model.fc1.no_such_thing
 
 
-def test_parts_of_a_wrapped_module_can_be_reached():
+def test_submodules_of_a_wrapped_module_can_be_reached():
     model = wrap(BY_NAME["bare"]).base_model.model
     assert isinstance(model.scale, SubspaceLayer)
     assert isinstance(model.scale.inner, SubspaceLayer)
@@ -84,7 +84,7 @@ def test_the_weights_of_the_base_are_its_parameters_after_a_forward():
 @pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_P_is_not_kept_for_backward(name, projection):
-    """Saved for backward are what the plain model saves and the moved weights."""
+    """Backward needs what the plain model saves and the moved weights, and nothing of the size of P."""
     case = BY_NAME[name]
     model = wrap(case, d=100, projection=projection).train()
     sizes = []
@@ -100,7 +100,7 @@ def test_P_is_not_kept_for_backward(name, projection):
 
 
 def test_training_under_inference_mode_first():
-    """A projection drawn in inference mode serves training afterwards."""
+    """A projection drawn in inference mode can be trained with afterwards."""
     case = BY_NAME["mlp"]
     for projection in ("dense", "sparse", "fastfood", "fastjl"):
         model = wrap(case, projection=projection)
@@ -121,7 +121,7 @@ def test_without_the_cache_the_numbers_are_the_same(projection):
 
 
 def test_derivatives_of_functions():
-    """torch.func over theta_d: a Jacobian by vmap, as curvature measurements need it."""
+    """torch.func over theta_d: a Jacobian by vmap, which curvature measurements need."""
     case = BY_NAME["mlp"]
     model = wrap(case)
     move(model)

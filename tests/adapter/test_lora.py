@@ -1,4 +1,4 @@
-"""As LoRA: projection identity from the same factors, and an increment served by PEFT's own."""
+"""LoRA: projection identity is LoRA from the same factors, and PEFT's LoRA can hold an increment."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignor
 
 
 def lora(name, rank=2, alpha=3.0):
-    """PEFT's LoRA, and ours with projection identity, from the same factors."""
+    """Our adapter with projection identity, and PEFT's LoRA, with the same factors."""
     case, targets = BY_NAME[name], REPLACED_TARGETS[name]
     theirs = get_peft_model(case.model(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)).eval()
     ours = wrap(case, coordinates="low_rank", rank=rank, alpha=alpha, projection="identity", d=None,

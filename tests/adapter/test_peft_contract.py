@@ -1,9 +1,8 @@
-"""What every model may expect of the adapter: cases x behaviours.
+"""The contract with PEFT: every behaviour that a PEFT method promises, on every case.
 
-What PEFT itself exempts methods with one shared vector from, and what its closed lists refuse:
-
-- the number of trainable parameters under `layers_to_transform`: there is one theta_d however many layers it moves;
-- hot-swapping and PeftMixedModel: PEFT names the methods that may (test_several_adapters.py holds the refusal).
+Two are left out. The number of trainable parameters does not depend on `layers_to_transform`, since there is one
+theta_d however many layers it moves; PEFT exempts other methods with a shared vector too. PEFT offers hot-swapping and
+PeftMixedModel to methods that it names (test_several_adapters.py tests the refusal).
 """
 
 import copy
@@ -37,7 +36,7 @@ from tests.cases import (
 
 
 SEEDED = ["dense", "sparse", "fastjl"]
-# PEFT warns that merging a tied weight might go wrong; here it does not.
+# PEFT warns that merging a tied weight might give wrong results; here it gives the right ones.
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 
 
@@ -78,7 +77,7 @@ def test_only_theta_d_trains(case):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_gradient_is_that_of_the_weights_times_P(case, training):
+def test_the_gradient_is_P_transposed_times_that_of_the_weights(case, training):
     check_gradient(case, wrap(case).train(training))
 
 
@@ -105,7 +104,7 @@ def test_outputs_are_those_of_origin_plus_P_theta_d(case):
     close(outputs(model, case), outputs(moved_base(case, model), case))
 
 
-# What PEFT then adds to the file, the base's embeddings, is left out again: the size below holds it to that.
+# PEFT then adds the base's embeddings to the file, and `select` takes them out again: the test below checks the size.
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_saved_and_loaded_outputs_are_bit_equal(case, tmp_path):
     check_reloading(case, wrap(case), tmp_path)

@@ -1,4 +1,4 @@
-"""Hugging Face's own ways to adapters: Auto classes, transformers' integration, generate, checkpointing, LoRA."""
+"""transformers: Auto classes, its own adapter methods, generate, gradient checkpointing, conversion to LoRA."""
 
 import os
 
@@ -55,7 +55,7 @@ def test_from_pretrained_of_an_adapter_folder(base_folder, tmp_path):
 
 @pytest.mark.parametrize("projection", ["basis", "coordinate"])
 def test_transformers_leaves_a_given_projection_behind(projection, tmp_path):
-    """It reads the weights itself, past what PEFT's methods have to say about their files: a clear error."""
+    """transformers reads the file without asking the method, which is then a clear error."""
     D = sum(p.numel() for name, p in LLAMA.model().named_parameters() if "q_proj" in name)
     generator = torch.Generator().manual_seed(0)
     given = {"mask": torch.rand(D, generator=generator) < 0.1}
@@ -65,7 +65,7 @@ def test_transformers_leaves_a_given_projection_behind(projection, tmp_path):
     model.save_pretrained(tmp_path)
     plain = LLAMA.model()
     plain.load_adapter(str(tmp_path), "mine")
-    with pytest.raises(ValueError, match="basis or mask of adapter 'mine' must come with its file"):
+    with pytest.raises(ValueError, match="basis or mask of adapter 'mine' must come with its file, but was not read"):
         outputs(plain, LLAMA)
 
 
@@ -102,8 +102,8 @@ def test_direct_injection(case):
     train(model, case)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     twin = inject_adapter_in_model(settings(), case.model())
-    found = set_peft_model_state_dict(twin, state)
-    assert not found.unexpected_keys
+    result = set_peft_model_state_dict(twin, state)
+    assert not result.unexpected_keys
     assert torch.equal(outputs(twin, case), outputs(model, case))
 
 
@@ -195,8 +195,8 @@ def test_weight_coordinates_are_a_lora_of_full_rank():
     if torch.linalg.matrix_rank(fc1) <= 4:
         torch.testing.assert_close(outputs(lora, MLP), expected, rtol=1e-4, atol=1e-5)
     fc2 = model.base_model.model.fc2.get_delta_weight("default")
-    got = state["base_model.model.fc2.lora_B.weight"] @ state["base_model.model.fc2.lora_A.weight"]
-    torch.testing.assert_close(got, fc2, rtol=1e-4, atol=1e-5)
+    product = state["base_model.model.fc2.lora_B.weight"] @ state["base_model.model.fc2.lora_A.weight"]
+    torch.testing.assert_close(product, fc2, rtol=1e-4, atol=1e-5)
 
 
 def test_what_lora_cannot_hold_is_not_converted():
