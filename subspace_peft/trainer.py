@@ -1,4 +1,4 @@
-"""transformers' Trainer for optimisers that evaluate the loss themselves: torch.optim.LBFGS and those of `optim`."""
+"""SubspaceTrainer: transformers' Trainer for optimisers that evaluate the loss themselves."""
 
 from __future__ import annotations
 
@@ -16,55 +16,56 @@ from .optim import PPlusBFGS, repeatable
 
 
 def needs_closure(optimizer: Callable) -> bool:
-    """Whether the optimisers of this class must be given one: it says `needs_closure = True`, or is torch's LBFGS."""
-    known = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.LBFGS)
-    return known or getattr(optimizer, "needs_closure", False)
+    """Whether the step of this optimiser class needs a closure: it has `needs_closure = True`, or is torch's LBFGS."""
+    is_lbfgs = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.LBFGS)
+    return is_lbfgs or getattr(optimizer, "needs_closure", False)
 
 
 class Update:
-    """The closure of one update: the loss of its micro-batches, and its gradients where gradients are on.
+    """The closure of one update: it returns the loss of its micro-batches, and computes gradients if they are enabled.
 
-    Gradient accumulation, and what it is divided by, are those of Trainer; the loss is the mean over the processes.
-    What Trainer evaluated before it called `step` is what the first call gives, so nothing is evaluated twice.
+    Trainer decides how losses are accumulated and by what they are divided; the loss is the mean over the processes.
+    Trainer evaluates the micro-batches before it calls `step`. The first call of the closure returns these results, so
+    that nothing is evaluated twice.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.model: nn.Module | None = None
         self.evaluations: list[Callable] = []
-        self.known: list = []  # what Trainer's own evaluations gave, until it is used
+        self.results: list = []  # of Trainer's evaluations, until the first call uses them
         self.gradients: list[Tensor | None] = []
 
     def add(self, model: nn.Module, evaluation: Callable):
-        """One more micro-batch, evaluated at once, for Trainer."""
+        """Add a micro-batch, and evaluate it for Trainer."""
         self.model = model
         self.evaluations.append(repeatable(evaluation, model))
-        self.known.append(self.evaluations[-1]())
+        self.results.append(self.evaluations[-1]())
         self.versions = self._versions()
-        return self.known[-1]
+        return self.results[-1]
 
     def keep_gradients(self) -> None:
-        """Those that Trainer left: an optimiser may clear them before it asks for them."""
-        self.gradients = [p.grad for p in self._trained()]
+        """Keep the gradients of Trainer's evaluations, which an optimiser may clear before it calls the closure."""
+        self.gradients = [p.grad for p in self._trained_parameters()]
 
     def __call__(self):
-        known, self.known = self.known, []
+        results, self.results = self.results, []
         gradients, self.gradients = self.gradients, []
-        if not known or self.versions != self._versions():
-            del known, gradients  # a kept graph is freed before the next is made
-            known = self._evaluate()
+        if not results or self.versions != self._versions():
+            del results, gradients  # free their graph before the next one is made
+            results = self._evaluate()
         elif torch.is_grad_enabled():
-            for parameter, gradient in zip(self._trained(), gradients, strict=True):
+            for parameter, gradient in zip(self._trained_parameters(), gradients, strict=True):
                 parameter.grad = gradient
-        if isinstance(known[0], tuple):
-            return known[0]
-        return self.accelerator.reduce(torch.stack(known).sum(), reduction="mean")
+        if isinstance(results[0], tuple):
+            return results[0]
+        return self.accelerator.reduce(torch.stack(results).sum(), reduction="mean")
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self._trained()]
+        return [p._version for p in self._trained_parameters()]
 
     def _evaluate(self) -> list:
         if not torch.is_grad_enabled():
@@ -73,13 +74,13 @@ class Update:
         self.model.zero_grad()
         *first, last = self.evaluations
         with self.accelerator.no_sync(self.model):
-            known = [evaluation() for evaluation in first]
-        return [*known, last()]
+            results = [evaluation() for evaluation in first]
+        return [*results, last()]
 
 
 @contextlib.contextmanager
 def without_backward(accelerator: Accelerator) -> Iterator[None]:
-    """Trainer.training_step always goes backward, and a trial of a line search is made without gradients."""
+    """Turn backward off: Trainer.training_step always calls it, but trials of a line search need no gradients."""
     accelerator.backward = lambda loss, **kwargs: None
     try:
         yield
@@ -88,18 +89,19 @@ def without_backward(accelerator: Accelerator) -> Iterator[None]:
 
 
 class SubspaceTrainer(Trainer):
-    """transformers.Trainer whose optimiser may need a closure; any other optimiser trains as in Trainer, bit for bit.
+    """transformers.Trainer for optimisers that need a closure; other optimisers train as in Trainer, bit for bit.
 
-    It comes by `optimizers=(PBFGS([theta_d]), None)`, or by `optimizer_cls_and_kwargs=(PBFGS, {})`, which gives it all
-    trainable parameters in one group. An update costs no evaluation beyond those of a plain loop. Within it every
-    evaluation sees the same dropout, and batch-norm statistics change by the first alone.
+    Pass the optimiser as `optimizers=(PBFGS([theta_d]), None)`, or as `optimizer_cls_and_kwargs=(PBFGS, {})`, which
+    gives it all trainable parameters in one group. An update needs no more evaluations than a plain loop. All
+    evaluations of an update see the same dropout, and only the first changes batch-norm statistics.
 
-    With a closure nothing is clipped: the difference of two clipped gradients says nothing about the curvature.
+    With a closure gradients are not clipped: the difference of two clipped gradients is not the curvature.
 
     Raises:
-        ValueError: before training, with a closure: fp16, DeepSpeed, FSDP; `max_grad_norm` that is neither 0 nor the
-            default; `weight_decay` with `optimizer_cls_and_kwargs`; accumulation where the optimiser needs logits;
-            checkpoints with PPlusBFGS, which trains what an adapter's file does not hold.
+        ValueError: before training, if the optimiser needs a closure, for: fp16, DeepSpeed, FSDP; a `max_grad_norm`
+            that is neither 0 nor the default; `weight_decay` with `optimizer_cls_and_kwargs`; gradient accumulation if
+            the optimiser needs logits; checkpoints with PPlusBFGS, which trains weights that an adapter's file does
+            not hold.
     """
 
     _update: Update | None = None
@@ -120,13 +122,13 @@ class SubspaceTrainer(Trainer):
                 if self.args.weight_decay:
                     raise ValueError(
                         f"`weight_decay` must be 0 with {optimizer.__name__}, got {self.args.weight_decay}; add the "
-                        "penalty to the loss instead, where a line search sees it."
+                        "penalty to the loss instead, so that a line search sees it."
                     )
-                of = self.model if model is None else model
-                self.optimizer = optimizer([p for p in of.parameters() if p.requires_grad], **settings)
+                parameters = (self.model if model is None else model).parameters()
+                self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
         super().create_optimizer(model)
         optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):  # of an earlier call of `train`
+        if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier call of `train`
             optimizer = optimizer.optimizer
         if needs_closure(type(optimizer)) and self._undo is None:
             self._check(optimizer)
@@ -137,19 +139,19 @@ class SubspaceTrainer(Trainer):
         name, args = type(optimizer).__name__, self.args
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError(
-                f"`fp16` must be off with {name}: the gradient scaler would hand it scaled gradients beside an "
-                "unscaled loss; take `bf16=True`, or full precision."
+                f"`fp16` must be off with {name}: the gradient scaler would scale its gradients but not its loss; use "
+                "`bf16=True`, or full precision."
             )
         for kind, on in {"DeepSpeed": self.is_deepspeed_enabled, "FSDP": self.is_fsdp_enabled}.items():
             if on:
                 raise ValueError(
-                    f"{name} must hold its parameters whole, and {kind} shards them; take plain data parallelism: of "
-                    "an adapter, it moves d numbers a step."
+                    f"{name} must hold its parameters whole, and {kind} shards them; use plain data parallelism, "
+                    "which reduces only d numbers a step."
                 )
         if args.max_grad_norm not in (0, type(args).max_grad_norm):
             raise ValueError(
                 f"`max_grad_norm` must be 0 with {name}, got {args.max_grad_norm}: differences of clipped gradients "
-                "are not the curvature; bound the step by the optimiser's own settings."
+                "are not the curvature; bound the step by the settings of the optimiser."
             )
         if getattr(optimizer, "needs_logits", False) and args.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -159,7 +161,7 @@ class SubspaceTrainer(Trainer):
         if isinstance(optimizer, PPlusBFGS) and args.save_strategy != "no":
             raise ValueError(
                 f"`save_strategy` must be 'no' with {name}, got {args.save_strategy.value!r}: it trains the base too, "
-                "which a checkpoint of an adapter leaves out; save `model.merge_and_unload()` after training."
+                "which the checkpoint of an adapter leaves out; save `model.merge_and_unload()` after training."
             )
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
@@ -199,13 +201,15 @@ class SubspaceTrainer(Trainer):
     def _forward(
         self, model: nn.Module, inputs: dict, num_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, logits and labels, with their graph: the optimiser asks for the gradients of its choice."""
+        """Loss, logits and labels, with their graph, from which the optimiser computes its gradients."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         if labels is None:
-            raise ValueError(f"A batch must have `labels` for class gradients, got {sorted(inputs)}; name them so.")
-        # no backward follows for DDP to prepare for
+            raise ValueError(
+                f"A batch must have `labels` for class gradients, got {sorted(inputs)}; name the labels so."
+            )
+        # no_sync, because no backward follows for which DDP should prepare
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
         return loss, outputs["logits"] if isinstance(outputs, dict) else outputs[1], labels

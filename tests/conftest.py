@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread for tiny tensors, and no warnings but those that cannot be avoided."""
+"""Settings of all tests: one thread for tiny tensors, and every warning is an error except unavoidable ones."""
 
 import gc
 
@@ -7,9 +7,9 @@ import torch
 
 
 UPSTREAM = [
-    # peft 0.21 asks transformers 5.23 under the old name
+    # peft 0.21 uses an attribute that transformers 5.23 deprecates
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    # torch 2.13 compiles the decompositions of its forward-mode derivatives with it
+    # torch 2.13 compiles the decompositions of its forward mode with it
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
 ]
 
@@ -23,6 +23,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Trainer and accelerate collect garbage after each training: all that was imported stays out of it."""
+    """Keep imported objects out of the garbage collections that Trainer and accelerate run after each training."""
     gc.collect()
     gc.freeze()

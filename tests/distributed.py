@@ -1,4 +1,4 @@
-"""What test_distributed.py launches in two processes: training on parts of the same global batches."""
+"""The program that test_distributed.py starts in two processes: training on parts of the same batches."""
 
 import json
 import tempfile
@@ -19,7 +19,7 @@ STEPS, BATCH = 4, 8
 
 
 def train(model: nn.Module, process: int = 0, processes: int = 1) -> list[float]:
-    """theta_d after some steps, in each of which this process sees its part of the batch."""
+    """theta_d after some steps, in which this process gets its part of each batch."""
     (theta_d,) = (p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.SGD([theta_d], lr=0.05)
     generator = torch.Generator().manual_seed(0)
@@ -51,34 +51,34 @@ def sharded(accelerator: Accelerator) -> dict:
 
 
 def recorded(accelerator: Accelerator) -> dict:
-    """How many processes write a sample of a model sharded in each way, and find it, and find it the plain model."""
+    """For a replicated and a sharded model: how many processes write a sample, and read the plain model from it."""
     plain, parts = BY_NAME["mlp"].model(), BY_NAME["mlp"].model()
     for module in (parts.fc1, parts):
         fully_shard(module)
     models = {"replicated": accelerator.prepare(BY_NAME["mlp"].model()), "sharded": parts}
-    weights, found = dict(plain.named_parameters()), {}
+    weights, results = dict(plain.named_parameters()), {}
     with tempfile.TemporaryDirectory() as folder:
         (folder,) = broadcast_object_list([folder])
         for name, model in models.items():
             trajectory = Trajectory(f"{folder}/{name}")
             wrote = trajectory.add(model) is not None
-            sample = trajectory.sample(0)  # there for every process, as soon as `add` is over
+            sample = trajectory.sample(0)  # every process can read it as soon as `add` returns
             whole = sample.keys() == weights.keys() and all(torch.equal(sample[n], p) for n, p in weights.items())
             counts = accelerator.reduce(torch.tensor([int(wrote), int(whole), len(trajectory)]))
-            found[name] = dict(zip(("wrote", "whole", "samples"), counts.tolist(), strict=True))
+            results[name] = dict(zip(("wrote", "whole", "samples"), counts.tolist(), strict=True))
         accelerator.wait_for_everyone()
-    return found
+    return results
 
 
 def watched(accelerator: Accelerator) -> dict:
-    """How many processes have the singular values of a sharded model, and have those of the plain one."""
+    """For sharded models, plain and adapted: how many processes record spectra, and get the right values."""
     plain, parts, adapted = BY_NAME["mlp"].model(), BY_NAME["mlp"].model(), wrap(BY_NAME["mlp"])
     with torch.no_grad():
         next(p for p in adapted.parameters() if p.requires_grad).fill_(0.1)
     expected = {"sharded": dict(matrices(plain)), "adapted": dict(matrices(adapted))}
     for module in (parts.fc1, parts, adapted.base_model.model.fc1, adapted):
         fully_shard(module)
-    found = {}
+    results = {}
     for name, model in {"sharded": parts, "adapted": adapted}.items():
         spectra = Spectra(rank=2)
         spectra.add(model)
@@ -87,13 +87,13 @@ def watched(accelerator: Accelerator) -> dict:
             for n, w in expected[name].items()
         )
         counts = accelerator.reduce(torch.tensor([len(spectra), int(same)]))
-        found[name] = dict(zip(("recorded", "same"), counts.tolist(), strict=True))
-    return found
+        results[name] = dict(zip(("recorded", "same"), counts.tolist(), strict=True))
+    return results
 
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded, watched)}
+    results = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded, watched)}
     if accelerator.is_main_process:
-        print("FOUND " + json.dumps({"processes": accelerator.num_processes, **found}))
+        print("RESULTS " + json.dumps({"processes": accelerator.num_processes, **results}))
     accelerator.end_training()

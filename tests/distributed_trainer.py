@@ -1,4 +1,4 @@
-"""What test_subspace_trainer.py launches in two processes: line searches on parts of the same global batch."""
+"""The program that test_subspace_trainer.py starts in two processes: line searches on parts of the same batch."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ class Rows(Dataset):
 
 
 class Net(nn.Module):
-    """A classifier, with dropout and batch norm where asked for; `calls` says which forwards had a graph."""
+    """A classifier, optionally with dropout and batch norm; `calls` records which forward passes had a graph."""
 
     def __init__(self, dropout: float = 0.0, norm: bool = False):
         super().__init__()
@@ -57,26 +57,26 @@ class Net(nn.Module):
 def net(**options) -> nn.Module:
     torch.manual_seed(0)
     model = Net(**options)
-    numbers = sum(p.numel() for p in model.parameters())
-    basis = torch.linalg.qr(torch.randn(numbers, 7, generator=torch.Generator().manual_seed(0))).Q
+    D = sum(p.numel() for p in model.parameters())
+    basis = torch.linalg.qr(torch.randn(D, 7, generator=torch.Generator().manual_seed(0))).Q
     sizes = [p.numel() for p in model.parameters()]
-    given = {
+    columns = {
         name: part.reshape(*p.shape, 7)
         for (name, p), part in zip(model.named_parameters(), basis.split(sizes), strict=True)
     }
-    return get_peft_model(model, settings(projection="basis", basis=given, normalization="columns"))
+    return get_peft_model(model, settings(projection="basis", basis=columns, normalization="columns"))
 
 
 def arguments(folder, steps=STEPS, batch=ROWS, **changes) -> TrainingArguments:
-    given = {"save_strategy": "no", "logging_steps": 1, "lr_scheduler_type": "constant", **changes}
+    options = {"save_strategy": "no", "logging_steps": 1, "lr_scheduler_type": "constant", **changes}
     return TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, report_to=[], disable_tqdm=True,
-        use_cpu=True, seed=0, **given,
+        use_cpu=True, seed=0, **options,
     )  # fmt: skip
 
 
 def trainer(model, args, optimizer: Callable | None = None, cls=SubspaceTrainer, **kwargs) -> Trainer:
-    """With `optimizer`, a function of the trained vector, through `optimizers=`."""
+    """A trainer; `optimizer` is called with theta_d, and its result passed as `optimizers=`."""
     if optimizer is not None:
         kwargs["optimizers"] = (optimizer([theta_d(model)]), None)
     return cls(model=model, args=args, train_dataset=Rows(), **kwargs)
@@ -119,7 +119,7 @@ def by_trainer(kind: str, processes: int = 1) -> dict:
 
 
 def by_accelerate(process: int = 0, processes: int = 1) -> dict:
-    """The same by a loop of one's own."""
+    """The same updates in a loop with accelerate."""
     accelerator = Accelerator(cpu=True)
     base = net()
     model, optimizer = accelerator.prepare(base, PBFGS([theta_d(base)]))
@@ -145,12 +145,12 @@ def by_accelerate(process: int = 0, processes: int = 1) -> dict:
 def work(process: int, processes: int, port: int) -> None:
     os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=str(processes))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    found = {kind: by_trainer(kind, processes) for kind in OPTIMIZERS}
-    found["loop"] = by_accelerate(process, processes)
+    results = {kind: by_trainer(kind, processes) for kind in OPTIMIZERS}
+    results["loop"] = by_accelerate(process, processes)
     gathered = [None] * processes
-    torch.distributed.all_gather_object(gathered, found)
+    torch.distributed.all_gather_object(gathered, results)
     if process == 0:
-        print("FOUND " + json.dumps(gathered))
+        print("RESULTS " + json.dumps(gathered))
     torch.distributed.destroy_process_group()
 
 
@@ -159,7 +159,7 @@ if __name__ == "__main__":
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # forked here, so that the imports are made once
+    # forked, so that the imports run once
     workers = [multiprocessing.get_context("fork").Process(target=work, args=(p, 2, port)) for p in range(2)]
     for worker in workers:
         worker.start()

@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo): the same theta_d as one, and d numbers moved a step."""
+"""Two processes on the CPU (gloo): they find the same theta_d as one process, and exchange d numbers a step."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.cases import BY_NAME, wrap
 
 
 ROOT = Path(__file__).parent.parent
-# Without a GPU --multi_gpu means several processes on the CPU; --cpu starts one, whatever --num_processes says.
+# Without a GPU, --multi_gpu starts several processes on the CPU; --cpu would start one in spite of --num_processes.
 LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
@@ -31,8 +31,8 @@ def together() -> dict:
     command = [sys.executable, "-m", *LAUNCH, "-m", "tests.distributed"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if "FOUND " in line)
-    return json.loads(line.split("FOUND ")[1])
+    (line,) = (line for line in done.stdout.splitlines() if "RESULTS " in line)
+    return json.loads(line.split("RESULTS ")[1])
 
 
 def test_replicated_training_is_that_of_one_process(alone, together):
@@ -40,11 +40,11 @@ def test_replicated_training_is_that_of_one_process(alone, together):
     assert together["replicated"]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
-def test_d_numbers_are_moved_a_step(together):
+def test_a_step_exchanges_d_numbers(together):
     assert together["replicated"]["moved"] == [7] * distributed.STEPS
 
 
-def test_one_process_records_the_whole_model_and_all_find_it(together):
+def test_one_process_records_the_whole_model_and_all_can_read_it(together):
     for sharding in ("replicated", "sharded"):
         assert together["recorded"][sharding] == {"wrote": 1, "whole": 2, "samples": 2}
 

@@ -121,7 +121,7 @@ def test_spectra(adapted, tmp_path):
     assert left[:2].isnan().all()
     assert (left[2] < 1e-12).all()
     assert (left[-1] > 1e-5).all()
-    with pytest.raises(ValueError, match=r"recorded where nothing is, 6 steps are here \(folder: None\); resume"):
+    with pytest.raises(ValueError, match=r"in an empty Spectra, this one holds 6 steps \(folder: None\); resume"):
         run.train()
 
 

@@ -1,6 +1,6 @@
 """SubspaceTrainer: optimisers that evaluate the loss themselves, in transformers' Trainer and in an accelerate loop.
 
-test_trainer.py is about the plain Trainer.
+test_trainer.py tests the plain Trainer.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.distributed_trainer import WOLFE, Rows, arguments, calls, logged, net
 
 
 ROOT = Path(__file__).parent.parent
-# accelerate tells the loader to pin memory where there is no accelerator
+# without an accelerator the loader warns that it was told to pin memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
@@ -43,7 +43,7 @@ def plain_loop(model, optimizer, batches: list[dict]) -> list[float]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_other_optimisers_train_as_in_trainer(accumulation, tmp_path):
-    found = []
+    runs = []
     for cls in (Trainer, SubspaceTrainer):
         args = arguments(
             tmp_path, batch=4, gradient_accumulation_steps=accumulation, learning_rate=0.1, lr_scheduler_type="linear",
@@ -51,12 +51,10 @@ def test_other_optimisers_train_as_in_trainer(accumulation, tmp_path):
         )  # fmt: skip
         run = trainer(net(dropout=0.5), args, cls=cls)
         run.train()
-        found.append(
-            (theta_d(run.model).detach(), logged(run), logged(run, "grad_norm"), logged(run, "learning_rate"))
-        )
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1:] == found[1][1:]
-    assert found[0][0].any()
+        runs.append((theta_d(run.model).detach(), logged(run), logged(run, "grad_norm"), logged(run, "learning_rate")))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+    assert runs[0][0].any()
 
 
 OPTIMIZERS = {"pbfgs": (PBFGS, {}), "next_batch": (PBFGS, {"curvature": "next_batch"}), "lbfgs": (LBFGS, WOLFE)}
@@ -64,8 +62,8 @@ OPTIMIZERS = {"pbfgs": (PBFGS, {}), "next_batch": (PBFGS, {"curvature": "next_ba
 
 @pytest.mark.parametrize("by_class", [False, True], ids=["optimizers", "class"])
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_closures_are_those_of_a_plain_loop(optimizer, options, by_class, tmp_path):
-    """Bit for bit, and with no evaluation more."""
+def test_a_plain_loop_gives_the_same(optimizer, options, by_class, tmp_path):
+    """Bit for bit, with the same evaluations."""
     batches = []
 
     def collate(rows):
@@ -88,49 +86,54 @@ def test_closures_are_those_of_a_plain_loop(optimizer, options, by_class, tmp_pa
 
 @pytest.mark.parametrize("batch", [4, 2])
 def test_accumulated_micro_batches_are_one_batch(batch, tmp_path):
-    found = []
+    ends = []
     for size in (16, batch):
         run = trainer(
             net(), arguments(tmp_path, batch=size, gradient_accumulation_steps=16 // size),
-            lambda params: LBFGS(params, lr=0.1, max_iter=3),  # a line search would turn rounding into another step
+            lambda params: LBFGS(params, lr=0.1, max_iter=3),  # a line search would amplify rounding
         )  # fmt: skip
         run.train()
-        found.append(theta_d(run.model).detach())
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
-    assert found[0].any()
+        ends.append(theta_d(run.model).detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    assert ends[0].any()
 
 
 def test_callbacks_and_modes_are_those_of_trainer(tmp_path):
     class Events(TrainerCallback):
         def __init__(self):
-            self.seen = []
+            self.events = []
 
         def on_step_begin(self, args, state, control, model, **kwargs):
-            self.seen.append("begin")
+            self.events.append("begin")
 
         def on_substep_end(self, args, state, control, model, **kwargs):
-            self.seen.append(("substep", theta_d(model).detach().clone()))
+            self.events.append(("substep", theta_d(model).detach().clone()))
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             assert theta_d(model).grad is not None
-            self.seen.append(("before", theta_d(model).detach().clone()))
+            self.events.append(("before", theta_d(model).detach().clone()))
 
         def on_optimizer_step(self, args, state, control, model, **kwargs):
             assert model.training
-            self.seen.append(("after", theta_d(model).detach().clone()))
+            self.events.append(("after", theta_d(model).detach().clone()))
 
-    events = Events()
+    callback = Events()
     args = arguments(tmp_path, steps=2, batch=8, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
-    run = trainer(net(), args, lambda params: LBFGS(params, **WOLFE), callbacks=[events], eval_dataset=Rows())
+    run = trainer(net(), args, lambda params: LBFGS(params, **WOLFE), callbacks=[callback], eval_dataset=Rows())
     run.train()
-    assert [e if e == "begin" else e[0] for e in events.seen] == 2 * ["begin", "substep", "before", "after"]
-    for substep, before, after in (events.seen[1:4], events.seen[5:8]):
+    assert [event if event == "begin" else event[0] for event in callback.events] == 2 * [
+        "begin",
+        "substep",
+        "before",
+        "after",
+    ]
+    for substep, before, after in (callback.events[1:4], callback.events[5:8]):
         assert torch.equal(substep[1], before[1])
         assert not torch.equal(before[1], after[1])
     assert len(logged(run, "eval_loss")) == 2
 
 
-def test_schedules_act_on_the_rate(tmp_path):
+def test_a_schedule_changes_the_rate(tmp_path):
     args = arguments(tmp_path, steps=4, lr_scheduler_type="linear")
     run = trainer(net(), args, lambda params: PBFGS(params, lr=0.5))
     run.train()
@@ -161,12 +164,12 @@ def test_resuming_is_bit_equal_to_going_on(optimizer, tmp_path):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_bf16_lowers_the_loss(optimizer, tmp_path):
-    found = []
+    losses = []
     for bf16 in (False, True):
         run = trainer(net(), arguments(tmp_path, steps=10, bf16=bf16), optimizer_cls_and_kwargs=optimizer)
         run.train()
-        found.append(logged(run))
-    full, half = found
+        losses.append(logged(run))
+    full, half = losses
     assert half != full
     assert half[0] == pytest.approx(full[0], rel=2e-2)
     assert max(half[-1], full[-1]) < 0.75 * full[0]
@@ -184,7 +187,7 @@ def test_pplus_bfgs_moves_the_base_too(tmp_path):
 
 
 def test_training_twice_goes_on(tmp_path):
-    """The hook and the clipping are put back after each call of train."""
+    """Each call of train removes its hook and restores the clipping."""
     run = trainer(net(), arguments(tmp_path), optimizer_cls_and_kwargs=(PBFGS, {}))
     run.train()
     first = logged(run)
@@ -205,22 +208,22 @@ def together() -> list[dict]:
     command = [sys.executable, "-m", "tests.distributed_trainer"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if "FOUND " in line)
-    return json.loads(line.split("FOUND ")[1])
+    (line,) = (line for line in done.stdout.splitlines() if "RESULTS " in line)
+    return json.loads(line.split("RESULTS ")[1])
 
 
 @pytest.mark.parametrize("kind", [*distributed.OPTIMIZERS, "loop"])
-def test_two_processes_are_one(kind, together):
-    one, other = (found[kind] for found in together)
+def test_two_processes_train_as_one(kind, together):
+    one, other = (results[kind] for results in together)
     assert one.pop("losses", 0) == other.pop("losses", 0)
-    assert one == other, "the line searches of the processes parted"
+    assert one == other, "the line searches of the processes differ"
     alone = distributed.by_accelerate() if kind == "loop" else distributed.by_trainer(kind)
     assert one["calls"] == alone["calls"]
     assert one["theta_d"] == pytest.approx(alone["theta_d"], rel=1e-3, abs=1e-4)
     assert max(map(abs, one["theta_d"])) > 1e-2
 
 
-def test_a_loop_of_ones_own_is_the_trainer(together):
+def test_a_loop_with_accelerate_trains_as_the_trainer(together):
     loop, run = together[0]["loop"], together[0]["pbfgs"]
     assert loop["theta_d"] == pytest.approx(run["theta_d"], rel=1e-3, abs=1e-4)
     assert loop["calls"] == run["calls"]

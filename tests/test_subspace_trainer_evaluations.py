@@ -1,4 +1,4 @@
-"""What an update of SubspaceTrainer evaluates: one function, the loss of Trainer, none too often; or it is refused."""
+"""The evaluations of an update of SubspaceTrainer: one function, the loss of Trainer, none too many; and refusals."""
 
 from types import SimpleNamespace
 
@@ -16,12 +16,12 @@ from tests.cases import BY_NAME, theta_d, wrap
 from tests.distributed_trainer import Rows, arguments, calls, logged, net, trainer
 
 
-# accelerate tells the loader to pin memory where there is no accelerator
+# without an accelerator the loader warns that it was told to pin memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
 class Probe(torch.optim.Optimizer):
-    """Evaluates as a line search does, records what it got, then makes a step down the gradient."""
+    """Evaluates as a line search does, records the results, then makes a step down the gradient."""
 
     needs_closure = True
 
@@ -34,18 +34,18 @@ class Probe(torch.optim.Optimizer):
         (theta_d,) = self.param_groups[0]["params"]
         theta_d.grad = None
         with torch.enable_grad():
-            seen = [(closure().item(), theta_d.grad.clone())]
+            results = [(closure().item(), theta_d.grad.clone())]
         start = theta_d.clone()
         for _ in range(self.trials):
             theta_d.add_(1.0)
             closure()
             theta_d.copy_(start)
         if self.trials:
-            seen.append((closure().item(), seen[0][1]))
+            results.append((closure().item(), results[0][1]))
             with torch.enable_grad():
-                seen.append((closure().item(), theta_d.grad.clone()))
-        self.record.append(seen)
-        theta_d.sub_(seen[0][1], alpha=self.param_groups[0]["lr"])
+                results.append((closure().item(), theta_d.grad.clone()))
+        self.record.append(results)
+        theta_d.sub_(results[0][1], alpha=self.param_groups[0]["lr"])
 
 
 class Logits(torch.optim.Optimizer):
@@ -68,14 +68,14 @@ class Logits(torch.optim.Optimizer):
 
 
 def test_losses_per_token_are_accumulated_as_in_trainer(tmp_path):
-    """A causal model is told how many tokens the update has: labels are ragged, the mean of means is another."""
+    """A causal model gets the number of tokens of the update: the mean of the micro-batches' means would differ."""
 
     class Text(Rows):
         def __getitem__(self, i):
             tokens = torch.randint(3, 23, (6,), generator=torch.Generator().manual_seed(i))
             return {"input_ids": tokens, "labels": tokens.where(torch.arange(6) < 2 + i % 4, -100)}
 
-    found = []
+    runs = []
     for size in (16, 4):
         record = []
         model = wrap(BY_NAME["llama"])
@@ -83,8 +83,8 @@ def test_losses_per_token_are_accumulated_as_in_trainer(tmp_path):
         optimizers = (Probe([theta_d(model)], record=record), None)
         run = SubspaceTrainer(model=model, args=args, train_dataset=Text(), optimizers=optimizers)
         run.train()
-        found.append((record, logged(run)))
-    (whole, losses), (parts, _) = found
+        runs.append((record, logged(run)))
+    (whole, losses), (parts, _) = runs
     for one, other in zip(whole, parts, strict=True):
         for (loss, gradient), (loss_, gradient_) in zip(one, other, strict=True):
             assert loss == pytest.approx(loss_, rel=1e-5)
@@ -94,22 +94,22 @@ def test_losses_per_token_are_accumulated_as_in_trainer(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trials_change_neither_dropout_nor_statistics(accumulation, tmp_path):
-    """One update sees one function, and what is left behind is what one evaluation leaves."""
-    found = []
+    """An update sees one function, and leaves random numbers and statistics as one evaluation would."""
+    runs = []
     for trials in (0, 3):
         args = arguments(tmp_path, batch=4, gradient_accumulation_steps=accumulation)
         model = net(dropout=0.5, norm=True)
         probe = Probe([theta_d(model)], trials=trials)
         run = trainer(model, args, optimizers=(probe, None))
         run.train()
-        found.append((probe.record, logged(run), {name: b.clone() for name, b in model.named_buffers()}))
-    (plain, losses, buffers), (searched, losses_, buffers_) = found
-    for seen in searched:
-        for loss, gradient in seen[1:]:
-            assert loss == seen[0][0]
-            torch.testing.assert_close(gradient, seen[0][1], rtol=0, atol=0)
-    assert [seen[0][0] for seen in plain] == [seen[0][0] for seen in searched]
-    assert losses == losses_ == pytest.approx([seen[0][0] for seen in plain], rel=1e-3)
+        runs.append((probe.record, logged(run), {name: b.clone() for name, b in model.named_buffers()}))
+    (plain, losses, buffers), (searched, losses_, buffers_) = runs
+    for update in searched:
+        for loss, gradient in update[1:]:
+            assert loss == update[0][0]
+            torch.testing.assert_close(gradient, update[0][1], rtol=0, atol=0)
+    assert [update[0][0] for update in plain] == [update[0][0] for update in searched]
+    assert losses == losses_ == pytest.approx([update[0][0] for update in plain], rel=1e-3)
     for name, buffer in buffers.items():
         assert torch.equal(buffer, buffers_[name]), name
     assert any("num_batches_tracked" in name and (b == 3 * accumulation).all() for name, b in buffers.items())
@@ -118,7 +118,7 @@ def test_trials_change_neither_dropout_nor_statistics(accumulation, tmp_path):
 def test_nothing_is_evaluated_twice(tmp_path):
     model = net()
     trainer(model, arguments(tmp_path), lambda params: Probe(params, trials=2)).train()
-    # trainer's own, two trials, the same point without and with gradients
+    # Trainer's evaluation, two trials, then the same point without and with gradients
     assert calls(model) == 3 * [True, False, False, False, True]
 
 
@@ -131,9 +131,9 @@ def test_an_evaluation_is_not_used_once_the_weights_moved(tmp_path):
     record = []
     run = trainer(net(), arguments(tmp_path, steps=1), lambda params: Probe(params, record=record), callbacks=[Move()])
     run.train()
-    (seen,) = record
-    assert seen[0][0] == seen[1][0] != pytest.approx(logged(run)[0], rel=1e-3)
-    assert torch.equal(seen[0][1], seen[2][1])
+    (update,) = record
+    assert update[0][0] == update[1][0] != pytest.approx(logged(run)[0], rel=1e-3)
+    assert torch.equal(update[0][1], update[2][1])
 
 
 def test_gradients_are_not_clipped(tmp_path):
@@ -141,17 +141,17 @@ def test_gradients_are_not_clipped(tmp_path):
     run = trainer(net(), arguments(tmp_path), lambda params: Probe(params, record=record))
     run.model.get_base_model().last.weight.data.mul_(100)
     run.train()
-    norms = [seen[0][1].norm().item() for seen in record]
+    norms = [update[0][1].norm().item() for update in record]
     assert norms == pytest.approx(logged(run, "grad_norm"), rel=1e-3)
     assert max(norms) > run.args.max_grad_norm == 1.0
 
 
-@pytest.mark.parametrize("changed", ["label smoothing", "compute_loss_func"])
-def test_every_evaluation_has_the_loss_of_trainer(changed, tmp_path):
-    """Both take the labels out of the inputs."""
+@pytest.mark.parametrize("setting", ["label smoothing", "compute_loss_func"])
+def test_every_evaluation_has_the_loss_of_trainer(setting, tmp_path):
+    """Both settings make Trainer take the labels out of the inputs."""
     record = []
     model, smoothing, kwargs = net(), 0.0, {}
-    if changed == "label smoothing":
+    if setting == "label smoothing":
         smoothing = 0.2
         model.config = SimpleNamespace(problem_type=None)
     else:
@@ -161,9 +161,9 @@ def test_every_evaluation_has_the_loss_of_trainer(changed, tmp_path):
     args = arguments(tmp_path, batch=8, gradient_accumulation_steps=2, label_smoothing_factor=smoothing)
     run = trainer(model, args, lambda params: Probe(params, record=record), **kwargs)
     run.train()
-    for seen in record:
-        assert seen[0][0] == seen[1][0] == seen[2][0]
-    assert logged(run) == pytest.approx([seen[0][0] for seen in record], rel=1e-3)
+    for update in record:
+        assert update[0][0] == update[1][0] == update[2][0]
+    assert logged(run) == pytest.approx([update[0][0] for update in record], rel=1e-3)
 
 
 def test_bf16_autocast(tmp_path):
@@ -171,28 +171,28 @@ def test_bf16_autocast(tmp_path):
     run = trainer(net(), arguments(tmp_path, bf16=True), lambda params: Probe(params, record=record))
     run.train()
     assert theta_d(run.model).dtype == torch.float32
-    for seen in record:
-        assert seen[0][0] == seen[1][0] == seen[2][0]
-        assert torch.equal(seen[0][1], seen[2][1])
+    for update in record:
+        assert update[0][0] == update[1][0] == update[2][0]
+        assert torch.equal(update[0][1], update[2][1])
     full = trainer(net(), arguments(tmp_path), lambda params: Probe(params))
     full.train()
     assert logged(run) != logged(full)
     assert logged(run) == pytest.approx(logged(full), rel=2e-2)
 
 
-def test_an_optimiser_of_the_logits_has_their_graph(tmp_path):
+def test_an_optimiser_that_needs_logits_gets_their_graph(tmp_path):
     model = net(dropout=0.5)
     optimizer = Logits([theta_d(model)])
     run = trainer(model, arguments(tmp_path), optimizers=(optimizer, None))
     run.train()
     assert calls(model) == 3 * [True]
     assert [loss for loss, _, _ in optimizer.record] == pytest.approx(logged(run), rel=1e-3)
-    for loss, again, gradient in optimizer.record:
-        assert loss == pytest.approx(again, rel=1e-6)
+    for loss, loss_of_logits, gradient in optimizer.record:
+        assert loss == pytest.approx(loss_of_logits, rel=1e-6)
         assert gradient.any()
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def refuse(tmp_path, message, optimizer=LBFGS, settings=None, **changes):
@@ -218,7 +218,7 @@ def test_sharding_is_refused(attribute, name, tmp_path):
         run.create_optimizer()
 
 
-def test_what_would_not_act_is_refused(tmp_path):
+def test_settings_without_effect_are_refused(tmp_path):
     refuse(tmp_path, "`max_grad_norm` must be 0 with LBFGS, got 0.5", max_grad_norm=0.5)
     refuse(tmp_path, "`weight_decay` must be 0 with LBFGS, got 0.1", weight_decay=0.1)
     accumulated = {"batch": 4, "gradient_accumulation_steps": 4}

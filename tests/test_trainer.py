@@ -1,4 +1,4 @@
-"""transformers' Trainer: trains, saves, resumes bit for bit, keeps the best; and the way to the Hub."""
+"""transformers' Trainer: it trains, saves, resumes bit for bit and keeps the best model; and push_to_hub."""
 
 import os
 
@@ -16,12 +16,12 @@ from tests.cases import BY_NAME, outputs, theta_d, wrap
 
 
 BERT = BY_NAME["bert"]
-# accelerate tells the loader to pin memory where there is no accelerator
+# without an accelerator the loader warns that it was told to pin memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
 class Rows(Dataset):
-    """Sixteen sequences with labels that depend on their first token."""
+    """Sixteen sequences whose labels depend on the first token."""
 
     def __init__(self):
         self.tokens = torch.randint(3, 23, (16, 5), generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_resuming_is_bit_equal_to_going_on(groups, tmp_path):
         assert torch.equal(one, other), name
 
 
-def test_groups_have_their_rates(tmp_path):
+def test_each_group_has_its_rate(tmp_path):
     run = trainer(tmp_path, 1, groups=True)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
     run.train()
@@ -102,13 +102,13 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         metric_for_best_model="eval_loss", greater_is_better=True,
     )  # fmt: skip
     run.train()
-    assert run.state.best_model_checkpoint.endswith("checkpoint-2")  # the worse one, as asked for
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")  # the worse one, because greater_is_better
     best = load_file(tmp_path / "checkpoint-2/adapter_model.safetensors")
     assert torch.equal(theta_d(run.model), best["base_model.model.subspace_vectors.subspace_peft_theta_d"])
 
 
-def test_the_way_to_the_hub(monkeypatch, tmp_path):
-    """push_to_hub uploads the adapter's files: seen by a stand-in for the Hub's client."""
+def test_push_to_hub(monkeypatch, tmp_path):
+    """A stand-in for the client of the Hub receives the files of the adapter."""
     sent = {}
 
     def create_repo(self, repo_id, **kwargs):

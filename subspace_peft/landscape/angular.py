@@ -1,4 +1,4 @@
-"""The local angular dimension of an ellipsoid: how much of the sky it fills from a point (Larsen et al. 2021)."""
+"""The local angular dimension of an ellipsoid: how many directions from a point meet it (Larsen et al. 2021)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HALVINGS = 80
 def local_angular_dimension(radii: Tensor, w_0: Tensor, draws: int = 1000, seed: int = 0) -> Estimate:
     """d_local(S, w_0) = w(proj_{w_0}(S))^2 of the ellipsoid S = {w: sum_i w_i^2 / r_i^2 <= 1} (definition 3.2).
 
-    By Monte Carlo over g, exact for each g. The threshold training dimension is D - d_local (equation 3.3).
+    A Monte Carlo mean over g, exact for each g. The threshold training dimension is D - d_local (equation 3.3).
 
     Args:
         radii: [D], D >= 2, above 0; may be infinite.
-        w_0: [D]. Inside S all directions meet it: d_local is that of the whole sphere, D for large D.
+        w_0: [D]. From a point inside S all directions meet S: d_local is that of the whole sphere, D for large D.
 
     Raises:
         ValueError: if the shapes do not fit, or a radius is not above 0.
@@ -36,18 +36,18 @@ def directions_support(radii: Tensor, w_0: Tensor) -> Callable[[Tensor], Tensor]
 
         u^T Q u <= 0  and  a^T u >= 0,    Q = c M - a a^T,
 
-    a convex cone: Q has one negative eigenvalue, -kappa. Where g lies in it, sup <g, u> = |g|. Elsewhere the maximum
-    is on its boundary, u ~ (Q + s I)^-1 g with u^T Q u = 0: one root of a monotone function of s, by bisection.
+    a convex cone: Q has one negative eigenvalue, -kappa. If g lies in it, sup <g, u> = |g|. Otherwise the maximum is
+    on its boundary, u ~ (Q + s I)^-1 g with u^T Q u = 0. Bisection finds s, which is the root of a monotone function.
 
     Args:
         radii: [D]
         w_0: [D]
 
     Returns:
-        h(g) = sup <g, u>: float64 [n, D] -> [n]. It is negative where g points away from all of S.
+        h(g) = sup <g, u>: float64 [n, D] -> [n]. It is negative if g points away from all of S.
 
     Raises:
-        ValueError: as `local_angular_dimension`.
+        ValueError: if the shapes do not fit, or a radius is not above 0.
     """
     if radii.ndim != 1 or len(radii) < 2 or radii.shape != w_0.shape:
         raise ValueError(f"`radii` and `w_0` must both be [D], D >= 2, got {list(radii.shape)} and {list(w_0.shape)}.")
@@ -67,9 +67,9 @@ def directions_support(radii: Tensor, w_0: Tensor) -> Callable[[Tensor], Tensor]
 def _cone_support(t: Tensor, x: Tensor, kappa: Tensor, q: Tensor) -> Tensor:
     """sup of t b + <x, y> over the unit vectors (b, y) with b >= 0 and sum_i q_i y_i^2 <= kappa b^2.
 
-    On the boundary y_i ~ x_i / (q_i + s), where sum_i q_i (x_i (kappa - s) / (q_i + s))^2 = kappa t^2, and s > kappa
-    where t > 0, -q_1 < s < kappa elsewhere. Whatever s, b is taken so that (b, y) is on the boundary: at the maximum
-    an error of s then counts by its square only.
+    On the boundary y_i ~ x_i / (q_i + s), where sum_i q_i (x_i (kappa - s) / (q_i + s))^2 = kappa t^2; s > kappa if
+    t > 0, and -q_1 < s < kappa otherwise. b is chosen so that (b, y) is on the boundary for any s: then an error in s
+    changes the maximum only by its square.
 
     Args:
         t: [n], the part of g along the axis of the cone.
@@ -79,7 +79,7 @@ def _cone_support(t: Tensor, x: Tensor, kappa: Tensor, q: Tensor) -> Tensor:
     inside = (t >= 0) & (x.square() @ q <= kappa * t.square())
     ahead = (t > 0)[:, None]
 
-    def denominators(share: Tensor) -> Tensor:  # q + s; s goes to kappa as the share goes to 1
+    def denominators(share: Tensor) -> Tensor:  # q + s; s -> kappa for share -> 1
         return torch.where(ahead, q + kappa / share, (q - q[0]) + share * (kappa + q[0]))
 
     low, high = torch.zeros_like(t)[:, None], torch.ones_like(t)[:, None]
@@ -100,7 +100,7 @@ def local_dimension_bound(radii: Tensor, R: Tensor | float) -> Tensor:
 
         sum_i r_i^2 / (R^2 + r_i^2).
 
-    D less it is the upper bound on the threshold training dimension of figure 5.
+    D minus this is the upper bound on the threshold training dimension in figure 5.
 
     Args:
         radii: [..., D]; may be infinite.
@@ -115,23 +115,23 @@ def local_dimension_limit(radii: Tensor, R: Tensor | float) -> Tensor:
 
         x = sum_i r_i^2 / (R^2 (1 - x / D) + r_i^2).
 
-    Not in the paper, whose equation (3.4) is the right-hand side at x = 0. For d random directions A, the projector on
-    the complement of the columns of H^(1/2) A has the deterministic equivalent nu (H + nu)^-1, where
-    sum_i lambda_i / (lambda_i + nu) = d. So from a random w_0 the lowest loss in the subspace is nu R^2 d / (2 D), and
-    that is epsilon where D - d is this x.
+    This is not in the paper, whose equation (3.4) is the right-hand side at x = 0. For d random directions A, the
+    projector onto the complement of the columns of H^(1/2) A has the deterministic equivalent nu (H + nu)^-1, where
+    sum_i lambda_i / (lambda_i + nu) = d. So from a random w_0 the lowest loss in the subspace is nu R^2 d / (2 D). It
+    equals epsilon if D - d is this x.
 
     Args:
         radii: [..., D]
         R: [...]
 
     Returns:
-        [...], D where w_0 is inside the ellipsoid on average, sum_i R^2 / (D r_i^2) <= 1.
+        [...]; D if w_0 is inside the ellipsoid on average, sum_i R^2 / (D r_i^2) <= 1.
     """
     D = radii.shape[-1]
     R = torch.as_tensor(R, dtype=radii.dtype)
     low, high = (torch.zeros_like(radii[..., 0] * R) + end for end in (0, 1))
     for _ in range(HALVINGS):
-        rest = (low + high) / 2  # 1 - x / D; the right-hand side is below x where it is too small
-        above = D - local_dimension_bound(radii, R * rest.sqrt()) > rest * D
-        low, high = torch.where(above, rest, low), torch.where(above, high, rest)
+        rest = (low + high) / 2  # 1 - x / D; if it is too small, the right-hand side is below x
+        too_small = D - local_dimension_bound(radii, R * rest.sqrt()) > rest * D
+        low, high = torch.where(too_small, rest, low), torch.where(too_small, high, rest)
     return D * (1 - low)

@@ -1,4 +1,4 @@
-"""The loss around a point: products with its Hessian, its top eigenvectors, and how much of them a subspace covers."""
+"""The Hessian of the loss at a point: products, top eigenvectors, and how much of them a subspace covers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def hessian_product(loss: Callable[[], Tensor | Iterable[Tensor]], params: Itera
         H v = d/dw (g(w)^T v),    g = dL/dw.
 
     Args:
-        loss: Called once for each product. Returns the loss, or yields losses whose sum is meant, such as those of the
-            batches of a data set, each divided by their number: one graph is held at a time.
-        params: n numbers in all, on one device. Where the network has dropout, put it in eval mode.
+        loss: Called once for each product. It returns the loss, or yields losses to add up, such as those of the
+            batches of a data set, each divided by their number; then only one graph is held at a time.
+        params: n entries in all, on one device. Put a network with dropout in eval mode.
 
     Returns:
         A function of v, float [n], that returns H v in the dtype of v.
@@ -62,17 +62,17 @@ def lanczos(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The k algebraically largest eigenpairs of a symmetric matrix that is known by its products.
+    """The k algebraically largest eigenpairs of a symmetric matrix that is given by its products with vectors.
 
-    Lanczos with full reorthogonalisation (Golub and Van Loan, section 10.3): after m products, with Q: [n, m] of
-    orthonormal columns and T: [m, m] tridiagonal, A Q = Q T + beta_m q_{m+1} e_m^T, so that an eigenpair (theta, s) of
-    T gives A's up to |A Q s - theta Q s| = beta_m |s_m|. Where beta_m is zero it goes on from a new random vector.
+    Lanczos with full reorthogonalisation (Golub and Van Loan, section 10.3). After m products, with orthonormal
+    columns Q: [n, m] and tridiagonal T: [m, m], A Q = Q T + beta_m q_{m+1} e_m^T. So an eigenpair (theta, s) of T is
+    one of A up to |A Q s - theta Q s| = beta_m |s_m|. If beta_m is zero, q_{m+1} is a new random vector.
 
     Args:
-        iterations: At most so many products, and n: [n, iterations] numbers are held. 10 k + 100 if left out.
-        tol: Stops where the residual of all k is below tol |T|; 0 makes all iterations.
-        seed: Of the start, drawn on the CPU.
-        dtype: Of Q and of everything but the product itself.
+        iterations: The largest number of products; [n, iterations] numbers are held. min(n, 10 k + 100) if left out.
+        tol: It stops when the residual of all k is below tol |T|; 0 makes all iterations.
+        seed: For the random vectors, which are drawn on the CPU.
+        dtype: For Q and everything but the product itself.
 
     Returns:
         Eigenvalues [k], descending, and orthonormal eigenvectors [n, k].
@@ -85,39 +85,44 @@ def lanczos(
     if not 1 <= k <= iterations:
         raise ValueError(f"`k` must be at least 1 and at most n and `iterations`, {iterations} here, got {k}.")
     generator = torch.Generator().manual_seed(seed)
-    epsilon = torch.finfo(dtype).eps
     Q = torch.empty(iterations, n, dtype=dtype, device=device)
     T = torch.zeros(iterations, iterations, dtype=torch.float64)
     Q[0] = _orthogonal_start(Q[:0], generator)
     for m in range(1, iterations + 1):
-        w = matvec(Q[m - 1]).to(Q)
-        if not w.isfinite().all():
-            raise FloatingPointError(f"Products with the matrix must be finite, number {m} is not.")
-        T[m - 1, m - 1] = torch.dot(w, Q[m - 1])
-        for _ in range(2):  # once more, for what rounding left
-            w -= Q[:m].T @ (Q[:m] @ w)
+        w, T[m - 1, m - 1] = _product(matvec, Q[:m])
         beta = w.norm().item()
         eigenvalues, S = torch.linalg.eigh(T[:m, :m])
-        scale = eigenvalues.abs().max().item()
-        broken = beta <= 10 * epsilon * max(scale, torch.finfo(dtype).tiny)
+        largest = eigenvalues.abs().max().item()
+        broken = beta <= 10 * torch.finfo(dtype).eps * max(largest, torch.finfo(dtype).tiny)
         residual = beta * S[-1, -k:].abs().max().item()
-        if m == iterations or (m >= k and not broken and residual <= tol * scale and tol > 0):
+        if m == iterations or (m >= k and not broken and residual <= tol * largest and tol > 0):
             break
-        # After a breakdown there may be more eigenvectors of the same eigenvalue, which one start cannot see.
+        # After a breakdown, a new vector reaches further eigenvectors of the same eigenvalue; one start cannot.
         Q[m] = _orthogonal_start(Q[:m], generator) if broken else w / beta
         T[m, m - 1] = T[m - 1, m] = 0.0 if broken else beta
-    if m < n and residual > tol * scale and tol > 0:
+    if m < n and residual > tol * largest and tol > 0:
         warnings.warn(
-            f"After {m} products the residual is {residual / scale:.1e} of the largest eigenvalue, above tol = {tol}; "
-            "raise `iterations`.",
+            f"After {m} products the residual is {residual / largest:.1e} of the largest eigenvalue, above "
+            f"tol = {tol}; raise `iterations`.",
             stacklevel=2,
         )
     vectors = Q[:m].T @ S[:, -k:].flip(1).to(Q)
     return eigenvalues[-k:].flip(0).to(Q), vectors
 
 
+def _product(matvec: Matvec, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """A q_m without its part in the span of the rows of Q, and q_m^T A q_m, q_m the last row."""
+    w = matvec(Q[-1]).to(Q)
+    if not w.isfinite().all():
+        raise FloatingPointError(f"Products with the matrix must be finite, number {len(Q)} is not.")
+    diagonal = torch.dot(w, Q[-1])
+    for _ in range(2):  # the second time removes what rounding left
+        w -= Q.T @ (Q @ w)
+    return w, diagonal
+
+
 def _orthogonal_start(Q: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector orthogonal to the rows of Q. [n]"""
+    """A random unit vector orthogonal to the rows of Q: [n]."""
     q = torch.randn(Q.shape[1], generator=generator, dtype=torch.float64).to(Q)
     for _ in range(2):
         q -= Q.T @ (Q @ q)
@@ -128,11 +133,11 @@ def _orthogonal_start(Q: Tensor, generator: torch.Generator) -> Tensor:
 def coverage(c: Tensor, V: Tensor) -> float:
     """The share of span(V) that lies in span(c): |Q^T V|_F^2 / k, with Q and V orthonormal bases of the two.
 
-    1 where span(c) holds span(V); for random c it is C / n on average.
+    It is 1 if span(c) contains span(V), and C / n on average for random c.
 
     Args:
-        c: [C, n], any rows, such as class gradients.
-        V: [n, k], any columns, such as eigenvectors of the Hessian.
+        c: [C, n]; any rows, such as class gradients.
+        V: [n, k]; any columns, such as eigenvectors of the Hessian.
 
     Raises:
         ValueError: if the two do not fit, are not finite, or V is zero.
@@ -148,7 +153,7 @@ def coverage(c: Tensor, V: Tensor) -> float:
 
 
 def _row_space(rows: Tensor) -> Tensor:
-    """An orthonormal basis of the span of the rows, float64 [rank, n]; rows of any length count alike."""
+    """An orthonormal basis of the span of the rows, whatever their lengths: float64 [rank, n]."""
     rows = rows.detach().double()
     norms = rows.norm(dim=1, keepdim=True)
     _, values, basis = torch.linalg.svd(rows / torch.where(norms > 0, norms, 1.0), full_matrices=False)

@@ -14,17 +14,18 @@ def linearized(model: nn.Module, at: Mapping[str, Tensor] | None = None) -> Line
 
         f_lin(x; w) = f(x; w*) + J(x; w*) (w - w*),    J = df/dw.
 
-    It is a network in its own right. Its w starts at the weights of `model`, in parameters of the same names, so it is
-    wrapped and trained as `model` is, in the same subspace for the same seed, and their adapters are exchangeable.
-    Buffers stay as they are at w*, and the model in eval mode: batch norm has the statistics of w*.
+    The result is a module with parameters of the same names, which start at the weights of `model`. It is therefore
+    wrapped and trained like `model`, in the same subspace for the same seed, and adapters of the one load onto the
+    other. Buffers keep their values at w* and the network is in eval mode: batch norm uses the statistics at w*.
 
     Args:
-        model: Left as it is. Its output is one tensor, and torch has forward-mode derivatives of all its operations,
-            which it lacks for recurrent layers and fused ones such as the fast path of nn.TransformerEncoder.
+        model: A network whose output is one tensor. torch must have forward-mode derivatives of all its operations; it
+            lacks them for recurrent layers and for fused ones, such as the fast path of nn.TransformerEncoder. The
+            model is not changed.
         at: w*, a state dict of the model; its present weights if left out.
 
     Raises:
-        RuntimeError: if `at` is of another model, by `load_state_dict`.
+        RuntimeError: from `load_state_dict`, if `at` is of another model.
     """
     point = copy.deepcopy(model)
     if at is not None:
@@ -33,24 +34,24 @@ def linearized(model: nn.Module, at: Mapping[str, Tensor] | None = None) -> Line
 
 
 class Linearized(nn.Module):
-    """See `linearized`. Its modules bear the names of the network's and hold parameters alone.
+    """See `linearized`. Its submodules have the names of the network's and hold only parameters.
 
     Args:
-        model: Has the w to start from.
-        point: The network at w*, of the same architecture, frozen.
+        model: The network with the initial w.
+        point: The same network at w*, frozen.
     """
 
     def __init__(self, model: nn.Module, point: nn.Module):
         super().__init__()
-        object.__setattr__(self, "_point", point)  # unregistered: neither a target of adapters, nor saved
-        _hold(self, model, {})
+        object.__setattr__(self, "_point", point)  # unregistered, so that it is neither adapted nor saved
+        _copy_parameters(self, model, {})
 
     def _apply(self, fn: Callable, recurse: bool = True):
         self._point._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(self, *args, **kwargs) -> Tensor:
-        weights = dict(_held(self))
+        weights = dict(_named_tensors(self))
         at = dict(self._point.named_parameters())
         tangents = {name: weights[name] - w for name, w in at.items()}
 
@@ -68,18 +69,18 @@ class Linearized(nn.Module):
 
 
 class Weights(nn.Module):
-    """The parameters of a module, by name, when it is called: an adapter around it gives its own in their place."""
+    """Returns the parameters of a module by name when it is called, so that an adapter around it can replace them."""
 
     def __init__(self, module: nn.Module, copies: dict[int, nn.Parameter]):
         super().__init__()
-        _hold(self, module, copies)
+        _copy_parameters(self, module, copies)
 
     def forward(self) -> dict[str, Tensor]:
-        return dict(_held(self))
+        return dict(_named_tensors(self))
 
 
-def _hold(holder: nn.Module, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
-    """Give `holder` copies of the parameters of `module` and of all its parts; tied ones stay tied."""
+def _copy_parameters(holder: nn.Module, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
+    """Give `holder` copies of the parameters of `module` and its submodules; tied parameters stay tied."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             if id(parameter) not in copies:
@@ -90,8 +91,8 @@ def _hold(holder: nn.Module, module: nn.Module, copies: dict[int, nn.Parameter])
         holder.add_module(name, Weights(module._modules[name], copies))
 
 
-def _held(holder: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By `_parts`, because PEFT hangs modules of its own beside these."""
+def _named_tensors(holder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `holder`, through `_parts` only, because PEFT adds modules of its own."""
     for name in holder._parameters:
         yield name, getattr(holder, name)
     for part in holder._parts:

@@ -1,8 +1,8 @@
 """Quadratic wells, L(w) = 1/2 w^T H w, and whether an affine subspace meets a sublevel set (Larsen et al. 2021).
 
-H is given by its eigenvalues: in the basis of its eigenvectors, in which a random subspace is again a random subspace.
-An eigenvalue of zero is a direction in which the well is flat, and a well whose eigenvalues are n zeros and D - n ones
-is half the squared distance to an affine subspace of n dimensions.
+Everything is in the basis of H's eigenvectors, so H is given by its eigenvalues; a random subspace stays a random
+subspace in that basis. An eigenvalue of zero is a direction in which the well is flat. A well with n eigenvalues 0 and
+D - n eigenvalues 1 is half the squared distance to an affine subspace of n dimensions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 def radii(eigenvalues: Tensor, epsilon: Tensor | float) -> Tensor:
     """The semi-axes r_i = sqrt(2 epsilon / lambda_i) of the ellipsoid S(epsilon) = {w: L(w) <= epsilon} (section 3.2).
 
-    Infinite where the well is flat.
+    Infinite in directions in which the well is flat.
 
     Args:
         eigenvalues: [D]
@@ -36,13 +36,14 @@ def radii(eigenvalues: Tensor, epsilon: Tensor | float) -> Tensor:
 def lowest_losses(eigenvalues: Tensor, w_0: Tensor, A: Tensor) -> Tensor:
     """min over theta of L(w_0 + A theta), exactly, for the first 0, 1, ..., d columns of A.
 
-    The subspace meets S(epsilon) if and only if that is at most epsilon. With QR = [H^(1/2) A, H^(1/2) w_0] the
-    minimum over the first j columns is half the sum of the squares of the last column of R below its first j entries.
+    The subspace meets S(epsilon) if and only if the minimum is at most epsilon. With QR = [H^(1/2) A, H^(1/2) w_0],
+    the minimum over the first j columns is half the sum of the squares in the last column of R below its first j
+    entries.
 
     Args:
         eigenvalues: [D]
         w_0: [..., D]
-        A: [..., D, d], of linearly independent columns.
+        A: [..., D, d] with linearly independent columns.
 
     Returns:
         [..., d + 1], float64.
@@ -70,17 +71,17 @@ def success(
 ) -> Tensor:
     """P_s(d, epsilon, R) of figure 5: the share of random affine subspaces at distance R that meet S(epsilon).
 
-    A run draws the direction of w_0 and d columns of A; its subspaces of fewer dimensions are spanned by the first of
-    these, and its w_0 at other distances are multiples: the lowest loss is proportional to R^2. So runs are
-    independent, and P_s rises with d in each.
+    A run draws the direction of w_0 and d columns of A. Its subspaces of fewer dimensions are spanned by the first
+    columns, and its w_0 at other distances are multiples of one, because the lowest loss is proportional to R^2. So
+    runs are independent, and P_s does not fall with d.
 
     Args:
         epsilon: [E]
-        R: [K], distances of w_0 from the minimum.
+        R: [K]; distances of w_0 from the minimum.
         d: The largest dimension; D if left out.
 
     Returns:
-        [K, d + 1, E], of subspaces of 0 to d dimensions.
+        [K, d + 1, E]; for subspaces of 0 to d dimensions.
 
     Raises:
         ValueError: if an eigenvalue is negative, or d above D.
@@ -91,12 +92,12 @@ def success(
 
 
 def random_lowest_losses(eigenvalues: Tensor, d: int | None = None, runs: int = 10, seed: int = 0) -> Tensor:
-    """`lowest_losses` from a random w_0 of norm 1 in random subspaces. [runs, d + 1]"""
+    """`lowest_losses` from a random w_0 of norm 1 in random subspaces: [runs, d + 1]."""
     D = len(eigenvalues)
     d = D if d is None else d
     generator = torch.Generator().manual_seed(seed)
     lowest = []
-    for _ in range(runs):  # one after the other: A is large, and its QR decomposition fills the machine
+    for _ in range(runs):  # not batched: A is large, and its QR decomposition uses all cores
         w_0 = torch.randn(D, generator=generator, dtype=torch.float64)
         A = torch.randn(D, d, generator=generator, dtype=torch.float64)
         lowest.append(lowest_losses(eigenvalues.cpu(), w_0 / w_0.norm(), A))
@@ -109,9 +110,11 @@ def affine_threshold(D: int, n: int) -> int:
 
 
 def affine_distance(D: int, n: int, d: int) -> float:
-    """The distance between random affine subspaces of n and d dimensions, root mean square (appendix B.3).
+    """The root mean square distance between random affine subspaces of n and d dimensions (appendix B.3):
 
-    sqrt(max(D - n - d, 0) / D), in units of the distance between a point that each goes through.
+        sqrt(max(D - n - d, 0) / D),
+
+    in units of the distance between the two points through which they are drawn.
     """
     return (max(D - n - d, 0) / D) ** 0.5
 

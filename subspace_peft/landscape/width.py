@@ -1,4 +1,4 @@
-"""Gaussian width, and Gordon's theorem on the sets that a random subspace misses (Larsen et al. 2021)."""
+"""Gaussian width, and Gordon's theorem about the sets that a random subspace misses (Larsen et al. 2021)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 
-NUMBERS = 2**20
-"""How many Gaussian numbers are held at once."""
+NORMALS_AT_A_TIME = 2**20
 
 
 class Estimate(NamedTuple):
@@ -28,13 +27,13 @@ def gaussian_width(support: Callable[[Tensor], Tensor], D: int, draws: int = 100
         support: h(g) = sup_{x in S} <g, x>: float64 [n, D] -> [n].
 
     Raises:
-        ValueError: if there are fewer than two draws, which have no error.
+        ValueError: if there are fewer than two draws, which give no standard error.
     """
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, got {draws}.")
     generator = torch.Generator().manual_seed(seed)
     values = []
-    for n in torch.ones(draws).split(max(1, NUMBERS // D)):
+    for n in torch.ones(draws).split(max(1, NORMALS_AT_A_TIME // D)):
         g = torch.randn(len(n), D, generator=generator, dtype=torch.float64)
         values.append((support(g) + support(-g)) / 2)
     values = torch.cat(values)
@@ -42,10 +41,12 @@ def gaussian_width(support: Callable[[Tensor], Tensor], D: int, draws: int = 100
 
 
 def ellipsoid_support(radii: Tensor) -> Callable[[Tensor], Tensor]:
-    """h(g) = |r * g| of the ellipsoid of these semi-axes; of a ball r |g|, of width r sqrt(D) for large D.
+    """h(g) = |r * g|, the support function of the ellipsoid with these semi-axes.
+
+    For a ball it is r |g|, and the width is r sqrt(D) for large D.
 
     Args:
-        radii: [D]; zero where the ellipsoid is flat.
+        radii: [D]; zero for directions in which the ellipsoid is flat.
     """
     return lambda g: (g * radii.to(g)).norm(dim=-1)
 
@@ -55,8 +56,8 @@ def ellipsoid_width_bounds(radii: Tensor) -> tuple[Tensor, Tensor]:
 
         2 / pi sum_i r_i^2 <= w(E)^2 <= sum_i r_i^2.
 
-    Of a sublevel set of a quadratic well sum_i r_i^2 = 2 epsilon Tr(H^-1) (corollary B.1). The lemma prints
-    sqrt(2 / pi) for what its proof gives; a segment, r_i = 0 but for one, has w^2 = 2 / pi r^2, below that.
+    For a sublevel set of a quadratic well, sum_i r_i^2 = 2 epsilon Tr(H^-1) (corollary B.1). The lemma prints
+    sqrt(2 / pi), but its proof gives 2 / pi: a segment, with one r_i above 0, has w^2 = 2 / pi r^2.
 
     Args:
         radii: [..., D]
@@ -71,11 +72,11 @@ def escape_probability(D: int, d: int, w: float) -> float:
         P(miss) >= 1 - 3.5 exp(-(k / sqrt(k + 1) - w)^2 / 18)    for k = D - d > w^2
 
     Args:
-        w: The Gaussian width of the closed set on the unit sphere around the point that the subspace goes through:
-            of an affine subspace through w_0, the square root of the local angular dimension about w_0.
+        w: The Gaussian width of the closed set on the unit sphere around a point of the subspace. For an affine
+            subspace through w_0 it is the square root of the local angular dimension at w_0.
 
     Returns:
-        The bound; 0 where the theorem says nothing.
+        The bound; 0 if the theorem says nothing.
 
     Raises:
         ValueError: if d is not between 0 and D, or w is negative.

@@ -1,4 +1,4 @@
-"""Angles between subspaces and between vectors, to the last digits also where they are tiny."""
+"""Angles between subspaces and between vectors, accurate to the last digits even if they are tiny."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
 
         cos theta_i = sigma_i(A^T B),    sin theta_i = sigma_i(B - A A^T B)
 
-    in reverse order. An angle below 45 degrees is taken from its sine: arccos loses half of the digits there, all of
-    them below 1e-8 in float64.
+    in reverse order. An angle below 45 degrees is computed from its sine: arccos loses half of the digits of small
+    angles, and all of them below 1e-8 in float64.
 
     Args:
         A: [n, p], of orthonormal columns.
@@ -28,30 +28,30 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
         raise ValueError(f"`A` and `B` must be [n, p] and [n, q], got {list(A.shape)} and {list(B.shape)}.")
     for name, columns in (("A", A), ("B", B)):
         if columns.numel():
-            off = (columns.mT @ columns - torch.eye(columns.shape[1]).to(columns)).abs().max().item()
-            if not off <= 100 * torch.finfo(columns.dtype).eps ** 0.5:
+            error = (columns.mT @ columns - torch.eye(columns.shape[1]).to(columns)).abs().max().item()
+            if not error <= 100 * torch.finfo(columns.dtype).eps ** 0.5:
                 raise ValueError(
                     f"The columns of `{name}` must be orthonormal, {name}^T {name} differs from the identity by "
-                    f"{off:.2g}; pass torch.linalg.qr({name}).Q."
+                    f"{error:.2g}; pass torch.linalg.qr({name}).Q."
                 )
     A, B = (A, B) if A.shape[1] >= B.shape[1] else (B, A)
     if not B.shape[1]:
         return B.new_empty(0)
     products = A.mT @ B
-    cosines = torch.linalg.svdvals(products)  # descending: of ascending angles
+    cosines = torch.linalg.svdvals(products)  # descending, so that the angles ascend
     sines = torch.linalg.svdvals(B - A @ products).flip(0)
     small = cosines.square() >= 0.5
     return torch.where(small, sines.clamp(max=1).asin(), cosines.clamp(max=1).acos())
 
 
 def vector_angles(A: Tensor, B: Tensor) -> Tensor:
-    """The angle between the lines of column i of A and of B, in radians: 2 atan2(|a - b|, |a + b|) of unit columns.
+    """The angle between the lines of column i of A and of B, in radians: 2 atan2(|a - b|, |a + b|) for unit columns.
 
-    arccos |<a_i, b_i>|, accurate also where that is 1 (Kahan 2006). A singular vector has no sign; and no direction
-    where its singular value is another's too, so look at `principal_angles` of all of them there.
+    This is arccos |<a_i, b_i>|, but accurate near 1 too (Kahan 2006). Lines, because a singular vector has no sign. If
+    several singular values are equal, their vectors have no direction either: use `principal_angles` of all of them.
 
     Args:
-        A, B: [n, q], of no zero column.
+        A, B: [n, q], without zero columns.
 
     Returns:
         [q]

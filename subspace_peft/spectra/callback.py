@@ -1,4 +1,4 @@
-"""Spectra in transformers' Trainer."""
+"""SpectraCallback: records spectra while transformers' Trainer trains."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .record import Spectra
 class SpectraCallback(RecordingCallback):
     """Records `Spectra` while transformers' Trainer trains: before the first step, then every epoch or n steps.
 
-    And at the reference step. A training resumed from a checkpoint goes on with the steps up to that one, if `spectra`
-    has a folder.
+    The reference step is always recorded. If `spectra` has a folder, a training that resumes from a checkpoint keeps
+    the steps up to the checkpoint's and records later ones again.
 
     Args:
-        spectra: What is recorded, and where.
+        spectra: The record, which says what is recorded and where.
         every: "epoch", or a number of optimiser steps.
-        initial: Record the initial point, step 0, too.
+        initial: Whether to record the initial point, step 0, too.
 
     Raises:
-        ValueError: if the reference would not be recorded; when training starts at step 0 and steps are recorded
-            already.
+        ValueError: if the reference would not be recorded, and when training starts at step 0 but steps are already
+            recorded.
     """
 
     def __init__(self, spectra: Spectra, every: str | int = "epoch", initial: bool = True):
@@ -40,9 +40,9 @@ class SpectraCallback(RecordingCallback):
     def keep_until(self, step: int) -> None:
         if len(self.spectra) and step == 0:
             raise ValueError(
-                f"A training from the start must be recorded where nothing is, {len(self.spectra)} steps are here "
-                f"(folder: {self.spectra.folder}); resume that training with "
-                "trainer.train(resume_from_checkpoint=True), or take a new Spectra and another folder."
+                f"A training from the start must be recorded in an empty Spectra, this one holds {len(self.spectra)} "
+                f"steps (folder: {self.spectra.folder}); resume that training with "
+                "trainer.train(resume_from_checkpoint=True), or use a new Spectra and another folder."
             )
         self.spectra.keep_until(step)
 

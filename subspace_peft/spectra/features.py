@@ -1,4 +1,4 @@
-"""ClassFeatures: how far features are compressed within classes and separated between them (Qu 2023)."""
+"""ClassFeatures: how much features are compressed within classes and separated between them (Qu 2023)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class ClassFeatures:
     """Means and spreads of the features z of K classes, in one pass over any batches, in float64.
 
-    Of each class the number n_k, the mean z_k and the sum of |z_i - z_k|^2, joined batch by batch (Chan et al. 1979),
-    so that features far from zero lose no digits. It holds K vectors.
+    For each class it holds the number n_k, the mean z_k and the sum of |z_i - z_k|^2, merged batch by batch (Chan et
+    al. 1979), so that features far from zero lose no digits. The memory is that of K vectors.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class ClassFeatures:
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
             features: [B, ...]
@@ -31,29 +31,30 @@ class ClassFeatures:
         if labels.ndim != 1 or labels.is_floating_point() or features.ndim < 2 or len(features) != len(labels):
             raise ValueError(
                 "Features must be [B, ...] and labels B integers, one for each sample, got "
-                f"{list(features.shape)} and {labels.dtype} {list(labels.shape)}; give `read`, which makes the first "
+                f"{list(features.shape)} and {labels.dtype} {list(labels.shape)}; pass `read`, which makes features "
                 "of what a layer returns."
             )
-        features = features.cpu() if features.device.type == "mps" else features  # which has no float64
+        features = features.cpu() if features.device.type == "mps" else features  # mps has no float64
         z = features.detach().flatten(1).double()
         if not z.isfinite().all():
-            raise ValueError("Features must be finite, this batch has some that are not; look at the layers before.")
+            raise ValueError("Features must be finite, some of this batch are not; look at the layers before.")
         classes, inverse, n = labels.to(z.device).unique(return_inverse=True, return_counts=True)
-        rows = self._room(classes.tolist(), z)
+        rows = self._rows_of(classes.tolist(), z)
         means = z.new_zeros(len(classes), z.shape[1]).index_add_(0, inverse, z) / n[:, None]
         squares = z.new_zeros(len(classes)).index_add_(0, inverse, (z - means[inverse]).square().sum(1))
-        total, apart = self._counts[rows] + n, means - self._means[rows]
-        self._squares[rows] += squares + apart.square().sum(1) * self._counts[rows] * n / total
-        self._means[rows] += apart * (n / total)[:, None]
+        total, difference = self._counts[rows] + n, means - self._means[rows]
+        self._squares[rows] += squares + difference.square().sum(1) * self._counts[rows] * n / total
+        self._means[rows] += difference * (n / total)[:, None]
         self._counts[rows] = total
 
-    def _room(self, classes: list[int], z: Tensor) -> Tensor:
+    def _rows_of(self, classes: list[int], z: Tensor) -> Tensor:
+        """The rows of these classes; those of new classes are added."""
         if self._means is None:
             self._means, self._squares, self._counts = z.new_zeros(0, z.shape[1]), z.new_zeros(0), z.new_zeros(0)
         if z.shape[1] != self._means.shape[1]:
             raise ValueError(
-                f"Features must be of one size in all batches, got {z.shape[1]} after {self._means.shape[1]}; give "
-                "`read`, which pools what varies."
+                f"Features must be of one size in all batches, got {z.shape[1]} after {self._means.shape[1]}; pass "
+                "`read`, which pools the dimension that varies."
             )
         new = [k for k in classes if k not in self._rows]
         self._rows |= {k: len(self._rows) + i for i, k in enumerate(new)}
@@ -63,7 +64,7 @@ class ClassFeatures:
 
     @property
     def classes(self) -> list[int]:
-        """Ascending; K entries, as all that follows."""
+        """The classes, ascending: K, in the order of all other results."""
         return sorted(self._rows)
 
     def _sorted(self, tensor: Tensor) -> Tensor:
@@ -90,8 +91,8 @@ class ClassFeatures:
     def within(self) -> float:
         """tr Sigma_W = 1/K sum_k 1/n_k sum_i |z_ki - z_k|^2.
 
-        The slides' 1/(nK) sum_k sum_i for balanced classes; for others each class counts as much as the next, as it
-        does in Sigma_B.
+        For balanced classes this is the 1/(nK) sum_k sum_i of Qu's slides; otherwise all classes count alike, as they
+        do in Sigma_B.
         """
         self._check()
         return (self._squares / self._counts).mean().item()
@@ -103,7 +104,7 @@ class ClassFeatures:
 
     @property
     def compression(self) -> float:
-        """D = tr Sigma_W / tr Sigma_B: 0 where each class is one point, inf or NaN where all classes have one mean."""
+        """D = tr Sigma_W / tr Sigma_B: 0 if each class is one point, inf or NaN if all classes have the same mean."""
         within, between = self.within, self.between
         return within / between if between else (torch.inf if within else torch.nan)
 
@@ -111,8 +112,8 @@ class ClassFeatures:
     def separation(self) -> float:
         """S = 1 - max_{k != k'} |<mu_k, mu_k'>| / (|mu_k| |mu_k'|).
 
-        At most 1 - 1/(K - 1), at the corners of a simplex: the mu_k sum to zero, so of the longest one some cosine is
-        at least 1/(K - 1). 0 for two classes always. NaN where some mu_k is zero.
+        The maximum is 1 - 1/(K - 1), at the corners of a simplex: the mu_k sum to zero, so the longest one has an
+        absolute cosine of at least 1/(K - 1) with another. S is 0 for two classes, and NaN if some mu_k is zero.
         """
         mu = self.centred_means
         mu = mu / mu.norm(dim=1, keepdim=True)

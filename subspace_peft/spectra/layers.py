@@ -14,12 +14,12 @@ from .features import ClassFeatures
 
 
 def first_tensor(output: Any) -> Tensor:
-    """What a layer returns, or the first tensor in it: of a tuple, a list, a dictionary, a ModelOutput."""
+    """The output of a layer, or the first tensor in it if it is a tuple, list, dictionary or ModelOutput."""
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping):
             output = tuple(output.values())
         if not isinstance(output, (tuple, list)) or not output:
-            raise ValueError(f"A layer must return a tensor first, got {type(output).__name__}; give `read`.")
+            raise ValueError(f"A layer must return a tensor first, got {type(output).__name__}; pass `read`.")
         output = output[0]
     return output
 
@@ -32,19 +32,20 @@ def class_features(
     inputs: bool = False,
     read: Callable[[Any], Tensor] = first_tensor,
 ) -> dict[str, ClassFeatures]:
-    """The class means and spreads of what these layers return, in one pass over a data loader, in eval mode.
+    """The class means and spreads of the outputs of these layers, in one pass over a data loader, in eval mode.
 
         D_l = tr Sigma_W / tr Sigma_B,    S_l = 1 - max_{k != k'} |<mu_k, mu_k'>| / (|mu_k| |mu_k'|)
 
-    are `.compression` and `.separation` of each (Qu's slides, after He and Su 2022, Tirer et al. 2022). Samples are
-    those of this process; features are flattened. Hooks and modes of the model are left as they were.
+    are `.compression` and `.separation` of each (Qu's slides, after He and Su 2022, Tirer et al. 2022). Only samples
+    of this process count; features are flattened. Hooks are removed and the modes of the model restored afterwards.
 
     Args:
         batches: Pairs (inputs, labels), inputs a tensor, a tuple of arguments or a dictionary of them; or dictionaries
             with "labels". They are moved to the model's device.
         layers: Names of modules, as in `named_modules` of the model, or of the base model of a PeftModel.
-        inputs: Take what goes into the layers, its first argument, in place of what comes out.
-        read: Makes [B, ...], one sample a row, of that; `lambda output: output[0].mean(1)` over tokens, say.
+        inputs: Use the first argument of the layers instead of their output.
+        read: Turns the output into [B, ...], one sample a row; for example `lambda output: output[0].mean(1)` averages
+            over tokens.
 
     Raises:
         ValueError: if a layer is unknown, or does not run exactly once a batch, or features and labels do not fit.
@@ -54,21 +55,21 @@ def class_features(
     for name in names:
         if name not in modules:
             raise ValueError(f"`layers` must be modules of the model, {name!r} is none of {', '.join(modules)[:500]}.")
-    found = {name: ClassFeatures() for name in names}
+    features = {name: ClassFeatures() for name in names}
     device = next((parameter.device for parameter in model.parameters()), None)
-    with _evaluating(model), _hooked({name: modules[name] for name in names}, inputs, read) as seen:
+    with _evaluating(model), _hooked({name: modules[name] for name in names}, inputs, read) as outputs:
         for batch in batches:
-            seen.clear()
+            outputs.clear()
             arguments, labels = _split(batch)
             _run(model, _moved(arguments, device))
             for name in names:
-                if len(seen.get(name, ())) != 1:
+                if len(outputs.get(name, ())) != 1:
                     raise ValueError(
-                        f"A layer must run once a batch for its features to be clear, {name!r} ran "
-                        f"{len(seen.get(name, ()))} times; name another."
+                        f"A layer must run exactly once a batch to have features, {name!r} ran "
+                        f"{len(outputs.get(name, ()))} times; name another."
                     )
-                found[name].add(seen[name][0], labels)
-    return found
+                features[name].add(outputs[name][0], labels)
+    return features
 
 
 @contextlib.contextmanager
@@ -84,19 +85,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hooked(modules: dict[str, nn.Module], inputs: bool, read: Callable[[Any], Tensor]) -> Iterator[dict[str, list]]:
-    """What is read of the modules since the last clear, by name; copied, since the next module may work in place."""
-    seen: dict[str, list] = {}
+    """What `read` made since the last clear, by module name; copies, because the next module may work in place."""
+    outputs: dict[str, list] = {}
 
     def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         value = (args[0] if args else next(iter(kwargs.values()))) if inputs else output
-        seen.setdefault(name, []).append(read(value).clone())
+        outputs.setdefault(name, []).append(read(value).clone())
 
     handles = []
     try:
         for name, module in modules.items():
             register = module.register_forward_pre_hook if inputs else module.register_forward_hook
             handles.append(register(partial(hook, name), with_kwargs=True))
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +110,7 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         return batch[0], batch[1]
     raise ValueError(
         f"A batch must be a pair (inputs, labels) or a dictionary with 'labels', got {type(batch).__name__}; wrap the "
-        "loader in a generator that makes these."
+        "loader in a generator of such batches."
     )
 
 

@@ -1,4 +1,4 @@
-"""The weights of a model as matrices: by their plain names, with what adapters add to them."""
+"""The weights of a model as matrices, under their names in the plain model, with what adapters add to them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Increment = Callable[[], Tensor]
 def matrices(model: nn.Module | Mapping[str, Tensor], names: Names = None) -> Iterator[tuple[str, Tensor]]:
     """Each weight, one at a time, as a matrix of its first dimension by the rest, under its name in the plain model.
 
-    Where an adapter of PEFT moves it, W_0 plus the increment of the active adapters, in the wider of their dtypes: of
-    this package (origin + P theta_d) and of each type that has `get_delta_weight`, LoRA among them. Of a module in
-    `modules_to_save` the active copy. A tied tensor comes once. Every process must ask for each: sharded tensors are
-    gathered.
+    If adapters of PEFT move a weight, it is W_0 plus the increment of the active adapters, in the wider of their
+    dtypes: those of this package (origin + P theta_d), and those of every type with `get_delta_weight`, such as LoRA.
+    For a module in `modules_to_save` it is the active copy. A tied tensor comes once. Iterate on every process,
+    because sharded tensors are gathered.
 
     Args:
         model: A model, plain or in PEFT, DDP, FSDP, torch.compile; or tensors by name.
-        names: A regular expression that the whole name matches, or names; all matrices if left out.
+        names: A regular expression for the whole name, or names; all matrices if left out.
 
     Raises:
-        ValueError: if no matrix has such a name, or an adapter does not say what it adds.
+        ValueError: if no matrix has such a name, or an adapter has no `get_delta_weight`.
     """
-    entries = _of_model(model) if isinstance(model, nn.Module) else {name: (w, None) for name, w in model.items()}
+    entries = _weights(model) if isinstance(model, nn.Module) else {name: (w, None) for name, w in model.items()}
     entries = {name: entry for name, entry in entries.items() if entry[0].ndim >= 2 and entry[0].is_floating_point()}
     for name in _chosen(list(entries), names):
         tensor, increment = entries[name]
@@ -64,9 +64,9 @@ def _chosen(known: list[str], names: Names) -> list[str]:
     return chosen
 
 
-def _of_model(model: nn.Module) -> dict[str, tuple[Tensor, Increment | None]]:
-    """Parameters by their plain names, and what adapters add."""
-    found: dict[str, tuple[Tensor, Increment | None]] = {}
+def _weights(model: nn.Module) -> dict[str, tuple[Tensor, Increment | None]]:
+    """The parameters by their plain names, and what adapters add to them."""
+    weights: dict[str, tuple[Tensor, Increment | None]] = {}
     increments: dict[str, Increment] = {}
     seen = set()
 
@@ -82,20 +82,20 @@ def _of_model(model: nn.Module) -> dict[str, tuple[Tensor, Increment | None]]:
             module = module.get_base_layer()
         for name, parameter in module._parameters.items():
             path = prefix + name
-            key = (id(parameter), path in increments)  # a tied tensor may be moved under one of its names alone
+            key = (id(parameter), path in increments)  # a tied tensor may be moved under only one of its names
             if parameter is not None and key not in seen:
                 seen.add(key)
-                found[path] = (parameter, increments.get(path))
+                weights[path] = (parameter, increments.get(path))
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, WRAPPERS.sub("", f"{prefix}{name}.").lstrip("."))
 
     visit(unwrapped(model), "")
-    return found
+    return weights
 
 
 def _increments(layer: BaseTunerLayer) -> dict[str, Increment]:
-    """What active adapters that are not merged add to the tensors of a layer, by path inside the base module."""
+    """What the active adapters add to the tensors of a layer, by path inside the base module; nothing if merged."""
     if layer.merged or layer.disable_adapters:
         return {}
     if isinstance(layer, SubspaceLayer):
@@ -113,7 +113,7 @@ def _subspace_increment(layer: SubspaceLayer, adapters: list[str], path: str, pa
 def _delta_weight(layer: BaseTunerLayer, adapters: list[str]) -> Tensor:
     if not callable(getattr(layer, "get_delta_weight", None)):
         raise ValueError(
-            f"An adapter must say what it adds to a weight to be watched, {type(layer).__name__} has no "
-            "`get_delta_weight`; merge it first, or leave its weights out of `names`."
+            f"An adapter must have `get_delta_weight` for spectra of its weights, {type(layer).__name__} has none; "
+            "merge it first, or leave its weights out of `names`."
         )
     return sum(layer.get_delta_weight(adapter) for adapter in adapters)

@@ -19,13 +19,13 @@ from .matrices import Names, matrices
 
 
 SIDES = ("left", "right")
-BLOCKS = ("top", "middle", "bottom")
+BANDS = ("top", "middle", "bottom")
 
 
-def blocks(q: int, rank: int) -> dict[str, slice]:
-    """Singular vectors 0 ... q - 1, by falling singular value: the first `rank`, the last `rank`, and those between.
+def bands(q: int, rank: int) -> dict[str, slice]:
+    """The bands of q singular vectors in descending order: the first `rank`, the last `rank`, and those between.
 
-    Of a small matrix the first come first: the middle is empty from q = 2 rank down, the bottom from q = rank down.
+    In a small matrix the top band is filled first: the middle is empty if q <= 2 rank, the bottom if q <= rank.
     """
     top, bottom = min(rank, q), max(q - rank, min(rank, q))
     return {"top": slice(0, top), "middle": slice(top, bottom), "bottom": slice(bottom, q)}
@@ -34,23 +34,24 @@ def blocks(q: int, rank: int) -> dict[str, slice]:
 class Spectra:
     """W(t) = U(t) diag(sigma(t)) V(t)^T of weights at steps t, and the angles of U and V against a reference step.
 
-    By block of `rank` singular vectors (see `blocks`) all principal angles between its span at t and at the reference;
-    and by number i the angle of u_i(t) and u_i, v_i(t) and v_i. Gradient descent of deep linear networks on targets of
-    rank r keeps the d - 2r middle ones where they are (Yaras et al. 2023; Qu's slides).
+    For each band of singular vectors (see `bands`) it records all principal angles between the span at t and at the
+    reference, and for each i the angles between u_i(t) and u_i and between v_i(t) and v_i. In deep linear networks
+    whose targets have rank r, gradient descent does not turn the d - 2r middle vectors (Yaras et al. 2023; Qu's
+    slides).
 
-    Blocks, and single vectors even more, mean something only where their singular values differ from all others. From
-    an orthogonal start, all equal, the SVD of step 0 is arbitrary: take the first step after it as the reference.
+    A band, and even more a single vector, is defined only if its singular values differ from all others. At an
+    orthogonal start all are equal and the SVD of step 0 is arbitrary: use the first step after it as the reference.
 
     Args:
-        rank: Of the top and of the bottom block; the number of classes, say.
-        names: Which weights, as in `matrices`.
-        folder: Where each step is kept as `<step>.safetensors`, and what is there is gone on with; in memory alone if
-            left out.
+        rank: The size of the top and of the bottom band; for example the number of classes.
+        names: The weights, as in `matrices`.
+        folder: Where each step is stored as `<step>.safetensors`; steps that are there already are read. Without a
+            folder they are in memory only.
         reference: A step; the first that is recorded if left out. Angles of earlier steps are NaN.
-        dtype: Of the decomposition; angles below 1e-7 are lost in float32.
+        dtype: The dtype of the decomposition; float32 loses angles below 1e-7.
 
     Raises:
-        ValueError: if `rank` is not positive, or the folder holds something else.
+        ValueError: if `rank` is not positive, or the folder holds records of other settings.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Spectra:
         self.names = names if names is None or isinstance(names, str) else list(names)
         self.folder = None if folder is None else Path(folder)
         self._records: dict[int, dict[str, Tensor]] = {}
-        self._vectors: dict[str, Tensor] = {}  # of the reference step
+        self._vectors: dict[str, Tensor] = {}  # the singular vectors of the reference step
         for path in self._files():
             self._read(path)
 
@@ -79,14 +80,14 @@ class Spectra:
         """Record one step: of a model, plain or in PEFT, or of tensors by name.
 
         Call it on every process: sharded parameters are gathered one at a time (by FSDP of version 1 all at once), and
-        the main process decomposes. The last step may be recorded again; to go back further, call `keep_until`.
+        the main process decomposes them. The last step may be recorded again; to go back further, call `keep_until`.
 
         Args:
-            step: One more than the last if left out, from 0.
+            step: One more than the last step if left out, from 0.
 
         Raises:
-            ValueError: if the step is before the last, no weight is named, one has another shape than before, or is
-                not finite.
+            ValueError: if the step is before the last one, if there is no weight of these names, or if a weight has
+                another shape than before or is not finite.
         """
         with gathered(model) if isinstance(model, nn.Module) else nullcontext():
             chosen = matrices(model, self.names)
@@ -117,15 +118,15 @@ class Spectra:
         for name, matrix in chosen:
             if not matrix.isfinite().all():
                 raise ValueError(f"A weight must be finite to have singular values, `{name}` is not at step {step}.")
-            wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # which has no float64
+            wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # mps has no float64
             U, sigma, Vh = torch.linalg.svd(wide.to(self.dtype), full_matrices=False)
             record[f"{name}/singular_values"] = sigma.cpu()
-            for side, now in zip(SIDES, (U, Vh.mT), strict=True):
+            for side, columns in zip(SIDES, (U, Vh.mT), strict=True):
                 key = f"{name}/{side}"
                 if is_reference:
-                    vectors[f"{key}/reference"] = now.cpu().contiguous()
-                start = now if is_reference else self._vectors.get(f"{key}/reference")
-                record |= self._angles(key, now, None if start is None else start.to(now.device))
+                    vectors[f"{key}/reference"] = columns.cpu().contiguous()
+                start = columns if is_reference else self._vectors.get(f"{key}/reference")
+                record |= self._angles(key, columns, None if start is None else start.to(columns.device))
         self._check_model(record, step)
         if is_reference:
             self._vectors = vectors
@@ -133,27 +134,27 @@ class Spectra:
             self._write(step, record | vectors, {"rank": str(self.rank), "reference": str(reference)})
         self._records[step] = record
 
-    def _angles(self, key: str, now: Tensor, start: Tensor | None) -> dict[str, Tensor]:
-        """[q] each: principal angles of one block after the other, and those of single vectors."""
+    def _angles(self, key: str, columns: Tensor, start: Tensor | None) -> dict[str, Tensor]:
+        """The principal angles, band by band, and the angles of single vectors, against the start: [q] each."""
         if start is None:
-            principal, vectors = (now.new_full((now.shape[1],), torch.nan) for _ in range(2))
-        elif start.shape != now.shape:
-            raise ValueError(_other_model(key.rpartition("/")[0], now.shape, start.shape))
+            principal, vectors = (columns.new_full((columns.shape[1],), torch.nan) for _ in range(2))
+        elif start.shape != columns.shape:
+            raise ValueError(_other_model(key.rpartition("/")[0], columns.shape, start.shape))
         else:
-            parts = blocks(now.shape[1], self.rank).values()
-            principal = torch.cat([principal_angles(now[:, part], start[:, part]) for part in parts])
-            vectors = vector_angles(now, start)
+            slices = bands(columns.shape[1], self.rank).values()
+            principal = torch.cat([principal_angles(columns[:, band], start[:, band]) for band in slices])
+            vectors = vector_angles(columns, start)
         return {f"{key}/angles": principal.cpu(), f"{key}/vector_angles": vectors.cpu()}
 
     def _check_model(self, record: dict[str, Tensor], step: int) -> None:
         first = next((other for at, other in self._records.items() if at != step), record)
         for key in [*first, *record]:
-            here, there = (each[key].shape if key in each else None for each in (record, first))
-            if here != there:
-                raise ValueError(_other_model(key.partition("/")[0], here, there))
+            shape, before = (each[key].shape if key in each else None for each in (record, first))
+            if shape != before:
+                raise ValueError(_other_model(key.partition("/")[0], shape, before))
 
     def keep_until(self, step: int) -> None:
-        """Forget later steps, their files too: to go on from a checkpoint of this step."""
+        """Delete later steps and their files, to go on from a checkpoint of this step."""
         for later in [other for other in self.steps if other > step]:
             if self.folder and is_main_process():
                 self._path(later).unlink(missing_ok=True)
@@ -164,8 +165,8 @@ class Spectra:
     # ------------------------------------------------------------------------------------------------------ its files
 
     def _files(self) -> list[Path]:
-        found = self.folder.glob("*.safetensors") if self.folder else ()
-        return sorted((path for path in found if re.fullmatch(r"\d{8,}", path.stem)), key=lambda path: int(path.stem))
+        paths = self.folder.glob("*.safetensors") if self.folder else ()
+        return sorted((path for path in paths if re.fullmatch(r"\d{8,}", path.stem)), key=lambda path: int(path.stem))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.safetensors"
@@ -189,18 +190,18 @@ class Spectra:
             if given is not None and settings[name] != str(given):
                 raise ValueError(
                     f"All records in a folder must be of one `{name}`, {str(path)!r} is of {settings[name]}, got "
-                    f"{given}; take that, or another folder."
+                    f"{given}; use that one, or another folder."
                 )
         self.reference = int(settings["reference"])
         vectors = {key: tensor for key, tensor in tensors.items() if key.endswith("/reference")}
         self._vectors |= vectors
         self._records[int(path.stem)] = {key: tensor for key, tensor in tensors.items() if key not in vectors}
 
-    # ----------------------------------------------------------------------------------------------------- what it saw
+    # ----------------------------------------------------------------------------------------------------- its record
 
     @property
     def steps(self) -> list[int]:
-        """Ascending."""
+        """The recorded steps, ascending."""
         return list(self._records)
 
     def __len__(self) -> int:
@@ -208,7 +209,7 @@ class Spectra:
 
     @property
     def weights(self) -> list[str]:
-        """The names of what is watched."""
+        """The names of the recorded weights."""
         record = next(iter(self._records.values()), {})
         return [key.removesuffix("/singular_values") for key in record if key.endswith("/singular_values")]
 
@@ -216,12 +217,12 @@ class Spectra:
         """sigma_i(t), descending: [t, q]."""
         return self._stacked(name, "singular_values")
 
-    def angles(self, name: str, side: str, block: str) -> Tensor:
-        """The principal angles of a block against the reference, in radians, ascending: [t, p]."""
-        _check_name("block", block, BLOCKS)
+    def angles(self, name: str, side: str, band: str) -> Tensor:
+        """The principal angles of a band against the reference, in radians, ascending: [t, p]."""
+        _check_name("band", band, BANDS)
         _check_name("side", side, SIDES)
         stacked = self._stacked(name, f"{side}/angles")
-        return stacked[:, blocks(stacked.shape[1], self.rank)[block]]
+        return stacked[:, bands(stacked.shape[1], self.rank)[band]]
 
     def vector_angles(self, name: str, side: str) -> Tensor:
         """The angles of single singular vectors against the reference, in radians: [t, q]."""
@@ -230,7 +231,7 @@ class Spectra:
 
     def _stacked(self, name: str, what: str) -> Tensor:
         if name not in self.weights:
-            raise ValueError(f"A weight must be recorded to be looked at, {name!r} is none of {self.weights}.")
+            raise ValueError(f"`name` must be a recorded weight, {name!r} is none of {self.weights}.")
         return torch.stack([record[f"{name}/{what}"] for record in self._records.values()])
 
 
@@ -244,8 +245,9 @@ def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"`{what}` must be one of {', '.join(known)}, got {name!r}.")
 
 
-def _other_model(name: str, here, there) -> str:
+def _other_model(name: str, shape: torch.Size | None, before: torch.Size | None) -> str:
+    got, expected = ("no matrix" if each is None else f"shape {list(each)}" for each in (shape, before))
     return (
-        f"All steps must be of one model: `{name}` gives {here and list(here)} here, {there and list(there)} before; "
-        "watch each model in a Spectra of its own."
+        f"All steps must be of one model: `{name}` gives {got} in this step and {expected} in an earlier one; record "
+        "each model in a Spectra of its own."
     )

@@ -37,7 +37,7 @@ SPHERE = {D: sphere(D) for D in (2, 3)}
 
 
 def seen(u: torch.Tensor, r: torch.Tensor, w_0: torch.Tensor) -> torch.Tensor:
-    """Whether the ray from w_0 along u meets the ellipsoid: its nearest point does, in units of the radii."""
+    """Whether the ray from w_0 along u meets the ellipsoid: whether its point nearest to the centre is inside."""
     step, start = u / r, w_0 / r
     t = (-(step @ start) / step.square().sum(1)).clamp(min=0)
     return (start + t[:, None] * step).norm(dim=1) <= 1
@@ -45,7 +45,7 @@ def seen(u: torch.Tensor, r: torch.Tensor, w_0: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=40)
 @given(st.sampled_from([2, 3]), st.integers(0, 10**6), st.floats(1.05, 6))
-def test_the_support_is_that_of_all_directions_seen(D, seed, far):
+def test_the_support_function_by_brute_force(D, seed, far):
     r = (normal(D, seed=seed) / 2).exp()
     w_0 = normal(D, seed=seed + 1)
     w_0 *= far / (w_0 / r).norm()
@@ -53,27 +53,27 @@ def test_the_support_is_that_of_all_directions_seen(D, seed, far):
     assume(len(u) > 100)
     g = normal(20, D, seed=seed + 2)
     brute = (g @ u.T).amax(1)
-    found = directions_support(r, w_0)(g)
-    assert (found >= brute - 1e-9).all()
-    torch.testing.assert_close(found, brute, rtol=0, atol=2e-4 if D == 2 else 2e-2)
+    h = directions_support(r, w_0)(g)
+    assert (h >= brute - 1e-9).all()
+    torch.testing.assert_close(h, brute, rtol=0, atol=2e-4 if D == 2 else 2e-2)
 
 
 @settings(max_examples=40)
 @given(st.integers(2, 30), st.integers(0, 10**6), st.floats(1.001, 100))
 def test_the_ball_is_a_circular_cone(D, seed, R):
-    """Of half-angle asin(r / R): g at the angle phi from its axis is |g| cos(phi - half-angle) beyond it."""
+    """Its half-angle is asin(r / R); outside it, at the angle phi from the axis, h(g) = |g| cos(phi - half-angle)."""
     w_0, g = normal(D, seed=seed), normal(50, D, seed=seed + 1)
     axis = -w_0 / w_0.norm()
     phi = torch.acos((g @ axis / g.norm(dim=1)).clamp(-1, 1))
     expected = g.norm(dim=1) * torch.cos((phi - math.asin(1 / R)).clamp(min=0))
-    found = directions_support(torch.full((D,), 2.0), -2 * R * axis)(g)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-7)
+    h = directions_support(torch.full((D,), 2.0), -2 * R * axis)(g)
+    torch.testing.assert_close(h, expected, rtol=1e-9, atol=1e-7)
 
 
 @settings(max_examples=20)
 @given(st.integers(2, 40), st.integers(0, 10**6))
-def test_it_turns_with_the_ellipsoid_and_knows_no_unit(D, seed):
-    """No direction found otherwise is better: those to points of the ellipsoid."""
+def test_symmetries_and_the_maximum(D, seed):
+    """h does not depend on the unit of length or on reflections, and no direction to a point of S exceeds it."""
     r, w_0 = normal(D, seed=seed).exp(), 3 * D * normal(D, seed=seed + 1)
     assume((w_0 / r).norm() > 1)
     g = normal(20, D, seed=seed + 2)
@@ -88,7 +88,7 @@ def test_it_turns_with_the_ellipsoid_and_knows_no_unit(D, seed):
 
 
 def test_the_maximum_is_stationary_and_on_the_cone():
-    """By the gradient of h, which is the maximiser: it is a unit vector, and a tangent to the ellipsoid."""
+    """The gradient of h is the maximiser: a unit vector whose ray from w_0 is a tangent to the ellipsoid."""
     r, w_0 = torch.logspace(-3, 0, 30).double(), normal(30)
     g = normal(200, 30, seed=1).requires_grad_()
     h = directions_support(r, w_0)(g)
@@ -100,14 +100,14 @@ def test_the_maximum_is_stationary_and_on_the_cone():
     torch.testing.assert_close(nearest, torch.ones(200, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-def test_from_inside_all_of_the_sphere_is_seen():
+def test_inside_the_ellipsoid_all_directions_meet_it():
     r, g = torch.ones(5).double(), normal(10, 5)
     torch.testing.assert_close(directions_support(r, 0.1 * torch.ones(5).double())(g), g.norm(dim=1))
     assert local_angular_dimension(torch.ones(100), torch.zeros(100)).value == pytest.approx(100, rel=0.01)
     assert local_dimension_limit(torch.ones(100).double(), 0.5).item() == pytest.approx(100)
 
 
-def test_an_affine_subspace_of_n_dimensions_fills_half_the_sky_of_n_plus_1():
+def test_an_affine_subspace_of_n_dimensions_is_half_a_sphere_in_n_plus_1():
     D, n = 60, 20
     r = torch.cat([torch.full((n,), torch.inf), torch.full((D - n,), 1e-6)]).double()
     estimate = local_angular_dimension(r, normal(D), draws=4000)
@@ -119,7 +119,7 @@ def test_an_affine_subspace_of_n_dimensions_fills_half_the_sky_of_n_plus_1():
 
 
 def test_a_far_ellipsoid_is_as_wide_as_its_shadow():
-    """From afar the projection is the ellipsoid without its part along w_0, over R."""
+    """From far away the projection is the ellipsoid without its extent along w_0, divided by R."""
     D, R = 40, 1e4
     r = torch.linspace(0.5, 2, D).double()
     w_0 = torch.zeros(D).double()
@@ -135,8 +135,8 @@ SPECTRA = {"bimodal": torch.cat([torch.ones(150), torch.full((150,), 1e-3)]), "c
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_the_threshold_is_D_less_it(spectrum):
-    """Equation 3.3, and the bound (3.4), and the limit for large D."""
+def test_the_threshold_is_D_minus_the_local_dimension(spectrum):
+    """Equation 3.3, with the bound (3.4) and the limit for large D."""
     eigenvalues = SPECTRA[spectrum].double()
     D, epsilon = len(eigenvalues), 5e-3
     r = radii(eigenvalues, epsilon)
@@ -156,7 +156,7 @@ def test_the_limit_solves_its_equation():
     torch.testing.assert_close(x, local_dimension_bound(r[:, None], R * (1 - x / 50).sqrt()))
 
 
-def test_what_it_refuses():
+def test_bad_arguments():
     with pytest.raises(ValueError, match="\\[D\\], D >= 2, got \\[3\\] and \\[2\\]"):
         directions_support(torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="`radii` must be above 0, the smallest is 0"):

@@ -19,14 +19,14 @@ def symmetric(n: int, seed: int = 0) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------- Hessian
 
 
-def test_the_product_is_that_of_the_dense_hessian():
+def test_products_with_the_dense_hessian():
     problem = PROBLEMS["network"]
     x = problem.parameter()
     x.data.normal_(generator=torch.Generator().manual_seed(0))
     H = torch.autograd.functional.hessian(problem.loss, x.detach())
     product = hessian_product(lambda: problem.loss(x), [x])
-    found = torch.stack([product(unit) for unit in torch.eye(30, dtype=torch.float64)])
-    torch.testing.assert_close(found, H)
+    columns = torch.stack([product(unit) for unit in torch.eye(30, dtype=torch.float64)])
+    torch.testing.assert_close(columns, H)
     assert x.grad is None
 
 
@@ -44,7 +44,7 @@ def test_losses_of_batches_are_summed():
     )
 
 
-def test_several_tensors_in_their_order_and_some_without_curvature():
+def test_several_tensors_some_without_curvature():
     a, b, unused = (torch.nn.Parameter(torch.ones(n)) for n in (2, 1, 3))
     product = hessian_product(lambda: a[0] ** 2 * b[0] + 5 * a[1], [a, b, unused])
     H = torch.zeros(6, 6)
@@ -53,22 +53,22 @@ def test_several_tensors_in_their_order_and_some_without_curvature():
     assert not hessian_product(lambda: a.sum(), [a, b])(torch.ones(3)).any()
 
 
-def test_of_theta_d():
-    """P^T H P: double backward goes through the projection."""
+def test_the_hessian_in_theta_d():
+    """P^T H P, because double backward goes through the projection."""
     case = BY_NAME["mlp"]
     model = wrap(case, d=5)
     vector, x = theta_d(model), case.batch()
     product = hessian_product(lambda: model(x).square().mean(), [vector])
-    found = torch.stack([product(unit) for unit in torch.eye(5)])
-    assert found.abs().max().item() > 1e-3
-    torch.testing.assert_close(found, found.T)
+    H = torch.stack([product(unit) for unit in torch.eye(5)])
+    assert H.abs().max().item() > 1e-3
+    torch.testing.assert_close(H, H.T)
     step = 1e-3
     gradients = []
     for sign in (1, -1):
         vector.data.zero_()[0] = sign * step
         (gradient,) = torch.autograd.grad(model(x).square().mean(), vector)
         gradients.append(gradient)
-    torch.testing.assert_close((gradients[0] - gradients[1]) / (2 * step), found[0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close((gradients[0] - gradients[1]) / (2 * step), H[0], rtol=1e-2, atol=1e-3)
 
 
 def test_a_vector_of_another_length():
@@ -115,7 +115,7 @@ def test_repeated_eigenvalues_and_invariant_subspaces(spectrum):
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(3, dtype=torch.float64))
 
 
-def test_single_precision_and_the_same_from_the_same_seed():
+def test_single_precision_and_the_seed():
     A = symmetric(80).float()
     runs = [lanczos(lambda v: A @ v, 80, 4, tol=1e-5, dtype=torch.float32, seed=7) for _ in range(2)]
     assert torch.equal(runs[0][1], runs[1][1])
@@ -123,7 +123,7 @@ def test_single_precision_and_the_same_from_the_same_seed():
     torch.testing.assert_close(runs[0][0], torch.linalg.eigvalsh(A).flip(0)[:4], rtol=1e-4, atol=1e-4)
 
 
-def test_what_lanczos_refuses_and_says():
+def test_errors_and_warnings_of_lanczos():
     A = symmetric(20)
     with pytest.raises(ValueError, match="`k` must be at least 1 and at most n and `iterations`, 20 here, got 21"):
         lanczos(lambda v: A @ v, 20, 21)
@@ -150,7 +150,7 @@ def test_coverage_of_known_spans():
 
 @settings(max_examples=30)
 @given(st.integers(0, 10**6))
-def test_coverage_is_of_spans_not_of_their_bases(seed):
+def test_coverage_does_not_depend_on_the_bases(seed):
     generator = torch.Generator().manual_seed(seed)
     c, V, mix = (torch.randn(shape, generator=generator).double() for shape in ((3, 9), (9, 2), (3, 3)))
     share = coverage(c, V)
@@ -167,7 +167,7 @@ def test_coverage_of_a_random_subspace():
     assert sum(shares) / 40 == pytest.approx(10 / 50, abs=0.02)
 
 
-def test_what_coverage_refuses():
+def test_bad_arguments_of_coverage():
     with pytest.raises(ValueError, match="one n, got \\[2, 5\\] and \\[4, 2\\]"):
         coverage(torch.ones(2, 5), torch.ones(4, 2))
     with pytest.raises(ValueError, match="must be finite"):

@@ -19,7 +19,7 @@ CONFIG = {"d": 7, "target_modules": "all", "projection": "fastjl", "normalizatio
 
 
 class Network(nn.Module):
-    """Smooth, of two levels, with batch norm, dropout, a frozen tensor of its own and a tied one."""
+    """Smooth, with submodules in submodules, batch norm, dropout, a frozen parameter and a tied one."""
 
     def __init__(self):
         super().__init__()
@@ -50,10 +50,10 @@ def test_at_the_point_it_is_the_network():
     assert {n: p.requires_grad for n, p in tangent.named_parameters()} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
-    assert torch.equal(tangent.train()(X), tangent(X))  # neither dropout nor statistics of the batch
+    assert torch.equal(tangent.train()(X), tangent(X))  # no dropout, no batch statistics
 
 
-def test_its_weights_start_at_the_model_and_its_point_is_another():
+def test_its_weights_start_at_the_model_and_its_point_stays():
     model, optimum = network(0), network(1)
     tangent = linearized(model, at=optimum.state_dict())
     for name, parameter in tangent.named_parameters():
@@ -68,7 +68,7 @@ def test_its_weights_start_at_the_model_and_its_point_is_another():
 
 
 def test_it_is_the_tangent():
-    """f(w* + h v) - f_lin(w* + h v) falls as h^2, and the slope is that of finite differences."""
+    """f(w* + h v) - f_lin(w* + h v) falls as h^2, so the slope agrees with finite differences."""
     optimum, gaps = network(1), []
     at = optimum.state_dict()
     for h in (1e-2, 1e-3):
@@ -94,7 +94,7 @@ def test_it_is_affine_in_its_weights():
     torch.testing.assert_close(outputs[1], torch.lerp(outputs[0], outputs[2], 0.25))
 
 
-def test_exact_where_the_network_is_linear_in_its_weights():
+def test_a_linear_network_is_its_own_linearisation():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     at = {name: torch.randn_like(w) for name, w in model.state_dict().items()}
@@ -102,8 +102,8 @@ def test_exact_where_the_network_is_linear_in_its_weights():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wrapped_it_has_the_adapter_of_the_network(name):
-    """The same theta_d, tensors and P; an adapter of the one loads onto the other."""
+def test_its_adapter_is_that_of_the_network(name):
+    """It has the same theta_d, tensors and P, so an adapter of the one loads onto the other."""
     case = BY_NAME[name]
     model = case.model()
     full = get_peft_model(copy.deepcopy(model), SubspaceConfig(**CONFIG)).eval()
@@ -124,7 +124,7 @@ def test_wrapped_it_has_the_adapter_of_the_network(name):
 
 
 def test_gradients_in_theta_d():
-    """P^T J^T dl/df by autograd of the network at its point, and constant J: the Hessian is P^T J^T l'' J P."""
+    """J is constant: the gradient is P^T J^T dl/df, the Hessian P^T J^T l'' J P, with J by autograd at the point."""
     model, optimum = network(0).float(), network(1).float()
     x = X.float()
     wrapped = get_peft_model(linearized(model, optimum.state_dict()), SubspaceConfig(**CONFIG))
@@ -144,11 +144,11 @@ def test_gradients_in_theta_d():
     p = logits.detach().softmax(1)
     curvature = (p.diag_embed() - p[:, :, None] * p[:, None]) / len(p)
     expected = torch.einsum("ncd,nce,nef->df", JP, curvature, JP)
-    found = torch.stack([product(unit) for unit in torch.eye(7)])
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    H = torch.stack([product(unit) for unit in torch.eye(7)])
+    torch.testing.assert_close(H, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_it_trains_in_the_usual_loop_and_saves_what_an_adapter_saves(tmp_path):
+def test_it_trains_in_a_usual_loop_and_saves_an_adapter(tmp_path):
     model, optimum = network(0).float(), network(1).float()
     wrapped = get_peft_model(linearized(model, optimum.state_dict()), SubspaceConfig(**CONFIG | {"d": 40}))
     optimizer = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), lr=0.1)
@@ -168,7 +168,7 @@ def test_it_trains_in_the_usual_loop_and_saves_what_an_adapter_saves(tmp_path):
     PeftModel.from_pretrained(network(0).float(), tmp_path)
 
 
-def test_it_moves_and_copies_as_a_whole():
+def test_copies_and_casts_include_the_point():
     tangent = linearized(network(0).float(), network(1).float().state_dict())
     expected = tangent(X.float())
     twin = copy.deepcopy(tangent).double()
@@ -177,7 +177,7 @@ def test_it_moves_and_copies_as_a_whole():
     assert set(tangent.state_dict()) == {name for name, _ in network(0).named_parameters(remove_duplicate=False)}
 
 
-def test_what_it_refuses():
+def test_bad_models():
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         linearized(nn.Linear(2, 3), nn.Linear(3, 2).state_dict())
 

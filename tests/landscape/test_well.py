@@ -28,7 +28,7 @@ def test_the_ellipsoid_is_the_sublevel_set():
 
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.data())
-def test_the_lowest_loss_of_each_subspace_is_that_of_a_linear_solve(seed, D, data):
+def test_the_lowest_loss_by_a_linear_solve(seed, D, data):
     d = data.draw(st.integers(0, D))
     eigenvalues = normal(D, seed=seed).abs() + 0.01
     w_0, A = normal(2, D, seed=seed + 1), normal(2, D, d, seed=seed + 2)
@@ -67,7 +67,7 @@ def test_success_is_the_share_of_runs_at_or_below_epsilon():
     assert P[1, 12, 1].item() == pytest.approx((4 * lowest[:, 12] <= 0.01).double().mean().item())
     assert (P.diff(dim=1) >= 0).all()  # more dimensions
     assert (P.diff(dim=2) >= 0).all()  # a higher loss
-    assert (P[0] >= P[1]).all()  # from nearer
+    assert (P[0] >= P[1]).all()  # a shorter distance
     assert (P[:, 30] == 1).all()
     assert 0 < P.mean().item() < 1
     fewer = success(eigenvalues, epsilon, R, d=5, runs=6, seed=3)
@@ -75,10 +75,10 @@ def test_success_is_the_share_of_runs_at_or_below_epsilon():
 
 
 def assert_affine_distances(squares: torch.Tensor, D: int, n: int) -> None:
-    """Of a point to the span of n and d random directions: its squared cosine with the rest is Beta distributed.
+    """The squared distance of a unit vector to the span of n + d random directions is Beta distributed.
 
     Args:
-        squares: [runs, D + 1], by d.
+        squares: The squared distances for each d: [runs, D + 1].
     """
     threshold = affine_threshold(D, n)
     assert squares[:, threshold:].max() < 1e-18 < squares[:, threshold - 1].min()
@@ -90,8 +90,8 @@ def assert_affine_distances(squares: torch.Tensor, D: int, n: int) -> None:
     assert affine_distance(D, n, threshold) == affine_distance(D, n, D) == 0
 
 
-def test_two_affine_subspaces_meet_from_their_threshold_on():
-    """Both at random, neither along the axes."""
+def test_two_affine_subspaces_meet_from_the_threshold_on():
+    """Both are random, neither lies along the axes."""
     D, n, runs = 12, 5, 1500
     A, B, offset = normal(runs, D, D, seed=1), normal(runs, D, n, seed=2), normal(runs, D, 1, seed=3)
     offset /= offset.norm(dim=1, keepdim=True)
@@ -108,7 +108,7 @@ def test_a_flat_well_is_an_affine_subspace():
     assert_affine_distances(2 * random_lowest_losses(eigenvalues, runs=500), D, n)
 
 
-def test_what_a_well_refuses():
+def test_bad_arguments():
     eigenvalues = torch.ones(3)
     with pytest.raises(ValueError, match="at least 0, the smallest is -1; leave out the directions of negative"):
         radii(torch.tensor([1.0, -1.0]), 1.0)

@@ -1,4 +1,4 @@
-"""Class features: compression and separation of known clouds, and of the layers of a model."""
+"""Class features: compression and separation of known point clouds, and of the layers of a model."""
 
 import math
 
@@ -12,44 +12,45 @@ from subspace_peft.spectra import ClassFeatures, class_features, first_tensor
 from tests.cases import BY_NAME, close, normal, wrap
 
 
-def added(features, labels, size=None, order=None):
-    found = ClassFeatures()
+def features_of(features, labels, size=None, order=None):
+    """ClassFeatures of these features, added in batches of `size`."""
+    cloud = ClassFeatures()
     order = torch.arange(len(labels)) if order is None else order
     for part in order.split(size or len(order)):
-        found.add(features[part], labels[part])
-    return found
+        cloud.add(features[part], labels[part])
+    return cloud
 
 
 def test_a_cloud_of_known_spread():
     """Two classes at +-3 e_1, of points at +-1 along e_2: tr Sigma_W = 1, tr Sigma_B = 9, mu_1 = -mu_2."""
     features = torch.tensor([[3.0, 1], [3, -1], [-3, 1], [-3, -1]])
-    found = added(features, torch.tensor([0, 0, 1, 1]))
-    assert (found.within, found.between, found.compression) == (1, 9, 1 / 9)
-    assert found.separation == pytest.approx(0, abs=1e-15)
-    assert found.classes == [0, 1]
-    assert found.counts.tolist() == [2, 2]
-    assert found.means.tolist() == [[3, 0], [-3, 0]]
+    cloud = features_of(features, torch.tensor([0, 0, 1, 1]))
+    assert (cloud.within, cloud.between, cloud.compression) == (1, 9, 1 / 9)
+    assert cloud.separation == pytest.approx(0, abs=1e-15)
+    assert cloud.classes == [0, 1]
+    assert cloud.counts.tolist() == [2, 2]
+    assert cloud.means.tolist() == [[3, 0], [-3, 0]]
 
 
 @pytest.mark.parametrize("K", [3, 4, 10])
-def test_a_simplex_is_as_separate_as_can_be(K):
+def test_a_simplex_has_the_largest_separation(K):
     features = torch.eye(K, dtype=torch.float64).repeat(2, 1) + 5
-    found = added(features, torch.arange(K).repeat(2))
-    assert found.compression == pytest.approx(0, abs=1e-15)
-    assert found.separation == pytest.approx(1 - 1 / (K - 1))
+    cloud = features_of(features, torch.arange(K).repeat(2))
+    assert cloud.compression == pytest.approx(0, abs=1e-15)
+    assert cloud.separation == pytest.approx(1 - 1 / (K - 1))
 
 
 def test_orthogonal_means():
-    """+-a, +-b orthogonal: two lines, so opposite means are not separate; with a and b scaled nothing changes."""
+    """+-a, +-b on two orthogonal lines: opposite means have no separation, whatever the lengths of a and b."""
     features = torch.tensor([[1.0, 0], [-1, 0], [0, 7], [0, -7]])
-    assert added(features, torch.arange(4)).separation == pytest.approx(0)
+    assert features_of(features, torch.arange(4)).separation == pytest.approx(0)
     mu = torch.tensor([[2.0, 0, 0], [0, 3, 0], [0, 0, 1], [-2, -3, -1]])
     expected = 1 - 3 / math.sqrt(14)
-    assert added(mu, torch.arange(4)).separation == pytest.approx(expected)
+    assert features_of(mu, torch.arange(4)).separation == pytest.approx(expected)
 
 
 def slides(features, labels):
-    """D and S from the covariance matrices themselves."""
+    """D and S from the covariance matrices, as the slides define them."""
     classes = labels.unique()
     means = torch.stack([features[labels == k].mean(0) for k in classes])
     within = torch.stack([torch.cov(features[labels == k].T, correction=0) for k in classes]).mean(0)
@@ -68,52 +69,52 @@ def test_any_batches_in_any_order(sizes, batch, seed, shift):
     features = normal(len(labels), 3, 2, seed=seed)
     D, S = slides(features.flatten(1), labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    found = added(features + shift, labels, batch, order)
-    assert found.classes == labels.unique().tolist()
-    assert found.counts.tolist() == sizes
-    close(found.compression, D.item(), rtol=1e-6 if shift else 1e-11)
-    close(found.separation, S.item(), atol=1e-6 if shift else 1e-11)
+    cloud = features_of(features + shift, labels, batch, order)
+    assert cloud.classes == labels.unique().tolist()
+    assert cloud.counts.tolist() == sizes
+    close(cloud.compression, D.item(), rtol=1e-6 if shift else 1e-11)
+    close(cloud.separation, S.item(), atol=1e-6 if shift else 1e-11)
 
 
 def test_features_far_from_zero_keep_their_digits():
-    """The sum of squares less the square of the sum would have none left."""
+    """The sum of squares minus the square of the sum would lose all of them."""
     spread = normal(2000, 4) * 1e-3
     features, labels = spread + 1e5, torch.arange(2000) % 2
     features[labels == 1] += 1
-    close(added(features, labels, 64).within, added(spread, labels).within, rtol=1e-6)
+    close(features_of(features, labels, 64).within, features_of(spread, labels).within, rtol=1e-6)
 
 
 def test_classes_of_one_mean():
-    same = added(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
+    same = features_of(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
     assert math.isnan(same.compression)
     assert math.isnan(same.separation)
-    assert added(torch.tensor([[1.0], [-1], [1], [-1]]), torch.tensor([0, 0, 1, 1])).compression == math.inf
+    assert features_of(torch.tensor([[1.0], [-1], [1], [-1]]), torch.tensor([0, 0, 1, 1])).compression == math.inf
 
 
 def test_bad_features():
-    found = ClassFeatures()
+    cloud = ClassFeatures()
     for features, labels in [
         (torch.ones(3, 2), torch.ones(4).long()),
         (torch.ones(3), torch.ones(3).long()),
         (torch.ones(3, 2), torch.ones(3)),
     ]:
-        with pytest.raises(ValueError, match=r"Features must be \[B, ...\] and labels B integers.*give `read`"):
-            found.add(features, labels)
+        with pytest.raises(ValueError, match=r"Features must be \[B, ...\] and labels B integers.*pass `read`"):
+            cloud.add(features, labels)
     with pytest.raises(ValueError, match="Features must be finite"):
-        found.add(torch.full((2, 2), torch.inf), torch.tensor([0, 1]))
+        cloud.add(torch.full((2, 2), torch.inf), torch.tensor([0, 1]))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"must be of 2 classes or more, got \[\]|\[5\]"):
-            _ = found.compression
-        found.add(torch.ones(2, 3), torch.tensor([5, 5]))
+            _ = cloud.compression
+        cloud.add(torch.ones(2, 3), torch.tensor([5, 5]))
     with pytest.raises(ValueError, match="must be of one size in all batches, got 4 after 3"):
-        found.add(torch.ones(2, 4), torch.tensor([5, 5]))
+        cloud.add(torch.ones(2, 4), torch.tensor([5, 5]))
 
 
 # -------------------------------------------------------------------------------------------- of the layers of a model
 
 
-class Block(nn.Module):
-    """Returns a tuple, works in place, and is never in eval mode as it came."""
+class Pair(nn.Module):
+    """Returns a tuple and works in place; one of its modules is in eval mode while the others train."""
 
     def __init__(self):
         super().__init__()
@@ -127,11 +128,11 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self):
         super().__init__()
-        self.block, self.unused, self.head = Block(), nn.Linear(1, 1), nn.Linear(5, 3)
-        self.block.drop.eval()
+        self.pair, self.unused, self.head = Pair(), nn.Linear(1, 1), nn.Linear(5, 3)
+        self.pair.drop.eval()
 
     def forward(self, x):
-        return self.head(self.block(x)[0])
+        return self.head(self.pair(x)[0])
 
 
 def data(n=24, size=5):
@@ -148,17 +149,17 @@ def test_layers_of_a_model():
     model, x, y, batches = data()
     before = state_of(model)
     assert before[0][0]
-    found = class_features(model, batches, ["block.fc", "block", "head"])
+    layers = class_features(model, batches, ["pair.fc", "pair", "head"])
     assert state_of(model) == before
     with torch.no_grad():
-        fc = model.block.fc(x)
-        features = {"block.fc": fc, "block": fc.relu(), "head": model.head(fc.relu())}
+        fc = model.pair.fc(x)
+        features = {"pair.fc": fc, "pair": fc.relu(), "head": model.head(fc.relu())}
     for name, values in features.items():
         D, S = slides(values.double(), y)
-        close(found[name].compression, D.item(), rtol=1e-6)
-        close(found[name].separation, S.item(), atol=1e-6)
+        close(layers[name].compression, D.item(), rtol=1e-6)
+        close(layers[name].separation, S.item(), atol=1e-6)
     into = class_features(model, batches, ["head"], inputs=True)
-    close(into["head"].compression, found["block"].compression)
+    close(into["head"].compression, layers["pair"].compression)
 
 
 def test_kinds_of_batches():
@@ -178,29 +179,29 @@ def test_kinds_of_batches():
 def test_a_transformer_with_read():
     case = BY_NAME["bert"]
     model, x = case.model(), case.batch()
-    found = class_features(
+    layers = class_features(
         model, [(x, torch.arange(len(x)))], ["bert.encoder", "classifier"],
         read=lambda output: output if isinstance(output, torch.Tensor) else output.last_hidden_state[:, 0],
     )  # fmt: skip
-    assert found["bert.encoder"].means.shape == (3, 8)
-    assert found["classifier"].compression == 0
+    assert layers["bert.encoder"].means.shape == (3, 8)
+    assert layers["classifier"].compression == 0
     class_features(model, [(x, torch.arange(len(x)))], ["bert.encoder"])  # a ModelOutput: its first tensor
 
 
-def test_bad_layers_leave_the_model_as_it_was():
+def test_bad_layers_leave_the_model_unchanged():
     model, _, _, batches = data()
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"`layers` must be modules of the model, 'fc' is none of .*block.fc"):
+    with pytest.raises(ValueError, match=r"`layers` must be modules of the model, 'fc' is none of .*pair.fc"):
         class_features(model, batches, ["fc"])
-    with pytest.raises(ValueError, match="must run once a batch .* 'unused' ran 0 times"):
+    with pytest.raises(ValueError, match="must run exactly once a batch .* 'unused' ran 0 times"):
         class_features(model, batches, ["unused", "head"])
-    with pytest.raises(ValueError, match="must return a tensor first, got str; give `read`"):
-        class_features(model, batches, ["block"], read=lambda output: first_tensor(output[1]))
+    with pytest.raises(ValueError, match="must return a tensor first, got str; pass `read`"):
+        class_features(model, batches, ["pair"], read=lambda output: first_tensor(output[1]))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         class_features(model, [(torch.ones(2, 5), torch.ones(2).long())], ["head"])
-    shared = nn.Sequential(model.head, nn.Linear(3, 5), model.head)
+    repeated = nn.Sequential(model.head, nn.Linear(3, 5), model.head)
     with pytest.raises(ValueError, match="'0' ran 2 times"):
-        class_features(shared, [(torch.ones(2, 5), torch.ones(2).long())], ["0"])
+        class_features(repeated, [(torch.ones(2, 5), torch.ones(2).long())], ["0"])
     assert state_of(model) == before
 
 
