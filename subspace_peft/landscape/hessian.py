@@ -83,7 +83,7 @@ def lanczos(
     """
     iterations = min(n, 10 * k + 100 if iterations is None else iterations)
     if not 1 <= k <= iterations:
-        raise ValueError(f"`k` must be at least 1 and at most n and `iterations`, {iterations} here, got {k}.")
+        raise ValueError(f"`k` must be 1 to {iterations}, the smaller of n and `iterations`, got {k}; lower it.")
     generator = torch.Generator().manual_seed(seed)
     Q = torch.empty(iterations, n, dtype=dtype, device=device)
     T = torch.zeros(iterations, iterations, dtype=torch.float64)
