@@ -60,7 +60,7 @@ class Components:
         return M
 
     def spectrum(self, center: bool) -> tuple[Tensor, Tensor, float]:
-        """Sigma^2 [k], descending; M V [t, k]; and the floor, below which values of Sigma^2 are set to 0 as rounding."""
+        """Sigma^2 [k], descending; M V [t, k]; and the floor: rounding errors, values of Sigma^2 below it, are 0."""
         M = self.combination(center)
         if not M.shape[1]:
             raise ValueError("`increments` are differences of two samples or more, got one sample.")
