@@ -10,9 +10,10 @@ layer, what varies between them by the L-th root of the singular values sqrt(n) 
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from recipes.deep_linear.networks import Weights, descend, start
@@ -20,12 +21,14 @@ from recipes.lab.kinds import measured
 from recipes.lab.results import Results
 from recipes.lab.rounding import digits
 from recipes.lab.settings import PlainSettings
-from recipes.reports.dimension import markdown
-from recipes.reports.figures import save
+from recipes.reports.figures import headline, panels, save, style
+from recipes.reports.tables import markdown, span
 from subspace_peft.spectra import ClassFeatures
 
 
 ACTIVATIONS = {"linear": lambda z: z, "relu": torch.relu}
+NETWORKS = {"linear": "Linear", "relu": "ReLU"}
+KEYS = ("depth", "activation", "start", "eps")
 
 
 def features(weights: Weights, X: Tensor, activation: str) -> list[Tensor]:
@@ -77,53 +80,70 @@ def fit(run: dict[str, Any]) -> tuple[float, float]:
     return float(np.exp(slope)), 1 - residual.var() / logs.var()
 
 
+def expected(settings: dict[str, Any]) -> float:
+    """eps^2 / n^(1/L)"""
+    return settings["eps"] ** 2 / settings["n"] ** (1 / settings["depth"])
+
+
 def text(runs: list[PlainSettings], results: Results) -> str:
-    runs = results.records(runs)
+    """A row for each setting; D and S are those of the first seed."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in results.records(runs):
+        groups.setdefault(tuple(record["settings"][key] for key in KEYS), []).append(record)
     rows = []
-    for run in runs:
-        settings, (ratio, r2) = run["settings"], fit(run)
-        expected = settings["eps"] ** 2 / settings["n"] ** (1 / settings["depth"])
+    for key, records in groups.items():
+        first, fits = records[0], [fit(record) for record in records]
+        ratios = span(*(f"{each(ratio for ratio, _ in fits):.4f}" for each in (min, max)))
         rows.append(
-            [settings[key] for key in ("depth", "activation", "start", "eps", "seed")]
-            + [", ".join(f"{D:.2g}" for D in run["D"][:-1]), f"{ratio:.4f}", f"{expected:.4f}", f"{r2:.4f}"]
-            + [", ".join(f"{S:.2f}" for S in run["S"][:-1]), run["iterations"], f"{run['loss']:.0e}"]
+            [*key, len(records), ", ".join(f"{D:.2g}" for D in first["D"][:-1]), ratios]
+            + [f"{expected(first['settings']):.4f}", f"{min(r2 for _, r2 in fits):.4f}"]
+            + [", ".join(f"{S:.2f}" for S in first["S"][:-1])]
+            + [span(*(each(record["iterations"] for record in records) for each in (min, max)))]
+            + [f"{max(record['loss'] for record in records):.0e}"]
         )
-    header = ["depth", "activation", "start", "ε", "seed", "D_1 ... D_{L-1}", "D_{l+1} / D_l", "ε² / n^{1/L}", "R²"]
+    header = ["depth", "activation", "start", "ε", "seeds", "D_1 ... D_{L-1}", "D_{l+1} / D_l", "ε² / n^{1/L}", "R²"]
     return "\n".join(markdown([*header, "S_1 ... S_{L-1}", "iterations", "loss"], rows))
 
 
 def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
-    """D_l over layers by depth, by eps and by start, of the first seed; the loss over iterations by eps."""
-    runs = results.records(runs)
-    runs = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
-    deep = max(run["settings"]["depth"] for run in runs)
-    shallow = [run for run in runs if run["settings"]["depth"] == min(run["settings"]["depth"] for run in runs)]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, activation in zip(axes[0], ACTIVATIONS, strict=False):
-        chosen = [run for run in runs if run["settings"]["activation"] == activation and run not in shallow]
-        _draw(axis, chosen, "depth", f"{activation} networks")
-    _draw(
-        axes[0][2], [run for run in runs if run["settings"]["depth"] == deep], "activation", f"S_l, depth {deep}", "S"
-    )
-    scales = [run for run in shallow if run["settings"]["start"] == "orthogonal"]
-    _draw(axes[1][0], scales, "eps", "scale of the start")
-    for run in scales:
-        axes[1][1].plot(run["curve"]["step"], run["curve"]["loss"], label=f"eps {run['settings']['eps']}")
-    axes[1][1].set(yscale="log", xlabel="iterations", ylabel="loss", title="scale of the start")
-    eps = max(run["settings"]["eps"] for run in shallow)
-    _draw(axes[1][2], [run for run in shallow if run["settings"]["eps"] == eps], "start", "kind of the start")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="small")
+    """The spread within classes by layer for linear and ReLU networks and by scale; the separation. First seed."""
+    records = results.records(runs)
+    records = [record for record in records if record["settings"]["seed"] == records[0]["settings"]["seed"]]
+    depths = [record["settings"]["depth"] for record in records]
+    shallow = [record for record in records if record["settings"]["depth"] == min(depths)]
+    figure, axes = panels(2, 2, width=5.5, height=3.9)
+    for axis, (activation, words) in zip(axes[0], NETWORKS.items(), strict=True):
+        chosen = [record for record in records if record["settings"]["activation"] == activation]
+        _draw(axis, [record for record in chosen if record not in shallow], "{depth} layers")
+        axis.set_title(f"{words}: spread within classes by layer")
+    scales = [record for record in shallow if record["settings"]["start"] == "orthogonal"]
+    _draw(axes[1][0], scales, "start scaled by {eps:g}")
+    axes[1][0].set_title(f"Smaller start, steeper fall ({min(depths)} layers, linear)")
+    deepest = [record for record in records if record["settings"]["depth"] == max(depths)]
+    for at, record in enumerate(deepest):
+        separation = record["S"][:-1]
+        label = NETWORKS[record["settings"]["activation"]]
+        axes[1][1].plot(range(1, len(separation) + 1), separation, label=label, **style(at))
+    axes[1][1].set(xlabel="layer", ylabel="1 − largest cosine of two class means", ylim=(0, 1))
+    axes[1][1].set_title(f"How far apart the classes are ({max(depths)} layers)")
+    axes[1][1].legend()
+    headline(figure, "How do features of a class collapse to one point, layer by layer?")
     return save(figure, file)
 
 
-def _draw(axis: plt.Axes, runs: list[dict[str, Any]], key: str, title: str, what: str = "D") -> None:
-    for run in runs:
-        values = run[what][:-1]
-        axis.plot(range(1, len(values) + 1), values, "o-", label=f"{key} {run['settings'][key]}")
-    axis.set(xlabel="layer l", ylabel=f"{what}_l", title=title, yscale="log" if what == "D" else "linear")
+def _draw(axis: Axes, records: list[dict[str, Any]], label: str) -> None:
+    """D_l by layer, and dashed, through the first layer, the ratio that is expected of linear networks."""
+    for at, record in enumerate(records):
+        values, settings = record["D"][:-1], record["settings"]
+        layers = np.arange(1, len(values) + 1)
+        axis.plot(layers, values, label=label.format(**settings), **style(at))
+        if settings["activation"] == "linear":
+            axis.plot(layers, values[0] * expected(settings) ** (layers - 1), "k--", linewidth=1)
+    if any(record["settings"]["activation"] == "linear" for record in records):
+        axis.plot([], [], "k--", linewidth=1, label="predicted: ε² / n^(1/L) a layer")
+    axis.set(xlabel="layer", ylabel="spread within / between classes", yscale="log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
 
 
 KIND = measured("deep_linear.collapse", measure)

@@ -10,7 +10,6 @@ has weights of `width`. The error is |W_{L:1} - Phi|_F / |Phi|_F over all entrie
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -19,8 +18,8 @@ from recipes.lab.kinds import measured
 from recipes.lab.results import Results
 from recipes.lab.rounding import digits
 from recipes.lab.settings import PlainSettings
-from recipes.reports.dimension import markdown
-from recipes.reports.figures import save
+from recipes.reports.figures import COLOURS, count, headline, legend_below, panels, save
+from recipes.reports.tables import markdown
 
 
 LEVELS = (1e-1, 1e-2, 1e-3)
@@ -80,34 +79,58 @@ def label(settings: PlainSettings) -> str:
     return f"{settings['network']}, width {settings.get('width', settings['d'])}"
 
 
+def _network(settings: dict[str, Any]) -> str:
+    """The label in words."""
+    if settings["network"] != "compressed":
+        words = {"whole": "the whole network", "narrow": "a narrow network, random start"}[settings["network"]]
+        return f"{words}, width {settings.get('width', settings['d'])}"
+    outer = f"outer layers at {settings['gamma']:g} of the rate" if settings["gamma"] else "outer layers fixed"
+    return f"compressed to width {2 * settings['estimate']}, {outer}"
+
+
 def text(runs: list[PlainSettings], results: Results) -> str:
-    runs = results.records(runs)
+    """Iterations and seconds to each error, seeds apart by semicolons."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in results.records(runs):
+        settings = record["settings"]
+        groups.setdefault((label(settings), settings["d"], settings["seen"]), []).append(record)
     rows = []
-    for run in runs:
-        settings = run["settings"]
-        levels = [reached(run, level) for level in LEVELS]
-        rows.append(
-            [settings["d"], settings["seen"], settings["seed"], label(settings), f"{run['parameters']:,}"]
-            + ["-" if at is None else f"{at[0]} its, {at[1]:.1f} s" for at in levels]
-            + [f"{run['error']:.1e} after {run['iterations']} its, {run['seconds']:.1f} s"]
-        )
-    header = ["d", "seen", "seed", "network", "numbers", *(f"error {level:g}" for level in LEVELS), "at the end"]
+    for (words, d, seen), records in groups.items():
+        cells = ["; ".join(_cost(reached(record, level)) for record in records) for level in LEVELS]
+        last = [
+            f"{record['error']:.1e} after {_cost((record['iterations'], record['seconds']))}" for record in records
+        ]
+        rows.append([words, d, f"{100 * seen:g} %", f"{records[0]['parameters']:,}", *cells, "; ".join(last)])
+    header = ["network", "d", "seen", "parameters", *(f"error {level:g}" for level in LEVELS), "at the end"]
     return "\n".join(markdown(header, rows))
+
+
+def _cost(at: tuple[int, float] | None) -> str:
+    return "-" if at is None else f"{at[0]:,} its, {at[1]:.1f} s"
 
 
 def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """The error over iterations and over seconds, of the first seed."""
-    runs = results.records(runs)
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    shown = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
-    for axis, key, unit in zip(axes, ("step", "seconds"), ("iterations", "seconds of one core"), strict=True):
-        for run in shown:
-            width = 5 if run["settings"]["network"] == "whole" else 1.5  # the compressed one may lie on top
-            axis.plot(run["curve"][key], run["curve"]["error"], label=label(run["settings"]), linewidth=width)
-        axis.set(yscale="log", xlabel=unit, ylabel="‖W − Φ‖ / ‖Φ‖")
-        axis.grid(alpha=0.3)
-    axes[1].set_xscale("log")
-    axes[0].legend(fontsize="small")
+    records = results.records(runs)
+    shown = [record for record in records if record["settings"]["seed"] == records[0]["settings"]["seed"]]
+    settings = shown[0]["settings"]
+    figure, axes = panels(1, 2, width=5.5, height=4.2, sharey=True)
+    units = {"step": "iterations of gradient descent", "seconds": "seconds of one core"}
+    for axis, (key, unit) in zip(axes[0], units.items(), strict=True):
+        for at, record in enumerate(shown):
+            wide = record["settings"]["network"] == "whole"  # the compressed one may lie on top
+            words = f"{_network(record['settings'])}: {count(record['parameters'])} parameters"
+            color = COLOURS[at] if not wide else "#bbbbbb"
+            width = 5 if wide else 1.8
+            axis.plot(record["curve"][key], record["curve"]["error"], color=color, label=words, linewidth=width)
+        axis.set(yscale="log", xlabel=unit)
+    longest = max(record["seconds"] for record in shown)
+    axes[0][1].set(xscale="log", xlim=(longest / 50, 1.3 * longest))
+    axes[0][0].set_ylabel("relative error, all entries")
+    seen = "all entries seen" if settings["seen"] == 1 else f"{100 * settings['seen']:g} % of the entries seen"
+    size = f"{settings['d']} x {settings['d']}, rank {settings['rank']}, {seen}"
+    headline(figure, f"Can a small network stand in for a large one? {size}")
+    legend_below(figure, columns=2)
     return save(figure, file)
 
 

@@ -5,14 +5,14 @@ python recipes/run.py recipes/deep_linear/depth.yaml
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from recipes.deep_linear.completion import reached
 from recipes.lab.results import Results
 from recipes.lab.settings import PlainSettings
-from recipes.reports.dimension import markdown
-from recipes.reports.figures import save
+from recipes.reports.figures import count, headline, panels, save, style
+from recipes.reports.tables import markdown
 
 
 LEVEL = 0.1
@@ -30,9 +30,8 @@ def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def text(runs: list[PlainSettings], results: Results) -> str:
-    runs = results.records(runs)
     rows = []
-    for (depth, width, seen), group in table(runs).groupby(["depth", "width", "seen"]):
+    for (depth, width, seen), group in table(results.records(runs)).groupby(["depth", "width", "seen"]):
         errors = ", ".join(f"{error:.1e}" for error in group.error)
         learned = ", ".join("-" if pd.isna(n) else f"{n:.0f}" for n in group.learned)
         rows.append([depth, width, seen, errors, learned, ", ".join(map(str, group.its))])
@@ -42,19 +41,25 @@ def text(runs: list[PlainSettings], results: Results) -> str:
 
 def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
     """The error against the share seen, at full width; iterations against the width."""
-    runs = results.records(runs)
-    all_runs = table(runs)
-    widest, shared = all_runs.width.max(), all_runs[all_runs.width < all_runs.width.max()].seen.unique()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for depth, group in all_runs.groupby("depth"):
+    whole = table(results.records(runs))
+    widest, shared = whole.width.max(), whole[whole.width < whole.width.max()].seen.unique()
+    figure, (axes,) = panels(1, 2, width=5.5, height=4.0)
+    for at, (depth, group) in enumerate(whole.groupby("depth")):
         by_seen = group[group.width == widest].groupby("seen").error
-        axes[0].plot(by_seen.median(), "o-", label=f"depth {depth}")
-        axes[0].fill_between(by_seen.min().index, by_seen.min(), by_seen.max(), alpha=0.2)
+        share = 100 * by_seen.median().index
+        axes[0].plot(share, by_seen.median(), label=f"{depth} layers", **style(at))
+        axes[0].fill_between(share, by_seen.min(), by_seen.max(), alpha=0.2, linewidth=0)
         by_width = group[group.seen.isin(shared)].groupby("width").learned
-        axes[1].plot(by_width.mean(), "o-", label=f"depth {depth}")
-    axes[0].set(yscale="log", xlabel="share of entries seen", ylabel="‖W − Φ‖ / ‖Φ‖", title=f"width {widest}")
-    axes[1].set(xlabel="width", ylabel=f"iterations to error {LEVEL:g}", yscale="log")
+        axes[1].plot(by_width.mean(), label=f"{depth} layers", **style(at))
+    axes[0].set(yscale="log", xlabel="entries seen, %", ylabel="relative error, all entries")
+    axes[0].set_title(f"How well the whole matrix is found, width {widest}")
+    seen = " and ".join(f"{100 * each:g} %" for each in shared)
+    axes[1].set(xlabel="width", ylabel=f"iterations to an error of {LEVEL:g}", yscale="log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter(count)
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    axes[1].set_title(f"How soon, {seen} seen (no point: never)")
     for axis in axes:
-        axis.grid(alpha=0.3)
         axis.legend()
+    headline(figure, "What does depth do for matrix completion?")
     return save(figure, file)

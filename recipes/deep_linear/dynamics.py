@@ -12,8 +12,8 @@ V_{l+1,2}. And rho follows a recursion of its own, with weight decay lambda:
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from recipes.deep_linear.networks import Weights, descend, product, start
@@ -21,11 +21,13 @@ from recipes.lab.kinds import measured
 from recipes.lab.results import Results
 from recipes.lab.rounding import digits
 from recipes.lab.settings import PlainSettings
-from recipes.reports.dimension import markdown
-from recipes.reports.figures import save
+from recipes.reports.figures import COLOURS, GREY, headline, legend_below, panels, save
+from recipes.reports.tables import markdown
 from subspace_peft.spectra import SIDES, Spectra
 
 
+FAR = 1e-6
+"""A distance from the theory that is no rounding."""
 KEYS = ("case", "whitened", "eps", "momentum", "weight_decay")
 
 
@@ -105,58 +107,93 @@ def _layer(spectra: Spectra, name: str) -> dict[str, Any]:
 
 
 def text(runs: list[PlainSettings], results: Results) -> str:
-    runs = results.records(runs)
+    """The largest deviations over all iterations, layers and seeds of each setting."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in results.records(runs):
+        groups.setdefault(tuple(record["settings"][key] for key in KEYS), []).append(record)
     rows = []
-    for run in runs:
-        settings = run["settings"]
-        turned = [
-            max(each for each in layer["middle"][side] if each is not None)
-            for layer in run["layers"].values()
-            for side in SIDES
-            if layer["middle"][side]
-        ]
+    for (case, whitened, eps, momentum, decay), records in groups.items():
+        first = records[0]
+        data = "whitened" if whitened else f"{first['settings']['samples']} Gaussian samples"
         rows.append(
-            [settings[key] for key in KEYS]
-            + [f"{run['loss'][0]:.3g} → {run['loss'][-1]:.3g}", f"{run['rho'][-1]:.4f}"]
-            + [f"{max(run[key]):.1e}" for key in ("deviation", "values")]
-            + [f"{max(turned):.1e}"]
+            [case, data, f"{eps:g}", f"{momentum:g}", f"{decay:g}", len(records)]
+            + [f"{first['loss'][0]:.3g} → {first['loss'][-1]:.2g}", f"{first['rho'][-1]:.4f}"]
+            + [f"{max(max(record[key]) for record in records):.1e}" for key in ("deviation", "values")]
+            + [f"{max(_turned(record) for record in records):.1e}"]
         )
-    header = [*KEYS, "loss", "ρ at the end", "max ‖W_l V − ρU‖", "max |σ_i − ρ|, middle", "max angle, middle, rad"]
+    header = ["case", "data", "ε", "momentum", "λ", "seeds", "loss (first seed)", "ρ at the end (first seed)"]
+    header += ["max ‖W_l V − ρU‖", "max abs(σ_i − ρ), middle", "max angle, middle, rad"]
     return "\n".join(markdown(header, rows))
 
 
+def _turned(record: dict[str, Any]) -> float:
+    """The largest principal angle between the middle block and its first iterate, over layers, sides and time."""
+    middles = (layer["middle"][side] for layer in record["layers"].values() for side in SIDES)
+    return max(each for middle in middles if middle for each in middle if each is not None)
+
+
 def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
-    """A row for each layer of the first run, and the first layer of one with momentum and of one unwhitened."""
-    runs = results.records(runs)
-    rows = [(runs[0], name, "") for name in runs[0]["layers"]]
-    for key, value, title in (("momentum", 0.9, "with momentum"), ("whitened", False, "data not whitened")):
-        rows += [(run, "W_1", title) for run in runs if run["settings"][key] == value][:1]
-    figure, axes = plt.subplots(len(rows), 3, figsize=(13, 3.2 * len(rows)), layout="constrained", squeeze=False)
-    for row, (run, name, title) in zip(axes, rows, strict=True):
-        _draw(row, run, name, title)
+    """The first layer: its singular values, how far they turn with and without whitened data, and all deviations."""
+    records = results.records(runs)
+    first, rank, d = records[0], records[0]["settings"]["rank"], records[0]["settings"]["d"]
+    unwhitened = [record for record in records if not record["settings"]["whitened"]]
+    figure, axes = panels(2, 2, width=5.5, height=3.9)
+    _draw_values(axes[0][0], first)
+    axes[0][0].set_title(f"Singular values of the first layer: {d - 2 * rank} of {d} move as one")
+    _draw_angles(axes[0][1], first)
+    axes[0][1].set_title(f"Their vectors: the {d - 2 * rank} span one space, which stays")
+    if unwhitened:
+        _draw_angles(axes[1][0], unwhitened[0])
+        axes[1][0].set_title(f"For {unwhitened[0]['settings']['samples']} random samples it turns")
+    axes[1][0].set_visible(bool(unwhitened))
+    _draw_deviations(axes[1][1], records)
+    legend_below(figure, 3, [axes[0][0], axes[0][1]])
+    headline(figure, f"Which directions of a deep linear network move? Target of rank {rank}, width {d}")
     return save(figure, file)
 
 
-def _draw(axes: list[plt.Axes], run: dict[str, Any], name: str, title: str) -> None:
-    """Singular values, right and left angles; the vectors of the middle are arbitrary, so of these the block alone."""
-    layer, r = run["layers"][name], run["settings"]["rank"]
-    values = torch.tensor(layer["singular_values"])
-    axes[0].plot(run["step"], values[:, r:-r], color="tab:grey", linewidth=1)
-    axes[0].plot(run["step"], values[:, :r], color="tab:red", linewidth=1)
-    axes[0].plot(run["step"], values[:, -r:], color="tab:blue", linewidth=1)
-    axes[0].plot(run["step"], run["rho"], "k--", linewidth=1, label="ρ(t), its recursion")
-    axes[0].set(xlabel="iteration", ylabel=f"singular values of {name}", title=title)
-    for axis, side in zip(axes[1:], ("right", "left"), strict=True):
-        angles = torch.tensor([_numbers(row) for row in layer["vector_angles"][side]])
-        for part, color, which in ((slice(0, r), "red", "top"), (slice(-r, None), "blue", "last")):
-            lines = axis.plot(run["step"], angles[:, part], color=f"tab:{color}", linewidth=1)
-            lines[0].set_label(f"{which} {r}, each")
-        if layer["middle"][side]:
-            middle = _numbers(layer["middle"][side])
-            axis.plot(run["step"], middle, color="tab:grey", linewidth=2, label="middle, largest principal angle")
-        axis.set(xlabel="iteration", ylabel=f"angle, {side} vectors of {name}, rad", ylim=(-0.05, 1.62))
-    for axis in axes[:2]:
-        axis.legend(fontsize="small")
+def _draw_values(axis: Axes, record: dict[str, Any]) -> None:
+    values, rank = torch.tensor(record["layers"]["W_1"]["singular_values"]), record["settings"]["rank"]
+    for part, color in ((slice(rank, -rank), GREY), (slice(0, rank), COLOURS[1]), (slice(-rank, None), COLOURS[0])):
+        axis.plot(record["step"], values[:, part], color=color, linewidth=1.4)
+    axis.plot(record["step"], record["rho"], "k--", linewidth=1.4, label="known in advance: ρ(t)")
+    axis.set(xlabel="iterations of gradient descent", ylabel="singular value")
+
+
+def _draw_angles(axis: Axes, record: dict[str, Any]) -> None:
+    """Right vectors. Single vectors of the middle are arbitrary, so it is drawn as one block."""
+    layer, rank = record["layers"]["W_1"], record["settings"]["rank"]
+    angles = torch.tensor([_numbers(row) for row in layer["vector_angles"]["right"]]).rad2deg()
+    for part, color, words in ((slice(0, rank), COLOURS[1], "first"), (slice(-rank, None), COLOURS[0], "last")):
+        lines = axis.plot(record["step"], angles[:, part], color=color, linewidth=1.4)
+        lines[0].set_label(f"the {words} {rank}, each")
+    if layer["middle"]["right"]:
+        middle = torch.tensor(_numbers(layer["middle"]["right"])).rad2deg()
+        count = record["settings"]["d"] - 2 * rank
+        axis.plot(record["step"], middle, color=GREY, linewidth=3, label=f"the {count} between, as one block")
+    axis.set(xlabel="iterations of gradient descent", ylabel="turned since step 1, degrees", ylim=(-3, 93))
+
+
+def _draw_deviations(axis: Axes, records: list[dict[str, Any]]) -> None:
+    """A dot for each run, on a logarithmic axis."""
+    words = {}
+    for record in records:
+        settings = record["settings"]
+        parts = [] if settings["whitened"] else ["random samples"]
+        parts += [f"ε = {settings['eps']:g}"] if settings["eps"] != 1 else []
+        parts += ["momentum"] if settings["momentum"] else []
+        parts += ["weight decay"] if settings["weight_decay"] else []
+        parts += [f"{settings['rank']} outputs"] if settings["case"] == 2 else []
+        words.setdefault(", ".join(parts) or "plain", []).append(max(record["deviation"]))
+    axis.set(xscale="log", xlim=(1e-16, 10), xlabel="largest distance from the theory during training")
+    for at, (label, deviations) in enumerate(words.items()):
+        far = max(deviations) > FAR
+        axis.plot(deviations, [at] * len(deviations), "o", color=COLOURS[far])
+        place = {"xytext": (-9, 0) if far else (9, 0), "ha": "right" if far else "left"}
+        axis.annotate(label, (max(deviations), at), textcoords="offset points", va="center", **place)
+    axis.set_yticks([])
+    axis.set_ylim(len(words) - 0.5, -0.5)
+    axis.set_title("How far from the theory is each training?")
 
 
 def _numbers(values: list[float | None]) -> list[float]:

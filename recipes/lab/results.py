@@ -148,5 +148,7 @@ def read_measurement(file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         raise ValueError(f"A measurement must be there to be reported, {str(file)!r} is not; make it first.")
-    ((_, measured),) = read_lines(file)
-    return measured
+    lines = read_lines(file)
+    if len(lines) != 1:
+        raise ValueError(f"A measurement must be one line, {str(file)!r} has {len(lines)}; delete it and make it again.")
+    return lines[0][1]

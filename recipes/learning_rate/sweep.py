@@ -1,49 +1,47 @@
-"""Which learning rate theta_d wants: accuracy by rate and d, with the default normalisation and AdamW.
+"""The best learning rate of theta_d: accuracy by rate and d, with the default normalisation and AdamW.
 
-    python recipes/learning_rate/sweep.py [--lr 1e-4 ...] [--d 64 ...] [--seed 0 1 2] [--epochs 8] [--output <folder>]
+    python recipes/run.py recipes/learning_rate/sweep.yaml [--network lenet] [--d 64 256] [--output <folder>]
+    python recipes/run.py recipes/learning_rate/sweep_80_epochs.yaml
 
-Two networks, a convolutional one and a small transformer, are trained on scikit-learn's digits 0 to 4; each is then
-fine-tuned on the digits 5 to 9 under a new head: theta_d at the rates of the grid, the head at a rate of its own.
-Two lines to compare with: the head alone, and full fine-tuning at its own best rate of the same grid.
-A run that is already in the results is not done again.
+Two networks, a convolutional one and a small transformer, are trained on scikit-learn's digits 0 to 4. Each is then
+fine-tuned on the digits 5 to 9 with a new head: theta_d at the rates of the grid, the head at its own fixed rate.
+Two methods to compare with: the head alone, and full fine-tuning at the rates of the grid.
 """
 
-import argparse
 import copy
-import json
-import os
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from recipes.lab import environment
+from recipes.lab.kinds import measured
+from recipes.lab.results import Results
+from recipes.lab.settings import PlainSettings, typed
+from recipes.reports.figures import GREY, headline, legend_below, panels, plain_ticks, save, style
+from recipes.reports.labels import name
+from recipes.reports.tables import markdown
 from recipes.tasks import models
 from recipes.tasks.data import Split, batches, load
 from subspace_peft import SubspaceConfig, parameter_groups
 
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-DIMENSIONS = (64, 256, 1024, 4096)
 HEAD_LR = 1e-2
 BATCH = 16
-EPOCHS = 8
 PRETRAINING = 15  # epochs, AdamW at 3e-3
+START = 3e-3
+"""The rate to start with, see docs/learning_rate.md."""
 NEAR = 2.0  # points of accuracy below the best rate that still count as the plateau
 KEYS = ("network", "method", "lr", "d", "seed")
-FOLDER = Path(__file__).parent
+TYPES = {"network": str, "method": str, "lr": float, "d": int, "seed": int, "epochs": int}
+METHODS = ("head", "full", "subspace")
 
 
 class SmallViT(nn.Module):
@@ -70,15 +68,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "lenet": (lenet, "11", "all"),
     "vit": (SmallViT, "head", "all-linear"),
 }
-"""How to build each, the name of its head, and what is adapted beside the head."""
+"""The builder of each network, the name of its head, and `target_modules`."""
 
 
 @cache
 def half(split: str, low: int) -> Split:
     """The images of the digits low to low + 4, with labels from 0."""
     whole = load("digits", "", split)
-    mine = (whole.labels >= low) & (whole.labels < low + 5)
-    return Split(whole.images[mine], whole.labels[mine] - low)
+    chosen = (whole.labels >= low) & (whole.labels < low + 5)
+    return Split(whole.images[chosen], whole.labels[chosen] - low)
 
 
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, epochs: int, seed: int) -> None:
@@ -96,13 +94,16 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, epochs:
 
 
 def accuracy(model: nn.Module, data: Split) -> float:
+    """In %."""
     model.eval()
     with torch.no_grad():
         images, labels = data.batch(torch.arange(len(data.labels)))
         return 100 * (model(images).argmax(1) == labels).double().mean().item()
 
 
+@cache
 def pretrained(network: str) -> nn.Module:
+    """The network, trained on the digits 0 to 4."""
     torch.manual_seed(0)
     model = NETWORKS[network][0]()
     fit(model, torch.optim.AdamW(model.parameters(), lr=3e-3), half("train", 0), PRETRAINING, seed=0)
@@ -110,7 +111,7 @@ def pretrained(network: str) -> nn.Module:
 
 
 def fine_tune(base: nn.Module, epochs: int, network: str, method: str, lr: float, d: int, seed: int) -> float:
-    """Accuracy on the digits 5 to 9 of a copy of `base` under a new head drawn from the seed."""
+    """The accuracy on the digits 5 to 9, in %, of a copy of `base` with a new head drawn from the seed."""
     model, head = copy.deepcopy(base), NETWORKS[network][1]
     torch.manual_seed(seed)
     model.get_submodule(head).reset_parameters()
@@ -130,84 +131,83 @@ def fine_tune(base: nn.Module, epochs: int, network: str, method: str, lr: float
     return accuracy(model, half("test", 5))
 
 
-def sweep(grid: list[tuple], epochs: int, file: Path) -> list[dict]:
-    """Every run of the grid that `file` lacks; the file is written after each."""
-    results = json.loads(file.read_text())["runs"] if file.exists() else []
-    done = {tuple(run[key] for key in KEYS) for run in results}
-    missing = [run for run in grid if run not in done]
-    bases = cache(pretrained)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for run in tqdm(missing, unit="run"):
-        results.append(dict(zip(KEYS, run, strict=True)) | {"accuracy": fine_tune(bases(run[0]), epochs, *run)})
-        record = {"epochs": epochs, "batch": BATCH, "head_lr": HEAD_LR, "runs": results, **environment.record()}
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(record, indent=1) + "\n")
-        draft.replace(file)
-    return results
+def measure(run: PlainSettings) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the last digits of a sum depend on the number of threads
+    accuracy = fine_tune(pretrained(run["network"]), *(run[key] for key in ("epochs", *KEYS)))
+    return {"accuracy": accuracy, "batch": BATCH, "head_lr": HEAD_LR}
 
 
-def table(results: list[dict]) -> pd.DataFrame:
+def settings(values: dict[str, Any]) -> PlainSettings:
+    """The settings of one run.
+
+    Raises:
+        ValueError: if one is missing, of another type, or unknown.
+    """
+    if missing := [key for key in TYPES if key not in values]:
+        raise ValueError(f"A run must have the settings {', '.join(TYPES)}; give {', '.join(missing)}.")
+    run = PlainSettings({key: typed(key, values[key], kind) for key, kind in TYPES.items()})
+    for key, known in (("network", NETWORKS), ("method", METHODS)):
+        if run[key] not in known:
+            raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {run[key]!r}.")
+    least = {"epochs": 1, "d": int(run["method"] == "subspace")}
+    for key, value in least.items():
+        if run[key] < value:
+            raise ValueError(f"`{key}` of method {run['method']!r} must be at least {value}, got {run[key]}.")
+    if run["method"] != "head" and not run["lr"] > 0:
+        raise ValueError(f"`lr` of method {run['method']!r} must be above 0, got {run['lr']}.")
+    return run
+
+
+def stays(part: dict[str, Any], key: str, values: list) -> bool:
+    """Baselines stay where `--lr` and `--d` select: the head alone has neither, full fine-tuning has no d."""
+    method = part.get("method")
+    (method,) = method if isinstance(method, list) and len(method) == 1 else [method]
+    return (method, key) in (("head", "lr"), ("head", "d"), ("full", "d"))
+
+
+def records(runs: list[PlainSettings], results: Results) -> pd.DataFrame:
+    """The settings and the accuracy of each run that has a result."""
+    return pd.DataFrame([each["settings"] | {"accuracy": each["accuracy"]} for each in results.records(runs)])
+
+
+def table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy over seeds: one row for each network, method and d, one column for each rate."""
-    runs = pd.DataFrame(results)
     return runs.pivot_table(index=["network", "method", "d"], columns="lr", values="accuracy", aggfunc="mean")
 
 
-def text(results: list[dict]) -> str:
-    means = table(results)
-    lines = ["| network | method | d | " + " | ".join(f"{lr:g}" for lr in means) + " | plateau |"]
-    lines.append("|" + " --- |" * (len(means.columns) + 4))
+def text(runs: list[PlainSettings], results: Results) -> str:
+    means, rows = table(records(runs, results)), []
     for (network, method, d), row in means.iterrows():
-        cells = " | ".join("" if pd.isna(value) else f"{value:.1f}" for value in row)
         near = row[row >= row.max() - NEAR].index
         plateau = f"{near.min():g} to {near.max():g}" if method != "head" else ""
-        lines.append(f"| {network} | {method} | {d or ''} | {cells} | {plateau} |")
-    return "\n".join(lines)
+        rows.append([network, method, d or "", *("" if pd.isna(value) else f"{value:.1f}" for value in row), plateau])
+    rates = [f"{lr:g}" if lr else "no rate" for lr in means]
+    return "\n".join(markdown(["network", "method", "d", *rates, "plateau"], rows))
 
 
-def plot(results: list[dict], file: Path) -> Path:
-    runs = pd.DataFrame(results)
-    networks = sorted(runs.network.unique())
-    figure, axes = plt.subplots(1, len(networks), figsize=(5.6 * len(networks), 4.4), squeeze=False, sharey=True)
-    for axis, network in zip(axes[0], networks, strict=True):
-        mine = runs[runs.network == network]
-        for marker, (d, line) in zip("os^D", mine[mine.method == "subspace"].groupby("d"), strict=False):
-            spread = line.groupby("lr").accuracy.agg(["mean", "std"])
-            axis.errorbar(spread.index, spread["mean"], spread["std"], marker=marker, capsize=2, label=f"d = {d}")
-        full = mine[mine.method == "full"].groupby("lr").accuracy.mean()
+def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
+    """Accuracy against the rate: a line for each d, with a dot for each seed, and for full fine-tuning."""
+    measured = records(runs, results)
+    networks = sorted(measured.network.unique())
+    figure, (axes,) = panels(1, len(networks), width=5.5, height=4.6, sharey=True)
+    for axis, network in zip(axes, networks, strict=True):
+        shown = measured[measured.network == network]
+        for at, (d, line) in enumerate(shown[shown.method == "subspace"].groupby("d")):
+            axis.plot(line.groupby("lr").accuracy.mean(), label=f"subspace, d = {d}", **style(at))
+            axis.plot(line.lr, line.accuracy, ".", color=style(at)["color"], markersize=3, alpha=0.6)
+        full = shown[shown.method == "full"].groupby("lr").accuracy.mean()
         axis.plot(full.index, full, color="black", linestyle=":", marker=".", label="full fine-tuning")
-        axis.axhline(mine[mine.method == "head"].accuracy.mean(), color="grey", linestyle="--", label="head alone")
-        axis.axvspan(1e-3, 3e-3, color="tab:green", alpha=0.12)
-        axis.set(xscale="log", xlabel="learning rate of theta_d (full fine-tuning: of the weights)", title=network)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="lower center")
-    axes[0][0].set_ylabel("test accuracy on the digits 5 to 9, %")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
+        head = shown[shown.method == "head"].accuracy.mean()
+        axis.axhline(head, color=GREY, linestyle="--", label="classifier alone")
+        axis.axvspan(0.85 * START, START / 0.85, color=GREY, alpha=0.2, linewidth=0, label="start here")
+        axis.set(xlabel="learning rate of θ_d, or of all weights", title=name(network))
+        plain_ticks(axis, sorted(set(shown.lr) - {0}))
+    axes[0].set_ylabel("test accuracy on the digits 5 to 9, %")
+    headline(figure, "Which learning rate does θ_d want?")
+    legend_below(figure, columns=4)
+    return save(figure, file)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES))
-    parser.add_argument("--d", nargs="+", type=int, default=list(DIMENSIONS))
-    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of fine-tuning; others are kept in files apart")
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    options = parser.parse_args(arguments)
-    grid = []
-    for network in options.network:
-        grid += [(network, "head", 0.0, 0, seed) for seed in options.seed]
-        grid += [(network, "full", lr, 0, seed) for lr in options.lr for seed in options.seed]
-        grid += [(network, "subspace", lr, d, seed) for d in options.d for lr in options.lr for seed in options.seed]
-    name = "sweep" if options.epochs == EPOCHS else f"sweep_{options.epochs}_epochs"
-    results = sweep(grid, options.epochs, options.output / "results" / f"{name}.json")
-    print(text(results))
-    print(f"load {os.getloadavg()[0]:.1f}; figure: {plot(results, options.output / 'plots' / f'{name}.png')}")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+KIND = replace(
+    measured("learning_rate.sweep", measure), settings=settings, keys=TYPES, stays=stays, report="learning_rate.sweep"
+)

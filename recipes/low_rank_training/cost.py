@@ -1,20 +1,19 @@
-"""What a training step of the MLP costs: normal, and with the hidden layer as B A of inner width 2r or r.
+"""The cost of a training step of the MLP: normal, and with the hidden layer as B A of inner width 2r or r.
 
     python recipes/low_rank_training/cost.py [--rank 20 2 10 1] [--steps 30] [--output <folder>]
+    python recipes/low_rank_training/cost.py --report
 
-For each inner width two lines: the adapter, beside which the base weights stay in memory, frozen, and the plain
-network of two thinner layers that `compress` makes of it, without them. With one thread, of a batch of 128:
+Each inner width has two rows: the adapter, which keeps the frozen base weights in memory, and the plain network of two
+thinner layers that `compress` makes of it, which does not. For a batch of 128, with one thread:
 
-- the numbers trained, and the FLOPs of a step, forward and backward, as torch counts them (matrix products; a
-  multiply-add is two);
-- what is held between steps: weights and Adam's two moments;
-- the peak of a step: that, and what torch's allocations of a step reach besides: activations, gradients, temporaries;
-- the time of a step, by the wall and by the processor: beside other work the second tells more.
+- trained: the number of trained parameters
+- flops: of a step, forward and backward, as torch counts them: matrix products, a multiply-add as two
+- held: bytes between steps: weights and Adam's two moments
+- peak: these and the most that a step allocates besides: activations, gradients, temporaries
+- wall, cpu: the time of a step; the CPU time depends less on other work on the machine
 """
 
-import argparse
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -31,9 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
-from recipes.reports.dimension import markdown
-from recipes.tasks.models import CLASSES, SHAPES, build
+from recipes.lab import command
+from recipes.lab.measurement import Parser, at_least, measured, with_load
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.tasks.models import CLASSES, SHAPES, build, check
 from recipes.training.settings import Settings
 from recipes.training.train import wrap
 from subspace_peft import compress
@@ -45,7 +46,7 @@ MIB = 2**20
 
 
 def network(model: str, dataset: str, rank: int, plain: bool) -> nn.Module:
-    """Normal without a rank; else with the hidden layers as products, in one of the two ways."""
+    """The normal network for rank 0; else hidden layers as products: of an adapter, or of a plain network."""
     if not rank:
         return build(model, dataset)
     settings = Settings(dataset=dataset, model=model, projection="identity", rank=rank, start="orthogonal")
@@ -65,7 +66,7 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def allocated(step: Callable[[], None]) -> int:
-    """The most bytes that a step holds at once of those it allocates itself."""
+    """The most bytes of its own allocations that a step holds at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -83,7 +84,7 @@ def measure(model: nn.Module, shape: tuple[int, ...], classes: int, steps: int) 
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # Adam makes its moments, and torch loads what it needs
+    step()  # allocates the moments of Adam, and loads libraries
     wall, cpu = [], []
     for _ in range(steps):
         at = time.perf_counter(), time.process_time()
@@ -105,6 +106,7 @@ def measure(model: nn.Module, shape: tuple[int, ...], classes: int, steps: int) 
 
 def costs(model: str, dataset: str, ranks: list[int], steps: int) -> list[dict]:
     """One row for each method."""
+    torch.set_num_threads(1)
     rows = []
     for rank, plain in tqdm([(0, False), *itertools.product(ranks, (False, True))], unit="method"):
         result = measure(network(model, dataset, rank, plain), SHAPES[dataset], CLASSES[dataset], steps)
@@ -113,7 +115,7 @@ def costs(model: str, dataset: str, ranks: list[int], steps: int) -> list[dict]:
 
 
 def text(rows: list[dict]) -> str:
-    header = ["method", "inner width", "numbers trained", "GFLOP a step", f"TFLOP for {EPOCH:,} images"]
+    header = ["method", "inner width", "parameters trained", "GFLOP a step", f"TFLOP for {EPOCH:,} images"]
     header += ["held, MiB", "peak, MiB", "ms a step", "CPU ms a step"]
     cells = []
     for row in rows:
@@ -124,24 +126,28 @@ def text(rows: list[dict]) -> str:
     return "\n".join(markdown(header, cells))
 
 
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(Path(__file__).parent / "cost.jsonl")["methods"])}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", nargs="+", type=int, default=[20, 2, 10, 1], help="inner widths")
-    parser.add_argument("--steps", type=int, default=30)
+    parser = Parser(__doc__, Path(__file__).parent)
+    parser.add_argument("--rank", nargs="+", type=at_least(1), default=[20, 2, 10, 1], help="inner widths")
+    parser.add_argument("--steps", type=at_least(1), default=30)
     parser.add_argument("--model", default="mlp")
     parser.add_argument("--dataset", choices=SHAPES, default="mnist", help="gives the shape; the pixels are random")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    load = os.getloadavg()[0]
-    rows = costs(options.model, options.dataset, options.rank, options.steps)
-    own = {"model": options.model, "dataset": options.dataset, "batch": BATCH, "steps": options.steps}
-    record = own | {"load": [load, os.getloadavg()[0]], "methods": rows}
-    file = options.output / "results" / "cost.json"
-    environment.write(file, record)
-    print(text(rows))
-    print(f"load before {load:.1f}, after {os.getloadavg()[0]:.1f}; {file}")
+    model, dataset, steps = options.model, options.dataset, options.steps
+    check(model)
+    settings = {"model": model, "dataset": dataset, "batch": BATCH, "steps": steps}
+    record = measured(
+        options.output / "cost.jsonl",
+        options.report,
+        lambda: settings | with_load(lambda: {"methods": costs(model, dataset, options.rank, steps)}),
+    )
+    print(text(record["methods"]))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,196 +1,186 @@
-"""What a comparison of subspaces says: accuracy against the compression ratio D / d (Larsen et al. 2021, figure 6).
+"""How few parameters can be trained: accuracy against the compression ratio D / d (Larsen et al. 2021, figure 6).
 
 The methods are those of the paper's table 1, by what the settings of a run say: axis-aligned or not, chosen at random
 or by training, from the start or from step t. The lottery subspaces of one trajectory are nested: what a smaller one
-reaches is in a larger one too, and a lower accuracy there is a failure of the optimiser. So they have the running
-maximum over d of each seed, and dashed in the figure what was reached at each d (figure 10).
+reaches is in a larger one too, and a lower accuracy there is a failure of the optimiser. So each seed has the running
+maximum over d, beside what was reached at each d (figure 10).
 """
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from recipes.lab.results import Results
-from recipes.reports.dimension import dimension, markdown, spread
-from recipes.reports.figures import MARKERS, save
-from recipes.reports.records import table as trainings
+from recipes.reports.dimension import dimension
+from recipes.reports.figures import GREY, band, count, counted, headline, legend_below, panels, save, style
+from recipes.reports.labels import labels, name
+from recipes.reports.records import table
+from recipes.reports.tables import joined, markdown, over_seeds, span
 from recipes.training.settings import Settings
 from subspace_peft.measure import intrinsic_dimension, running_maximum
 
 
-ACCURACIES = {"test accuracy": "final_accuracy", "training accuracy": "final_train_accuracy"}  # after the last epoch
 FULL = "full training"
+MAXIMUM = ", running maximum"
 FRACTION = 0.99
-"""Of full training's mean test accuracy: the smallest d that reaches it is looked for."""
+"""Of full training's mean test accuracy: the table says which d reaches it."""
+WIDE = 8
+"""Columns from which on a table has one decimal."""
+PANELS = {True: "d of the weights are trained", False: "All weights move, along d directions"}
+FIGURE = {
+    "burn-in affine": "random directions",
+    "random affine": "random directions",
+    "lottery subspace": "directions of a training (lottery subspace), best up to d",
+    "random pruning": "random weights (random pruning)",
+    "lottery ticket": "largest weights of a training (lottery ticket)",
+}
+"""What the legend says in place of the paper's words."""
 
 
 class Comparison(NamedTuple):
     """The runs of one data set and model that have a result."""
 
-    title: str
+    dataset: str
+    model: str
     methods: dict[str, pd.DataFrame]  # by label, a row a run
     nested: set[str]  # labels of lottery subspaces
     full: pd.DataFrame
 
+    @property
+    def title(self) -> str:
+        return f"{name(self.model)} on {name(self.dataset)}"
 
-def method(run: Settings) -> str:
+    @property
+    def D(self) -> int:
+        return pd.concat([self.full, *self.methods.values()]).D.iloc[0]
+
+
+def kind(run: Settings) -> str:
     """In the words of Larsen et al., table 1."""
     if run.projection == "full":
         return FULL
     if run.projection == "basis":
-        words = "lottery subspace" if run.increments else "subspace of a trajectory's points"
-    elif run.projection == "coordinate":
+        return "lottery subspace" if run.increments else "subspace of a trajectory's points"
+    if run.projection == "coordinate":
         words = "lottery ticket" if run.trajectory else "random pruning"
-        words += "" if run.pruned else ", the rest at the origin"
-    else:
-        words = "burn-in affine" if run.burn_in else "random affine"
-    return words + (f", t = {run.burn_in}" if run.burn_in else "")
+        return words if run.pruned else f"{words}, the rest at the origin"
+    return "burn-in affine" if run.burn_in else "random affine"
 
 
-def labels(
-    runs: Iterable[Settings], words: Callable[[Settings], str] = method, besides: Iterable[str] = ("d", "seed")
-) -> dict[str, str]:
-    """By the run's name: its words, and the settings in which runs of the same words on the same task differ.
-
-    Args:
-        besides: Settings that do not tell runs apart.
-    """
-    alike, found = {}, {}
-    for run in runs:
-        alike.setdefault((words(run), run.dataset, run.model), []).append(run)
-    for (own, *_), members in alike.items():
-        records = [_flat(run, set(besides)) for run in members]
-        keys = dict.fromkeys(key for record in records for key in record)  # some have a trajectory, some have none
-        varying = [key for key in keys if len({record.get(key) for record in records}) > 1]
-        for run, record in zip(members, records, strict=True):
-            said = [f"{key.replace('_', ' ')} {record[key]}" for key in varying if key in record]
-            found[run.name] = ", ".join([own, *said])
-    return found
-
-
-def _flat(run: Settings, besides: set[str]) -> dict[str, object]:
-    """The settings that may tell runs apart, those of the trajectory among them."""
-    sampled = run.trajectory.record() if run.trajectory else {}
-    own = {key: value for key, value in run.record().items() if key not in besides | {"trajectory"}}
-    return own | {f"trajectory {key}": value for key, value in sampled.items() if key not in besides | {"trajectory"}}
+def method(run: Settings) -> str:
+    return kind(run) + (f", t = {run.burn_in}" if run.burn_in else "")
 
 
 def comparisons(runs: list[Settings], results: Results) -> list[Comparison]:
     """One for each data set and model that has a result, with methods in the order of the recipe."""
-    names, found = labels(runs), []
+    names, made = labels(runs, method), []
     for dataset, model in dict.fromkeys((run.dataset, run.model) for run in runs):
-        here = [run for run in runs if (run.dataset, run.model) == (dataset, model)]
-        order = dict.fromkeys(names[run.name] for run in here if run.projection != "full")
-        tables = {label: trainings([run for run in here if names[run.name] == label], results) for label in order}
-        nested = {names[run.name] for run in here if run.projection == "basis" and run.increments}
-        full = trainings([run for run in here if run.projection == "full"], results)
-        tables = {label: table for label, table in tables.items() if len(table)}
+        members = [run for run in runs if (run.dataset, run.model) == (dataset, model)]
+        order = dict.fromkeys(names[run.name] for run in members if run.projection != "full")
+        tables = {label: table([run for run in members if names[run.name] == label], results) for label in order}
+        nested = {names[run.name] for run in members if run.projection == "basis" and run.increments}
+        full = table([run for run in members if run.projection == "full"], results)
+        tables = {label: rows for label, rows in tables.items() if len(rows)}
         if tables or len(full):
-            found.append(Comparison(f"{model} on {dataset}", tables, nested, full))
-    return found
+            made.append(Comparison(dataset, model, tables, nested, full))
+    return made
 
 
 def lines(comparison: Comparison, metric: str) -> dict[str, pd.DataFrame]:
-    """By method, the runs; of lottery subspaces both the running maximum of the metric and the runs themselves."""
-    found = {}
-    for label, table in comparison.methods.items():
-        if metric not in table:
+    """By method, the runs; for lottery subspaces both the running maximum of the metric and the runs themselves."""
+    chosen = {}
+    for label, rows in comparison.methods.items():
+        if metric not in rows:
             continue
         if label in comparison.nested:
-            found[f"{label}, running maximum"] = running_maximum(table, metric=metric)
-        found[label] = table
-    return found
+            chosen[label + MAXIMUM] = running_maximum(rows, metric=metric)
+        chosen[label] = rows
+    return chosen
+
+
+def parts(runs: list[Settings], results: Results) -> dict[str, str]:
+    """The tables "accuracy", "best" (at the epoch that is best on the test images), and "dimensions"."""
+    tables: dict[str, list[str]] = {"accuracy": [], "best": [], "dimensions": []}
+    for comparison in comparisons(runs, results):
+        title = f"**{comparison.title}**, D = {comparison.D:,}{_full(comparison.full)}."
+        nested = "The running maximum is the best of all d' up to d of the same seed, by the test images."
+        said = [f"{title} Test accuracy after the last epoch, %:", "", *_accuracies(comparison, "final_accuracy")]
+        tables["accuracy"].append("\n".join([*said, *(["", nested] if comparison.nested else [])]))
+        if any((rows.best_accuracy > rows.final_accuracy).any() for rows in comparison.methods.values()):
+            said = [f"{title} At the epoch that is best on the test images, %:", ""]
+            tables["best"].append("\n".join([*said, *_accuracies(comparison, "best_accuracy")]))
+        if len(comparison.full) and comparison.methods:
+            said = [f"The smallest d whose mean final test accuracy reaches {100 * FRACTION:g} % of full training's:"]
+            tables["dimensions"].append("\n".join([*said, "", *_dimensions(comparison)]))
+    return {key: "\n\n".join(each) for key, each in tables.items() if each}
 
 
 def text(runs: list[Settings], results: Results) -> str:
-    """For each task: mean and standard deviation of test accuracies, and the d that comes near full training."""
-    parts = []
-    for comparison in comparisons(runs, results):
-        parts += [f"**{comparison.title}**{_of_full(comparison.full)}. Test accuracy after the last epoch, %:", ""]
-        parts += [*_accuracies(comparison, "final_accuracy"), ""]
-        if comparison.nested:
-            parts += ["The running maximum is the best of all d' up to d of the same seed, by the test images.", ""]
-        if any((table.best_accuracy > table.final_accuracy).any() for table in comparison.methods.values()):
-            parts += ["At the epoch that is best on the test images, %:", ""]
-            parts += [*_accuracies(comparison, "best_accuracy"), ""]
-        if len(comparison.full) and comparison.methods:
-            parts += [
-                f"The smallest d whose mean final test accuracy reaches {100 * FRACTION:g} % of full training's:"
-            ]
-            parts += ["", *_dimensions(comparison), ""]
-    return "\n".join(parts).rstrip()
+    return joined(parts(runs, results))
 
 
-def _of_full(full: pd.DataFrame) -> str:
-    if not len(full):
-        return ""
-    percent = 100 * full.final_accuracy
-    return f", D = {full.D.iloc[0]}; full training {spread(percent.mean(), percent.std())} % ({len(full)} seeds)"
+def _full(full: pd.DataFrame) -> str:
+    return f"; full training {over_seeds(100 * full.final_accuracy)} % ({len(full)} seeds)" if len(full) else ""
 
 
 def _accuracies(comparison: Comparison, metric: str) -> list[str]:
-    found = lines(comparison, metric)
-    grid = sorted({d for table in found.values() for d in table.d})
-    rows = []
-    for label, table in found.items():
-        seeds = table.groupby("d").seed.nunique()
-        of_d = (100 * table[metric]).groupby(table.d).agg(["mean", "std"]).apply(lambda row: spread(*row), axis=1)
-        rows.append([label, _span(seeds.min(), seeds.max()), *(of_d.get(d, "") for d in grid)])
-    return markdown(["method", "seeds", *(f"d = {d}" for d in grid)], rows)
-
-
-def _span(low: int, high: int) -> str:
-    return f"{low}" if low == high else f"{low} to {high}"
+    drawn = lines(comparison, metric)
+    grid = sorted({d for rows in drawn.values() for d in rows.d})
+    cells = []
+    for label, rows in drawn.items():
+        seeds = rows.groupby("d").seed.nunique()
+        by_d = (100 * rows[metric]).groupby(rows.d).agg(over_seeds, digits=1 if len(grid) > WIDE else 2)
+        cells.append([label, span(seeds.min(), seeds.max()), *(by_d.get(d, "") for d in grid)])
+    return markdown(["method", "seeds", *(f"d = {d}" for d in grid)], cells)
 
 
 def _dimensions(comparison: Comparison) -> list[str]:
-    rows = []
-    for label, table in lines(comparison, "final_accuracy").items():
-        found = intrinsic_dimension(table, fraction=FRACTION, baseline=comparison.full)
-        ratio = f"{table.D.iloc[0] / found.d:.1f}" if found.d else ""
-        rows.append([label, dimension(found), ratio])
-    return markdown(["method", "d (95 % interval)", "D / d"], rows)
+    cells = []
+    for label, rows in lines(comparison, "final_accuracy").items():
+        least = intrinsic_dimension(rows, fraction=FRACTION, baseline=comparison.full)
+        cells.append([label, dimension(least), f"{rows.D.iloc[0] / least.d:.1f}" if least.d else ""])
+    return markdown(["method", "d (95 % interval)", "D / d"], cells)
 
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
-    """A row for each task: test and training accuracy against D / d, mean and one standard deviation over seeds."""
+    """A row for each task: test accuracy against D / d, where single weights move and where all do."""
     tasks = comparisons(runs, results)
-    size = (12.8, 4.2 * len(tasks) + 1.2)  # below the panels stands the legend
-    figure, axes = plt.subplots(len(tasks), len(ACCURACIES), figsize=size, squeeze=False, layout="constrained")
-    styles = {label: f"C{i % 10}" for i, label in enumerate(dict.fromkeys(m for task in tasks for m in task.methods))}
+    kinds = list(dict.fromkeys(FIGURE.get(kind(run), kind(run)) for run in runs if run.projection != "full"))
+    sides = [side for side in PANELS if any(_labels(task, side) for task in tasks)] or [False]
+    figure, axes = panels(len(tasks), len(sides), width=11 / len(sides), height=4.6, sharex=True, sharey="row")
     for row, task in zip(axes, tasks, strict=True):
-        for axis, (name, metric) in zip(row, ACCURACIES.items(), strict=True):
-            _panel(axis, task, metric, styles)
-            axis.set(title=task.title, xlabel="compression ratio D / d", ylabel=f"{name} after the last epoch, %")
-    legend_below(figure, columns=3)
+        for axis, side in zip(row, sides, strict=True):
+            _panel(axis, task, _labels(task, side), kinds)
+            axis.set(title=PANELS[side], xlabel="all parameters / trained ones, D / d")
+        row[0].set_ylabel("test accuracy after training, %")
+    words = " and ".join(f"{task.title}, {count(task.D)} parameters" for task in tasks)
+    headline(figure, f"How few parameters can be trained? {words}")
+    legend_below(figure, columns=3 if len(kinds) > 2 else 2)
     return save(figure, file)
 
 
-def legend_below(figure: Figure, columns: int) -> None:
-    """One legend of what the panels of a figure show, each label once."""
-    drawn = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in figure.axes]
-    handles = {label: handle for panel in drawn for handle, label in panel}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize="small")
+def _labels(task: Comparison, aligned: bool) -> list[str]:
+    return [label for label, rows in task.methods.items() if (rows.projection.iloc[0] == "coordinate") == aligned]
 
 
-def _panel(axis: Axes, task: Comparison, metric: str, colors: dict[str, str]) -> None:
-    found = lines(task, metric)
-    for label, table in found.items():
-        own = label.removesuffix(", running maximum")
-        of_d = (100 * table[metric]).groupby(table.D / table.d).agg(["mean", "std"])
-        raw = own in task.nested and own == label
-        style = "--" if raw else "-"
-        marker = "" if raw else MARKERS[list(colors).index(own) % len(MARKERS)]
-        axis.plot(of_d.index, of_d["mean"], style, marker=marker, color=colors[own], markersize=5, label=label)
-        if not raw:
-            band = of_d["mean"] - of_d["std"], of_d["mean"] + of_d["std"]
-            axis.fill_between(of_d.index, *band, color=colors[own], alpha=0.15, linewidth=0)
-    if metric in task.full:
-        axis.axhline(100 * task.full[metric].mean(), color="black", linestyle=":", label=FULL)
-    axis.set_xscale("log")
-    axis.grid(alpha=0.3)
+def _panel(axis: Axes, task: Comparison, shown: list[str], kinds: list[str]) -> None:
+    """Mean and one standard deviation over seeds; a colour for each kind, dashed from step t on."""
+    dashed = {}
+    for label in shown:
+        rows, words, t = task.methods[label], label, task.methods[label].burn_in.iloc[0]
+        for paper, plain in FIGURE.items():
+            words = words.replace(paper, plain)
+        words = words.replace(f", t = {t}", "")
+        look = style(max(at for at, each in enumerate(kinds) if words.startswith(each)))
+        rows = running_maximum(rows, metric="final_accuracy") if label in task.nested else rows
+        by_ratio = (100 * rows.final_accuracy).groupby(rows.D / rows.d).agg(["mean", "std"])
+        dashed |= {t: f"dashed: from step {t} of a training"} if t else {}
+        axis.plot(by_ratio.index, by_ratio["mean"], "--" if t else "-", label=None if t else words, **look)
+        band(axis, by_ratio.index, by_ratio["mean"], by_ratio["std"], look["color"])
+    for words in dashed.values():
+        axis.plot([], [], "--", color=GREY, label=words)
+    if len(task.full):
+        axis.axhline(100 * task.full.final_accuracy.mean(), color="black", linestyle=":", label=FULL)
+    counted(axis)

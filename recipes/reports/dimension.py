@@ -1,189 +1,213 @@
-"""What the results of a sweep say: accuracy by d, and the intrinsic dimension d_int90 of Li et al. 2018."""
+"""How many dimensions a task needs: accuracy by d, and the intrinsic dimension d_int90 of Li et al. 2018.
 
-from dataclasses import fields
+d_int90 is the first d of the grid whose mean accuracy over seeds reaches 90 % of full training's, or an absolute
+threshold. Nothing is interpolated, so the true value lies above the grid's next smaller d.
+"""
+
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
 from recipes.lab.results import Results
-from recipes.reports.figures import MARKERS, save
-from recipes.reports.records import table as trainings
+from recipes.reports.figures import GREY, MARKERS, band, count, headline, legend_below, panels, save, style
+from recipes.reports.labels import distinguishing, flat, labels, name
+from recipes.reports.records import table
+from recipes.reports.tables import joined, over_seeds, span, without_empty
 from recipes.training.settings import Settings
 from subspace_peft.measure import Dimension, intrinsic_dimension
 
 
-TASK = ["dataset", "model"]
 Absolute = float | dict[str, float]
-"""The accuracy itself that is to be reached, of all models or by model."""
-SETTINGS = [f.name for f in fields(Settings) if not f.metadata and f.name not in (*TASK, "projection", "d", "seed")]
+"""The accuracy itself that is to be reached, of all networks or by network."""
+Published = dict[str, dict[str, int]] | None
+"""d_int90 of papers, by network and source."""
 ABSOLUTE = 0.9  # of Gargiulo 2023 for MNIST
+LAST, BEST = "final_accuracy", "best_accuracy"
 
 
-def apart(runs: pd.DataFrame, settings: list[str] = SETTINGS) -> pd.DataFrame:
-    """The runs with the name of their projection made longer by the settings in which runs of it differ.
+class Task(NamedTuple):
+    """The runs of one network on one data set that have a result."""
 
-    So runs that differ in more than d and seed, such as in lr, are never averaged.
-    """
-    tables = []
-    for (*_, projection), table in runs.groupby([*TASK, "projection"], sort=False):
-        table = table.assign(
-            trajectory=[run and {k: v for k, v in run.items() if k != "seed"} for run in trajectories(table)]
-        )
-        differing = [key for key in settings if key in table and table[key].astype(str).nunique() > 1]
-        if projection == "full" and differing:
-            raise ValueError(
-                f"Full trainings of one network must differ in seed alone, got several `{differing[0]}`; leave one."
-            )
-        if differing:
-            words = [f"{key.replace('_', ' ')} " + table[key].astype(str) for key in differing]
-            names = pd.concat(words, axis=1).agg(", ".join, axis=1)
-            table = table.assign(projection=f"{projection}, " + names)
-        tables.append(table)
-    return pd.concat(tables)
+    dataset: str
+    model: str
+    full: pd.DataFrame  # a row a run
+    lines: dict[str, pd.DataFrame]  # the same for each kind of subspace
 
+    @property
+    def D(self) -> int:
+        return pd.concat([self.full, *self.lines.values()]).D.iloc[0]
 
-def trajectories(runs: pd.DataFrame) -> list[dict | None]:
-    return list(runs.trajectory) if "trajectory" in runs else [None] * len(runs)
-
-
-def by_d(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds of the accuracy (%) after the last epoch and at the best one."""
-    runs = apart(runs)
-    percent = runs.assign(final=100 * runs.final_accuracy, best=100 * runs.best_accuracy)
-    groups = percent.groupby([*TASK, "projection", "d"])
-    return groups.agg(
-        seeds=("seed", "nunique"),
-        final=("final", "mean"),
-        final_sd=("final", "std"),
-        best=("best", "mean"),
-        best_sd=("best", "std"),
-        seconds=("seconds", "mean"),
-    ).reset_index()
+    @property
+    def title(self) -> str:
+        return f"{name(self.model)} on {name(self.dataset)}"
 
 
 class Dimensions(NamedTuple):
-    """d_int90 of one projection: by 90 % of full training, or by an accuracy itself at the last and the best epoch."""
+    """d_int90 by 90 % of full training, and by an accuracy itself after the last and at the best epoch."""
 
-    task: tuple[str, ...]
-    projection: str
     relative: Dimension | None  # None: there is no full training
     absolute: Dimension
     best: Dimension
 
 
-def dimensions(runs: pd.DataFrame, absolute: Absolute = ABSOLUTE) -> list[Dimensions]:
-    """Of every data set, model and projection: the first d of the grid whose mean accuracy over seeds reaches it.
-
-    Without interpolation, so the true value lies above the grid's next smaller d.
-    """
-    found = []
-    for task, rows in apart(runs).groupby(TASK):
-        full, level = rows[rows.projection == "full"], level_of(absolute, task[-1])
-        for projection, line in rows[rows.projection != "full"].groupby("projection"):
-            relative = intrinsic_dimension(line, fraction=0.9, baseline=full) if len(full) else None
-            by_last, by_best = (
-                intrinsic_dimension(line, absolute=level, metric=metric)
-                for metric in ("final_accuracy", "best_accuracy")
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError for full trainings of one network that differ in more than the seed."""
+    tasks: dict[tuple, list] = {}
+    for run in runs:
+        if run.projection == "full":
+            tasks.setdefault((run.dataset, run.model), []).append(flat(run.record(), ("seed",)))
+    for records in tasks.values():
+        if keys := distinguishing(records):
+            raise ValueError(
+                f"Full trainings of one network must differ in seed alone, got several `{keys[0]}`; leave one."
             )
-            found.append(Dimensions(task, projection, relative, by_last, by_best))
-    return found
+
+
+def tasks(runs: list[Settings], results: Results) -> list[Task]:
+    """In the order of the recipe.
+
+    Raises:
+        ValueError: for full trainings of one network that differ in more than the seed.
+    """
+    check(runs)
+    names, made = labels(runs, lambda run: name(run.projection)), []
+    for dataset, model in dict.fromkeys((run.dataset, run.model) for run in runs):
+        members = [run for run in runs if (run.dataset, run.model) == (dataset, model)]
+        full = table([run for run in members if run.projection == "full"], results)
+        order = sorted({names[run.name] for run in members if run.projection != "full"})
+        lines = {label: table([run for run in members if names[run.name] == label], results) for label in order}
+        lines = {label: line for label, line in lines.items() if len(line)}
+        if len(full) or lines:
+            made.append(Task(dataset, model, full, lines))
+    return made
+
+
+def dimensions(task: Task, absolute: Absolute = ABSOLUTE) -> dict[str, Dimensions]:
+    """By the label of the subspace."""
+    level = level_of(absolute, task.model)
+    return {
+        label: Dimensions(
+            intrinsic_dimension(line, fraction=0.9, baseline=task.full) if len(task.full) else None,
+            intrinsic_dimension(line, absolute=level, metric=LAST),
+            intrinsic_dimension(line, absolute=level, metric=BEST),
+        )
+        for label, line in task.lines.items()
+    }
 
 
 def level_of(absolute: Absolute, model: str) -> float:
     return absolute.get(model, ABSOLUTE) if isinstance(absolute, dict) else absolute
 
 
-def dimension(found: Dimension | None) -> str:
+def dimension(measured: Dimension | None) -> str:
     """d, and its interval where that is more than this d; where there is none, the best that was seen."""
-    if found is None:
+    if measured is None:
         return ""
-    nan = f", {found.nan} runs without a number" if found.nan else ""
-    best = f", {100 * found.best[0]:.2f} % at best" if found.best else ""
-    d = (str(found.d) if found.d else f"none{best}") + nan
-    if not found.interval or found.interval == (found.d, found.d):
+    nan = f", {measured.nan} runs without a number" if measured.nan else ""
+    best = f", {100 * measured.best[0]:.2f} % at best" if measured.best else ""
+    d = (str(measured.d) if measured.d else f"none{best}") + nan
+    if not measured.interval or measured.interval == (measured.d, measured.d):
         return d
-    low, high = (end or f"above {found.largest}" for end in found.interval)
+    low, high = (end or f"above {measured.largest}" for end in measured.interval)
     return f"{d} ({low} to {high})"
 
 
-def check(runs: list[Settings]) -> None:
-    """Raises ValueError for runs that no table could show."""
-    apart(pd.DataFrame([run.record() for run in runs]))
+def parts(
+    runs: list[Settings], results: Results, absolute: Absolute = ABSOLUTE, published: Published = None
+) -> dict[str, str]:
+    """The tables "d_int90" and "accuracy"."""
+    measured = tasks(runs, results)
+    return {
+        "d_int90": "\n".join(_dimensions(measured, absolute, published or {})),
+        "accuracy": "\n\n".join("\n".join(_accuracies(task)) for task in measured),
+    }
 
 
-def text(runs: list[Settings], results: Results, absolute: Absolute = ABSOLUTE) -> str:
-    """Both tables as Markdown."""
-    runs = trainings(runs, results)
-    accuracies = [
-        [*task, projection, d or "all", seeds, spread(final, final_sd), spread(best, best_sd), f"{seconds:.0f}"]
-        for *task, projection, d, seeds, final, final_sd, best, best_sd, seconds in by_d(runs).itertuples(index=False)
-    ]
+def text(runs: list[Settings], results: Results, absolute: Absolute = ABSOLUTE, published: Published = None) -> str:
+    return joined(parts(runs, results, absolute, published))
+
+
+def _dimensions(measured: list[Task], absolute: Absolute, published: dict[str, dict[str, int]]) -> list[str]:
     rows = []
-    for found in dimensions(runs, absolute):
-        share = f"{100 * found.relative.threshold:.2f}" if found.relative else ""
-        ds = [dimension(d) for d in (found.relative, found.absolute, found.best)]
-        rows.append([*found.task, found.projection, share, ds[0], f"{100 * found.absolute.threshold:g}", *ds[1:]])
-    return "\n".join(
-        [
-            *markdown([*TASK, "projection", "d", "seeds", "final %", "best %", "s a run"], accuracies),
-            "",
-            "d_int90: the first d of the grid whose mean final accuracy reaches 90 % of full training's, or the",
-            "absolute threshold; by the best epoch, which the test data choose, too. In brackets 95 % intervals.",
-            "",
-            *markdown(
-                [*TASK, "projection", "90 % of full", "d_int90", "absolute %", "d_int90, last epoch", "best epoch"],
-                rows,
-            ),
-        ]
-    )
+    for task in measured:
+        sources = "; ".join(f"{source}: {d}" for source, d in published.get(task.model, {}).items())
+        for label, each in dimensions(task, absolute).items():
+            share = f"{100 * each.relative.threshold:.2f}" if each.relative else ""
+            cells = [f"{task.title}, D = {task.D:,}", label, dimension(each.relative), share]
+            cells += [f"{100 * each.absolute.threshold:g}", dimension(each.absolute), dimension(each.best)]
+            rows.append([*cells, sources])
+            sources = ""  # once for each network
+    header = ["network", "P", "d_int90 (95 % interval)", "90 % of full training's, %", "threshold itself, %"]
+    return without_empty([*header, "d_int90 by it, last epoch", "d_int90 by it, best epoch", "published"], rows)
 
 
-def markdown(header: list[str], rows: list[list]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-
-
-def spread(mean: float, sd: float) -> str:
-    return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"
+def _accuracies(task: Task) -> list[str]:
+    """Mean and standard deviation over seeds of the test accuracy after the last epoch, by d."""
+    grid = sorted({d for line in task.lines.values() for d in line.d})
+    rows = []
+    for label, line in task.lines.items():
+        seeds = line.groupby("d").seed.nunique()
+        by_d = (100 * line[LAST]).groupby(line.d).agg(over_seeds)
+        cells = [by_d.get(d, "") for d in grid]
+        rows.append([label, span(seeds.min(), seeds.max()), *cells, "", f"{line.seconds.mean():.0f}"])
+    if len(task.full):
+        whole, seconds = over_seeds(100 * task.full[LAST]), f"{task.full.seconds.mean():.0f}"
+        rows.append(["full training", task.full.seed.nunique(), *[""] * len(grid), whole, seconds])
+    header = ["P", "seeds", *(f"d = {d}" for d in grid), f"all {task.D:,}", "s a run"]
+    return [f"{task.title}, test accuracy after the last epoch, %:", "", *without_empty(header, rows, keep=2)]
 
 
 def plot(
     runs: list[Settings],
     results: Results,
     file: Path,
-    published: dict[str, dict[str, int]] | None = None,
     absolute: Absolute = ABSOLUTE,
+    published: Published = None,
 ) -> Path:
-    """Accuracy against d, a panel for each data set and model. The band is one standard deviation over seeds.
+    """Accuracy against d, a panel for each data set and network; the band is one standard deviation over seeds.
 
     Args:
-        published: d_int90 of the papers, by model and source: open markers at the absolute threshold.
+        published: Open markers at the absolute threshold.
     """
-    tasks = list(by_d(trainings(runs, results)).groupby(TASK))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.8), squeeze=False, layout="constrained")
-    for axis, ((dataset, model), table) in zip(axes[0], tasks, strict=True):
-        panel(axis, table, (published or {}).get(model, {}), 100 * level_of(absolute, model))
-        axis.set_title(f"{model} on {dataset}")
+    measured = tasks(runs, results)
+    columns = min(len(measured), 3)
+    rows = -(-len(measured) // columns)
+    figure, axes = panels(rows, columns, width=11 / columns if columns > 1 else 7.5, height=4.4)
+    kinds = list(dict.fromkeys(label for task in measured for label in task.lines))
+    datasets = list(dict.fromkeys(name(task.dataset) for task in measured))
+    for axis, task in zip(axes.flat, measured, strict=False):
+        _panel(axis, task, kinds, 100 * level_of(absolute, task.model), (published or {}).get(task.model, {}))
+        title = task.title if len(datasets) > 1 else name(task.model)
+        axis.set(title=f"{title}, {count(task.D)} parameters", xlabel="dimensions trained, d")
+    for axis in list(axes.flat)[len(measured) :]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("test accuracy after training, %")
+    headline(figure, f"How many dimensions does a network need to learn {' and '.join(datasets)}?")
+    legend_below(figure, columns=4 + (len(kinds) > 2))
     return save(figure, file)
 
 
-def panel(axis: Axes, table: pd.DataFrame, published: dict[str, int], absolute: float) -> None:
-    """Mean final accuracy (%) of each projection and of full training, and both thresholds."""
-    full = table[table.projection == "full"].final
-    for marker, (projection, line) in zip(MARKERS, table[table.d > 0].groupby("projection"), strict=False):
-        (curve,) = axis.plot(line.d, line.final, marker=marker, label=projection)
-        low, high = line.final - line.final_sd, line.final + line.final_sd
-        axis.fill_between(line.d, low, high, color=curve.get_color(), alpha=0.15)
-    if len(full):
-        axis.axhline(full.iloc[0], color="black", linewidth=1, label=f"full, {full.iloc[0]:.1f} %")
-        relative = 0.9 * full.iloc[0]
-        axis.axhline(relative, color="grey", linestyle="--", linewidth=1, label=f"90 % of full, {relative:.1f} %")
-    axis.axhline(absolute, color="grey", linestyle=":", linewidth=1, label=f"{absolute:g} %")
-    for marker, (source, d) in zip(reversed(MARKERS), published.items(), strict=False):
-        axis.plot(d, absolute, marker, color="black", markersize=9, fillstyle="none", label=f"{source}: {d}")
-    axis.set(xlabel="d", ylabel="test accuracy after the last epoch, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="best")
+def _panel(axis: Axes, task: Task, kinds: list[str], absolute: float, published: dict[str, int]) -> None:
+    """Mean final accuracy (%) of each kind of subspace and of full training, and both thresholds."""
+    for label, line in task.lines.items():
+        look = style(kinds.index(label))
+        by_d = (100 * line[LAST]).groupby(line.d).agg(["mean", "std"])
+        axis.plot(by_d.index, by_d["mean"], label=label, **look)
+        band(axis, by_d.index, by_d["mean"], by_d["std"], look["color"])
+    levels = [(absolute, f"{absolute:g} % accuracy", ":")]
+    if len(task.full):
+        full = 100 * task.full[LAST].mean()
+        axis.axhline(full, color="black", linewidth=1.2, label="full training")
+        levels.append((0.9 * full, "90 % of full training", "--"))
+    for level, words, line in levels:
+        axis.axhline(level, color=GREY, linestyle=line, linewidth=1.2, label=words)
+    points = [
+        axis.plot(d, absolute, MARKERS[-1 - at % len(MARKERS)], color="black", markersize=10, fillstyle="none")[0]
+        for at, d in enumerate(published.values())
+    ]
+    if points:
+        words = [f"{source}: {d:,}" for source, d in published.items()]
+        axis.legend(points, words, title="published", loc="best", fontsize=8.5, alignment="left")

@@ -1,21 +1,19 @@
 """What low-rank training keeps of the accuracy: hidden layers W = B A beside the network as it is (Qu 2023).
 
 The table has a column for each data set, and their average, as the paper's "Avg Acc."; the figure shows the test error
-against the inner width of the factors.
+against the inner width of the factors, or against the learning rate where there are several.
 """
 
-from itertools import cycle
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from recipes.lab.results import Results
-from recipes.reports.compression import labels, legend_below
-from recipes.reports.dimension import markdown, spread
-from recipes.reports.figures import MARKERS, save
+from recipes.reports.figures import COLOURS, MARKERS, headline, legend_below, panels, plain_ticks, save, style
+from recipes.reports.labels import labels, name
+from recipes.reports.tables import by_rate, over_seeds, without_empty
 from recipes.training.settings import Settings
 
 
@@ -28,84 +26,125 @@ def method(run: Settings) -> str:
 
 
 def table(runs: list[Settings], results: Results) -> pd.DataFrame:
-    """A row a run that has a result: method, model, dataset, rank, seed, accuracy (%), seconds, and what is trained.
+    """One row for each run that has a result; `rank` is the inner width, `trained` the number of trained parameters.
 
-    `rank` is the inner width, `trained` how many numbers are. Data sets are averaged for each seed
-    that all of them have.
+    Data sets are averaged for each seed that all of them have.
     """
     names, rows = labels(runs, method, besides=("seed", "rank")), []
     for run in runs:
         if not (result := results.load(run)):
             continue
-        own = {key: getattr(run, key) for key in ("model", "dataset", "rank", "seed")}
-        numbers = {"accuracy": 100 * result["final_accuracy"], "seconds": result["seconds"]["train"]}
-        rows.append({"method": names[run.name], **own, "trained": result["d"], **numbers})
-    found = pd.DataFrame(rows)
+        settings = {key: getattr(run, key) for key in ("model", "dataset", "rank", "lr", "start", "seed")}
+        measured = {"accuracy": 100 * result["final_accuracy"], "seconds": result["seconds"]["train"]}
+        rows.append({"method": names[run.name], **settings, "trained": result["d"], **measured})
+    whole = pd.DataFrame(rows)
     if not rows:
-        return found
-    keys = ["model", "method", "rank", "trained", "seed"]
-    groups = found.groupby(keys)
-    whole = groups.dataset.nunique() == found.groupby("model").dataset.nunique().max()
-    average = groups[["accuracy", "seconds"]].mean()[whole].reset_index().assign(dataset=AVERAGE)
-    return pd.concat([found, average]) if found.dataset.nunique() > 1 else found
+        return whole
+    keys = ["model", "method", "rank", "lr", "start", "trained", "seed"]
+    groups = whole.groupby(keys)
+    complete = groups.dataset.nunique() == whole.groupby("model").dataset.nunique().max()
+    average = groups[["accuracy", "seconds"]].mean()[complete].reset_index().assign(dataset=AVERAGE)
+    return pd.concat([whole, average]) if whole.dataset.nunique() > 1 else whole
 
 
 def text(runs: list[Settings], results: Results) -> str:
-    """Mean and standard deviation over seeds of the test accuracy after the last epoch."""
-    found = table(runs, results)
-    columns = list(dict.fromkeys(found.dataset))
+    """Mean and standard deviation over seeds of the test accuracy after the last epoch; by rate, where several are."""
+    measured = table(runs, results)
+    if measured.lr.nunique() > 1:
+        shown = measured[measured.dataset == measured.dataset.iloc[-1]]
+        shown = shown.assign(rate=shown.lr, method=shown.method.str.split(",").str[0], start=_starts(shown))
+        keys = {"method": "method", "rank": "inner width", "start": "start of the factors"}
+        return "\n".join(["Test accuracy after the last epoch by learning rate, %:", "", *by_rate(shown, keys)])
+    columns = list(dict.fromkeys(measured.dataset))
     rows = []
-    for (model, words, rank, trained), group in found.groupby(["model", "method", "rank", "trained"], sort=False):
-        percent = group.groupby("dataset").accuracy.agg(["mean", "std"]).apply(lambda row: spread(*row), axis=1)
+    for (model, words, rank, trained), group in measured.groupby(["model", "method", "rank", "trained"], sort=False):
+        percent = group.groupby("dataset").accuracy.agg(over_seeds)
         seconds = group.groupby("dataset").seconds.mean().round().astype(int)
-        shown = [f"{percent[name]} ({seconds[name]} s)" if name in percent else "" for name in columns]
-        shown.append(_lead(found[(found.model == model) & (found.dataset == columns[-1])], words, rank))
-        rows.append([model, words, rank or "", f"{trained:,}", group.seed.nunique(), *shown])
-    header = ["model", "method", "inner width", "numbers trained", "seeds", *(f"{name} %" for name in columns)]
-    header.append(f"ahead of normal, {columns[-1]}")
-    return "\n".join(["Test accuracy after the last epoch (seconds of training a run):", "", *markdown(header, rows)])
+        shown = [f"{percent[data]} ({seconds[data]} s)" if data in percent else "" for data in columns]
+        shown.append(_lead(measured[(measured.model == model) & (measured.dataset == columns[-1])], words, rank))
+        network = name(model) if measured.model.nunique() > 1 else ""
+        rows.append([words, network, rank or "", f"{trained:,}", group.seed.nunique(), *shown])
+    header = [
+        "method",
+        "network",
+        "inner width",
+        "parameters trained",
+        "seeds",
+        *(f"{name(data)} %" for data in columns),
+    ]
+    lines = without_empty([*header, f"ahead of normal, {name(columns[-1])}"], rows)
+    return "\n".join(["Test accuracy after the last epoch (seconds of training a run):", "", *lines])
 
 
-def _lead(found: pd.DataFrame, words: str, rank: int) -> str:
+def _starts(measured: pd.DataFrame) -> pd.Series:
+    return measured.start.where(measured["rank"] > 0, "")
+
+
+def _lead(measured: pd.DataFrame, words: str, rank: int) -> str:
     """Points ahead of normal training from the same seed, which draws the same network and the same batches."""
-    by_seed = found.pivot_table(index="seed", columns=["method", "rank"], values="accuracy")
+    by_seed = measured.pivot_table(index="seed", columns=["method", "rank"], values="accuracy")
     if not rank or (NORMAL, 0) not in by_seed or (words, rank) not in by_seed:
         return ""
     lead = (by_seed[words, rank] - by_seed[NORMAL, 0]).dropna()
-    return spread(lead.mean(), lead.std()) if len(lead) else ""
+    return over_seeds(lead) if len(lead) else ""
 
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
-    """A panel for each data set, and one for their average: test error against the inner width."""
-    found = table(runs, results)
-    panels = list(found.groupby(["model", "dataset"], sort=False))
-    size = (max(4.2 * len(panels), 6.4), 4.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, ((model, dataset), runs_here) in zip(axes[0], panels, strict=True):
-        _panel(axis, runs_here)
-        axis.set(title=f"{model}, {dataset}", xlabel="inner width")
-    axes[0][0].set_ylabel("test error after the last epoch, %")
-    legend_below(figure, columns=max(2, len(panels)))
+    """Test error against the inner width, a line for each data set; or against the rate, where there are several."""
+    measured = table(runs, results)
+    measured = measured.assign(error=100 - measured.accuracy)
+    models = list(dict.fromkeys(measured.model))
+    figure, axes = panels(1, len(models), width=7.6, height=4.6)
+    by_rate = measured.lr.nunique() > 1
+    for axis, model in zip(axes[0], models, strict=True):
+        (_by_rate if by_rate else _by_width)(axis, measured[measured.model == model])
+        _log_errors(axis)
+        axis.set_title(", ".join([name(model)] * (len(models) > 1)))
+    axes[0][0].set_ylabel("test error after training, %")
+    if by_rate:
+        legend_below(figure, columns=3)
+    narrow, rate = "How narrow can the hidden layer W = B A be?", "Which learning rate suits low-rank layers?"
+    headline(figure, rate if by_rate else narrow)
     return save(figure, file)
 
 
-def _panel(axis: Axes, found: pd.DataFrame) -> None:
-    found = found.assign(error=100 - found.accuracy)
-    for style, (words, series) in zip(
-        cycle(["-", "--", ":"]), found[found["rank"] == 0].groupby("method"), strict=False
-    ):
-        mean, deviation = series.error.mean(), series.error.std()
-        axis.axhline(mean, color="black", linestyle=style, linewidth=1, label=words)
-        axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.1, linewidth=0)
-    for marker, (words, series) in zip(cycle(MARKERS), found[found["rank"] > 0].groupby("method"), strict=False):
-        of_width = series.groupby("rank").error.agg(["mean", "std"])
-        axis.errorbar(of_width.index, of_width["mean"], of_width["std"], marker=marker, capsize=3, label=words)
-    widths = sorted({width for width in found["rank"] if width})
-    axis.set_xscale("log")
-    axis.set_xticks(widths, [str(width) for width in widths])
-    axis.set_xticks([], minor=True)
+def _by_width(axis: Axes, measured: pd.DataFrame) -> None:
+    """A colour for each data set; normal training as a dashed line and a band of one standard deviation."""
+    for at, (data, rows) in enumerate(measured[measured.dataset != AVERAGE].groupby("dataset", sort=False)):
+        color, label = COLOURS[at % len(COLOURS)], name(data)
+        normal = rows[rows["rank"] == 0].error
+        if len(normal):
+            axis.axhline(normal.mean(), color=color, linestyle="--", linewidth=1.2)
+            axis.axhspan(
+                normal.mean() - normal.std(), normal.mean() + normal.std(), color=color, alpha=0.12, linewidth=0
+            )
+        for kind, (words, series) in enumerate(rows[rows["rank"] > 0].groupby("method", sort=False)):
+            by_width = series.groupby("rank").error.agg(["mean", "std"])
+            several = rows[rows["rank"] > 0].method.nunique() > 1
+            axis.errorbar(
+                by_width.index, by_width["mean"], by_width["std"], marker=MARKERS[(at + kind) % len(MARKERS)],
+                color=color, capsize=3, label=f"{label}, {words}" if several else label,
+            )  # fmt: skip
+    axis.plot([], [], "--", color="black", linewidth=1.2, label="dashed: normal training, W itself")
+    axis.set_xlabel("inner width of the factors: columns of B")
+    plain_ticks(axis, sorted({width for width in measured["rank"] if width}) or [1])
+    axis.legend()
+
+
+def _by_rate(axis: Axes, measured: pd.DataFrame) -> None:
+    """A line for each inner width and start."""
+    shown = measured[measured.dataset == measured.dataset.iloc[-1]]
+    for at, ((rank, start), rows) in enumerate(shown.groupby(["rank", "start"], sort=False)):
+        words = f"inner width {rank}, {start} start" if rank else NORMAL
+        look = style(at) if rank else {"color": "black", "marker": "."}
+        by_rate = rows.groupby("lr").error.mean()
+        axis.plot(by_rate.index, by_rate, label=words, **look)
+    axis.set_xlabel("learning rate of Adam")
+    plain_ticks(axis, sorted(set(shown.lr)))
+
+
+def _log_errors(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """The pages whose tables come from results: READMEs of recipes and docs/results.md."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from recipes.lab.grid import read
@@ -19,22 +20,32 @@ def pages() -> Iterator[Path]:
             yield page
 
 
-def write_pages(file: Path) -> None:
-    """The tables of a YAML, wherever a page has them, as the committed results say."""
-    file = file.resolve()
+def write_pages(file: Path | None = None) -> None:
+    """The tables of a YAML or a script, or of all, wherever a page has them, as the committed results say."""
+
+    def wanted(marker: str) -> bool:
+        return file is None or ROOT / marker.split()[0] == file.resolve()
+
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        written = filled(text, lambda marker: table(marker) if (ROOT / marker.split()[0]) == file else None)
+        written = filled(text, lambda marker: table(marker) if wanted(marker) else None)
         if written != text:
             page.write_text(written, encoding="utf-8")
             print(f"tables written: {page}")
 
 
 def table(marker: str) -> str:
-    """The Markdown of a marker: a YAML's path and, where it has several tables, the name of one."""
+    """The Markdown of a marker: the path of a YAML or a script and, where it has several tables, the name of one."""
     path, _, name = marker.partition(" ")
-    recipe = read(ROOT / path)
-    tables = texts(recipe, Results((ROOT / path).parent))
+    tables = _of_script(path) if path.endswith(".py") else _of_recipe(ROOT / path)
     if name and name not in tables:
         raise ValueError(f"A marker must name a table of {path}, {', '.join(tables)}; got {name!r}.")
     return tables[name] if name else "\n\n".join(tables.values())
+
+
+def _of_recipe(file: Path) -> dict[str, str]:
+    return texts(read(file), Results(file.parent))
+
+
+def _of_script(path: str) -> dict[str, str]:
+    return import_module(path.removesuffix(".py").replace("/", ".")).tables()

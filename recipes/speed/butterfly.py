@@ -1,8 +1,8 @@
-"""Fastfood as published implementations compute it, the baseline of projections.py.
+"""Fastfood as published implementations compute it: the baseline of projections.py.
 
-One transform a tensor, of size 2^⌈log2 n⌉, twice: P = H G Π H B on theta_d padded with zeros, cropped to n. Each
-transform is log2 passes over the whole vector, and autograd keeps and differentiates every pass. Written anew after
-the description in Le, Sarlos and Smola (ICML 2013), not after anyone's code.
+For each tensor of n entries, P = H G Π H B on theta_d padded with zeros to 2^⌈log2 n⌉, cropped to n (Le, Sarlos and
+Smola, ICML 2013). Each of the two transforms H takes log2 passes over the whole vector, and autograd keeps and
+differentiates every pass. Written after the paper's description.
 """
 
 import torch
@@ -20,7 +20,7 @@ def butterfly(x: Tensor) -> Tensor:
 
 
 class ButterflyFastfood:
-    """P of one tensor: [d] -> [n], differentiated by autograd."""
+    """P of one tensor, differentiated by autograd: [d] -> [n]."""
 
     def __init__(self, n: int, d: int):
         self.n = n

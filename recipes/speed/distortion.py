@@ -1,24 +1,25 @@
-"""How far three operators are from an isometry: the published "FastJL", our FastJL, our Fastfood.
+"""How far three operators are from isometries: the published "FastJL", our FastJL and our Fastfood.
 
-    python recipes/speed/distortion.py [--output <file>]
+    python recipes/speed/distortion.py [--d 100 509 ...] [--output <folder>]
+    python recipes/speed/distortion.py --report
 
-The published operator (Gargiulo 2023, the code, not the report) is, for each tensor,
+The published operator (Gargiulo 2023; the code, which differs from the report) is, for each tensor,
 
     theta_D[i] = theta_0[i] + p_i u[i mod k] / K,    u = H_k (signs * theta_d),    k = 2^ceil(log2 d)
 
 with p_i = 0 with probability 1 - q, else normal of standard deviation q^(-1/3), q = min(2 ln(60000)^2 / ln(d)^3, 1),
-and K = sqrt(d) for d <= 6000, else ln(d). Rebuilt after that formula, not after the code; the transform of
-length 2^ceil(log2 D) that the code does is this one repeated.
+and K = sqrt(d) for d <= 6000, else ln(d). It is written here after that formula; the code's transform, of length
+2^ceil(log2 D), repeats this one.
 
-Measured on one tensor of n entries: the share of rows of P that are zero (weights that never move), and the norms of
-rows and columns of P. "scale" is the mean column norm over sqrt(n / d), the value of independent entries of variance
-1 / d: a change of it from one d to the next is a change of the effective learning rate.
+Measured on one tensor of n entries: the share of zero rows of P, whose weights never move, and the norms of rows and
+columns of P. "scale" is the mean column norm over sqrt(n / d), which independent entries of variance 1 / d would have:
+where it changes from one d to the next, the effective learning rate changes too.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.speed.record import FOLDER, measured, parser
 from subspace_peft.projections import PROJECTIONS, TensorRows
 from subspace_peft.projections.hadamard import hadamard, next_power_of_two
 
@@ -34,11 +39,11 @@ from subspace_peft.projections.hadamard import hadamard, next_power_of_two
 N = 200_000
 DIMENSIONS = (100, 509, 510, 1000, 4000, 6000, 6001, 10_000, 50_000)
 PROBES = 64
-RESULTS = Path(__file__).parent / "results"
+OPERATORS = ("published", "fastjl", "fastfood")
 
 
 class Published:
-    """The diagonal operator; `apply` and `adjoint` as ours have them."""
+    """The published operator, with the methods `apply` and `adjoint` of our projections."""
 
     def __init__(self, n: int, d: int):
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +65,7 @@ class Published:
 
 
 def rows_and_columns(operator, n: int, d: int) -> tuple[Tensor, Tensor]:
-    """Norms of PROBES rows and of PROBES columns, spread evenly."""
+    """Norms of PROBES rows and of PROBES columns of P, evenly spaced."""
     i = torch.linspace(0, n - 1, PROBES).long()
     j = torch.linspace(0, d - 1, PROBES).long()
     rows = torch.stack([operator.adjoint(torch.nn.functional.one_hot(at, n).float()).norm() for at in i])
@@ -91,28 +96,32 @@ def measure(name: str, d: int) -> dict:
 
 
 def text(results: list[dict]) -> str:
-    lines = [
-        "| d | operator | never moved | scale | column norms, max / min | row norms, sd / mean |",
-        "| --- | --- | --- | --- | --- | --- |",
+    header = ["d", "operator", "never moved", "scale", "column norms, max / min", "row norms, sd / mean"]
+    rows = [
+        [f"{r['d']:,}", r["operator"], f"{100 * r['never_moved']:.0f} %", f"{r['scale']:.2f}"]
+        + [f"{r['column_norms_max_over_min']:.3f}", f"{r['row_norms_sd_over_mean']:.2f}"]
+        for r in results
     ]
-    for r in results:
-        lines.append(
-            f"| {r['d']:,} | {r['operator']} | {100 * r['never_moved']:.0f} % | {r['scale']:.2f} | "
-            f"{r['column_norms_max_over_min']:.3f} | {r['row_norms_sd_over_mean']:.2f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(markdown(header, rows))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "distortion.jsonl")["operators"])}
+
+
+def operators(dimensions: list[int]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"n": N, "operators": [measure(name, d) for d in dimensions for name in OPERATORS]}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d", nargs="+", type=int, default=list(DIMENSIONS))
-    parser.add_argument("--output", type=Path, default=RESULTS / "distortion.json")
-    options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    results = [measure(name, d) for d in options.d for name in ("published", "fastjl", "fastfood")]
-    environment.write(options.output, {"n": N, "operators": results})
-    print(text(results))
+    options = parser(__doc__)
+    options.add_argument("--d", nargs="+", type=at_least(2), default=list(DIMENSIONS))
+    chosen = options.parse_args(arguments)
+    record = measured("distortion", chosen, lambda: operators(chosen.d))
+    print(text(record["operators"]))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,15 +1,15 @@
-"""A step of P-BFGS and of P+-BFGS beside a step of SGD on the whole network, one step of each in turn.
+"""A step of P-BFGS and of P+-BFGS beside a step of SGD on the whole network; the methods take turns.
 
-    python recipes/speed/optimiser.py [--rounds 30] [--threads 2] [--network lenet] [--batch 1024] [--output <file>]
+    python recipes/speed/optimiser.py [--rounds 30] [--threads 2] [--network lenet] [--batch 1024] [--output <folder>]
+    python recipes/speed/optimiser.py --report
 
-A network of recipes.tasks on random images; d = 40 random orthonormal columns over all its weights. What a step costs
-beyond its trials is its time less as many forwards of the wrapped network as it made trials, each measured in the same
-round. Interleaved, so that whatever else the machine does falls on all alike; the load is written beside the medians.
+A network of recipes.tasks on random images; P has d = 40 random orthonormal columns over all its weights. The cost of
+a step beyond its trials is its time less that of one forward of the wrapped network for each trial, measured in the
+same round. The methods take turns, so that other work on the machine slows all of them alike; the load is kept beside
+the medians.
 """
 
-import argparse
 import gc
-import os
 import statistics
 import sys
 import time
@@ -24,17 +24,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.speed.record import keep
-from recipes.tasks.models import CLASSES, SHAPES, build
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.speed.record import FOLDER, measured, parser
+from recipes.tasks.models import CLASSES, SHAPES, build, check
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.full_space import full_space
 from subspace_peft.optim import PBFGS, PPlusBFGS
 
 
 D_SMALL = 40
-TARGET = 1.3  # SGD steps, beyond the trials
+TARGET = 1.3
+"""Most that a step may cost beyond its trials, in steps of SGD."""
 METHODS = ("sgd", "forward", "pbfgs same_batch", "pbfgs next_batch", "pplus same_batch", "pplus next_batch")
-RESULTS = Path(__file__).parent / "results"
 
 
 def wrapped(network: nn.Module) -> tuple[nn.Module, nn.Parameter]:
@@ -48,7 +52,7 @@ def wrapped(network: nn.Module) -> tuple[nn.Module, nn.Parameter]:
 
 
 class Contender:
-    """One method on a network of its own."""
+    """One method that trains its own copy of the network."""
 
     def __init__(self, method: str, network: str, dataset: str, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -85,7 +89,7 @@ class Contender:
         self.trials.append(self.optimizer.state[self.theta_d]["trials"] if searched else 0)
 
     def result(self, sgd: "Contender", forward: "Contender") -> dict:
-        """`of_sgd` is the whole step, `beyond_trials` what is left of it without a forward for each trial."""
+        """`of_sgd`: the whole step; `beyond_trials`: less a forward for each trial; in steps of SGD."""
         rounds = list(zip(self.wall, self.trials, sgd.wall, forward.wall, strict=True))
         quartiles = statistics.quantiles(self.wall, n=4)
         return {
@@ -102,7 +106,7 @@ def measure(network: str, dataset: str, batch: int, rounds: int, warm_up: int) -
     images, labels = torch.rand(batch, *SHAPES[dataset]), torch.randint(CLASSES[dataset], (batch,))
     contenders = {method: Contender(method, network, dataset, images, labels) for method in METHODS}
     gc.collect()
-    gc.disable()  # a collection would fall on whoever steps when it comes
+    gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + warm_up), unit="round"):
         for contender in contenders.values():
             if at == warm_up:
@@ -114,36 +118,39 @@ def measure(network: str, dataset: str, batch: int, rounds: int, warm_up: int) -
 
 
 def text(results: dict[str, dict]) -> str:
-    lines = ["| method | ms a step | of SGD's step | trials a step | beyond the trials, of SGD's step |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    rows = []
     for method, r in results.items():
         beyond = f"{r['beyond_trials']:.2f}" if r["trials"] else "-"
-        lines.append(f"| {method} | {r['wall_ms']:.0f} | {r['of_sgd']:.2f} | {r['trials']:.1f} | {beyond} |")
-    return "\n".join(lines)
+        rows.append([method, f"{r['wall_ms']:.0f}", f"{r['of_sgd']:.2f}", f"{r['trials']:.1f}", beyond])
+    header = ["method", "ms a step", "of SGD's step", "trials a step", "beyond the trials, of SGD's step"]
+    return "\n".join(markdown(header, rows))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "optimiser.jsonl")["methods"])}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--network", default="lenet")
-    parser.add_argument("--dataset", choices=SHAPES, default="mnist")
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--output", type=Path, default=RESULTS / "optimiser.json")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    before = os.getloadavg()
-    results = measure(options.network, options.dataset, options.batch, options.rounds, options.warm_up)
-    record = {
-        "model": {"network": options.network, "dataset": options.dataset, "batch": options.batch, "d": D_SMALL},
-        "rounds": options.rounds,
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=at_least(2), default=30)
+    options.add_argument("--warm-up", type=at_least(0), default=5)
+    options.add_argument("--network", default="lenet")
+    options.add_argument("--dataset", choices=SHAPES, default="mnist", help="gives the shape; the pixels are random")
+    options.add_argument("--batch", type=at_least(1), default=1024)
+    chosen = options.parse_args(arguments)
+    check(chosen.network)
+    network, dataset, batch, rounds = chosen.network, chosen.dataset, chosen.batch, chosen.rounds
+    settings = {
+        "model": {"network": network, "dataset": dataset, "batch": batch, "d": D_SMALL},
+        "rounds": rounds,
         "target_beyond_trials": TARGET,
-        "methods": results,
     }
-    keep(options.output, record, before, text(results))
+    record = measured(
+        "optimiser", chosen, lambda: settings | {"methods": measure(network, dataset, batch, rounds, chosen.warm_up)}
+    )
+    print(text(record["methods"]))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,17 +1,18 @@
 """The basis of a trajectory beside other ways to the same principal components.
 
     python recipes/speed/pca.py [--rounds 5] [--threads 2] [--entries 1000000] [--samples 60] [--d 40]
+    python recipes/speed/pca.py --report
 
-Samples of a random walk with drift whose steps shrink, float32, as a training leaves them. Ours reads them from their
-files each time, at the default budget; torch.svd_lowrank and scikit-learn's PCA (its default solver, which at these
-shapes is the randomised one, as in the published DLDR code; the exact one; and the covariance one, which scikit-learn
-would take for few entries) have them in memory, and the others of torch have them centred too. The methods take turns.
-The peak is that of the resident memory in a process of its own, beyond what it held before the call; the error is the
-largest entry of P^T P - I, in float64; and the last column is the largest sine of an angle between the subspace of the
-first ten columns and the exact one's.
+The trajectory is a random walk with drift whose steps shrink, float32 [samples, entries]. Ours reads it from its files
+in each call, with the default memory budget. The others have it in memory, torch's centred too: torch.svd_lowrank,
+torch.linalg.svd, and scikit-learn's PCA with its default solver, which for these shapes is the randomised one of the
+published DLDR code, and with its exact one. The methods take turns.
+
+- peak: how far the resident memory of a separate process rises during the call, in bytes
+- error: the largest entry of P^T P - I, in float64
+- angle: the sine of the largest angle between the first ten columns and those of torch.linalg.svd
 """
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +33,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.speed.record import keep
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.speed.record import FOLDER, measured, parser
 from subspace_peft import Trajectory
 
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def record(folder: Path, entries: int, samples: int) -> None:
+def walk(folder: Path, entries: int, samples: int) -> None:
+    """Records the trajectory."""
     torch.manual_seed(0)
     model, trajectory, drift = nn.Linear(entries, 1, bias=False), Trajectory(folder), torch.randn(1, entries)
     with torch.no_grad():
@@ -88,10 +92,10 @@ def resident() -> int:
 
 
 def peak(method: str, folder: Path, d: int, threads: int, answer) -> None:
-    """How far the resident memory of this process rises during one call, in bytes."""
+    """Answers how far the resident memory of this process rises during one call, in bytes."""
     torch.set_num_threads(threads)
     run = METHODS[method](folder, d)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # what a first product allocates for good
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the first product allocates buffers that torch keeps
     before = highest = resident()
     done = threading.Event()
 
@@ -125,7 +129,7 @@ def orthonormality_error(P: Tensor) -> float:
 
 
 def sine(P: Tensor, Q: Tensor) -> float:
-    """Of the largest angle between two subspaces: |(I - Q Q^T) P|."""
+    """The sine of the largest angle between two subspaces: |(I - Q Q^T) P|_2."""
     P, Q = torch.linalg.qr(P.double())[0], torch.linalg.qr(Q.double())[0]
     return torch.linalg.matrix_norm(P - Q @ (Q.T @ P), 2).item()
 
@@ -155,37 +159,40 @@ def measure(folder: Path, d: int, rounds: int, names: list[str]) -> dict[str, di
 
 
 def text(results: dict[str, dict]) -> str:
-    lines = [
-        "| method | s | times ours | CPU s | peak, MB | error of PᵀP | angle to the exact ten |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, r in results.items():
         megabytes = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
         cells = [name, f"{r['s']:.2f}", f"{r['times_ours']:.1f}", f"{r['cpu_s']:.2f}", megabytes]
-        cells += [f"{r['error']:.0e}", f"{r['angle']:.0e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{r['error']:.0e}", f"{r['angle']:.0e}"])
+    header = ["method", "s", "times ours", "CPU s", "peak, MB", "error of PᵀP", "angle to the exact ten"]
+    return "\n".join(markdown(header, rows))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "pca.jsonl")["methods"])}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--entries", type=int, default=10**6)
-    parser.add_argument("--samples", type=int, default=60)
-    parser.add_argument("--d", type=int, default=40)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--output", type=Path, default=RESULTS / "pca.json")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    before = os.getloadavg()
-    with tempfile.TemporaryDirectory() as folder:
-        record(Path(folder), options.entries, options.samples)
-        results = measure(Path(folder), options.d, options.rounds, options.methods)
-    sizes = {"D": options.entries, "samples": options.samples, "d": options.d, "rounds": options.rounds}
-    keep(options.output, {**sizes, "methods": results}, before, text(results))
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=at_least(1), default=5)
+    options.add_argument("--entries", type=at_least(1), default=10**6)
+    options.add_argument("--samples", type=at_least(2), default=60)
+    options.add_argument("--d", type=at_least(1), default=40)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    chosen = options.parse_args(arguments)
+    most = min(chosen.entries, chosen.samples - 1)
+    if chosen.d > most:
+        raise ValueError(f"`--d` must be at most the {most} components of the trajectory, got {chosen.d}.")
+    sizes = {"D": chosen.entries, "samples": chosen.samples, "d": chosen.d, "rounds": chosen.rounds}
+
+    def compare() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            walk(Path(folder), chosen.entries, chosen.samples)
+            return sizes | {"methods": measure(Path(folder), chosen.d, chosen.rounds, chosen.methods)}
+
+    print(text(measured("pca", chosen, compare)["methods"]))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,15 +1,15 @@
 """P theta_d and P^T g of every projection, beside a plain copy, the published way of computing Fastfood, and PEFT.
 
     python recipes/speed/projections.py [--rounds 1] [--threads 2] [--methods copy fastjl ...] [--sizes lenet ...]
+    python recipes/speed/projections.py --report
 
-All tensors of a network, or one tensor of as many entries, float32 on the CPU. The methods take
-turns, so that whatever else the machine does falls on all of them alike; the load is written beside the medians. Keep
-the cores idle for numbers that count. PEFT's layers are sized to make D entries too: Uni-LoRA those of A and B,
-VeRA (r = 256) and FourierFT (d frequencies) one square increment; they and the baseline run through autograd, and for
-ours the time through autograd is given as well.
+All tensors of a network, or one tensor of as many entries, float32 on the CPU. The methods take turns, so that other
+work on the machine slows all of them alike; the load is kept beside the medians. Keep the cores idle for times that
+you want to quote. PEFT's layers are sized to make D entries too: Uni-LoRA those of A and B, VeRA (r = 256) and
+FourierFT (d frequencies) one square increment. They and the baseline run through autograd; for our projections the
+time through autograd is measured as well.
 """
 
-import argparse
 import functools
 import gc
 import itertools
@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
+from recipes.lab import command
+from recipes.lab.measurement import positive
+from recipes.lab.results import read_measurement
 from recipes.speed.butterfly import ButterflyFastfood
+from recipes.speed.comparison import plot, summary, text
+from recipes.speed.record import FOLDER, measured, parser
 from subspace_peft.projections import PROJECTIONS, TensorRows
-
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def linears(*widths: int) -> list[int]:
@@ -49,7 +50,8 @@ SIZES = {
     "vit": (1024, [*[384 * 384] * 24, *[384 * 1536] * 12], 9),
 }
 SIZES |= {f"{name} as one tensor": (d, [sum(n)], rounds) for name, (d, n, rounds) in list(SIZES.items())[:3]}
-DENSE = 2**28  # entries of P from which it takes minutes; then only by name
+DENSE = 2**28
+"""Entries of P from which dense and basis take minutes and are measured only if `--methods` names them."""
 
 Pass = Callable[[], object]
 
@@ -70,6 +72,11 @@ class Contender:
             run()
             self.wall[name].append(time.perf_counter() - wall)
             self.cpu[name].append(time.process_time() - cpu)
+
+    def forget(self) -> None:
+        """Drop the times of the first round, which draws and allocates."""
+        for times in (*self.wall.values(), *self.cpu.values()):
+            times.clear()
 
     def result(self, D: int) -> dict:
         ms = {name: 1e3 * statistics.median(times) for name, times in self.wall.items()}
@@ -108,26 +115,31 @@ def butterfly(d: int, entries: list[int], grads: list[Tensor]) -> Contender:
     return differentiated(lambda: [p(theta_d) for p in maps], grads, [t for p in maps for t in p.state()])
 
 
-def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contender:
-    maps, offset = [], 0
+def rows(name: str, d: int, entries: list[int]) -> list[TensorRows]:
+    """The rows of P of each tensor."""
+    made, offset, D = [], 0, sum(entries)
     for k, n in enumerate(entries):
         if name == "identity":
-            block = TensorRows(f"{k}", n, sum(entries), offset=offset)
+            made.append(TensorRows(f"{k}", n, D, offset=offset))
         elif name == "coordinate":
-            share = d * (offset + n) // sum(entries) - d * offset // sum(entries)  # d positions in all
-            positions = torch.arange(share) * (n // max(share, 1))
-            block = TensorRows(f"{k}", n, d, column=d * offset // sum(entries), given=positions)
+            column, end = d * offset // D, d * (offset + n) // D  # d positions in all
+            positions = torch.arange(end - column) * (n // max(end - column, 1))
+            made.append(TensorRows(f"{k}", n, d, column=column, given=positions))
         else:
-            block = TensorRows(f"{k}", n, d, given=torch.randn(n, d) if name == "basis" else None)
-        maps.append(PROJECTIONS[name](block))
+            made.append(TensorRows(f"{k}", n, d, given=torch.randn(n, d) if name == "basis" else None))
         offset += n
+    return made
+
+
+def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contender:
+    maps = [PROJECTIONS[name](each) for each in rows(name, d, entries)]
     theta_d = nn.Parameter(torch.randn(maps[0].rows.d))
     plain = theta_d.detach()
-    pieces = type(maps[0]).together(maps)
-    joints = list(getattr(pieces, "joints", ()))
-    of = {p.rows.name: g for p, g in zip(maps, grads, strict=True)}
+    cache = type(maps[0]).together(maps)
+    joints = list(getattr(cache, "joints", ()))
     joined = {member.rows.name for joint in joints for member in joint.members}
     alone = [p for p in maps if p.rows.name not in joined]
+    grad_of = {p.rows.name: g for p, g in zip(maps, grads, strict=True)}
     zeros = [[torch.zeros(pad) for _, pad in joint.extents] for joint in joints]
 
     def forward():
@@ -136,19 +148,17 @@ def ours(name: str, d: int, entries: list[int], grads: list[Tensor]) -> Contende
     def backward():
         total = torch.zeros_like(plain)
         for joint, pads in zip(joints, zeros, strict=True):
-            padded = [
-                part for member, pad in zip(joint.members, pads, strict=True) for part in (of[member.rows.name], pad)
-            ]
-            total += joint.adjoint(torch.cat(padded))
+            pairs = zip((grad_of[member.rows.name] for member in joint.members), pads, strict=True)
+            total += joint.adjoint(torch.cat(list(itertools.chain(*pairs))))
         for p in alone:
-            total += p.adjoint(of[p.rows.name])
+            total += p.adjoint(grad_of[p.rows.name])
 
     def both():
-        z = pieces.normalised(theta_d, 1.0) if joints else theta_d
+        z = cache.normalised(theta_d, 1.0) if joints else theta_d
         torch.autograd.backward([p(z) for p in maps], grads)
         theta_d.grad.zero_()
         with torch.no_grad():
-            theta_d.add_(1e-3)  # as an optimiser: what is kept is made anew
+            theta_d.add_(1e-3)  # as an optimizer does, so that P z is computed anew
 
     state = tensors([joint.state(plain) for joint in joints] + [p.state(plain.device) for p in maps])
     return Contender(forward, backward, state, both)
@@ -193,57 +203,53 @@ def measure(size: str, methods: list[str] | None, rounds: float) -> dict:
         contenders[name] = METHODS[name](d, entries, grads)
         setup[name] = round(time.perf_counter() - start, 3)
         contenders[name].round()
-        for times in (*contenders[name].wall.values(), *contenders[name].cpu.values()):
-            times.clear()
+        contenders[name].forget()
     gc.collect()
-    gc.disable()  # a collection would fall on whoever runs when it comes
+    gc.disable()  # a collection would slow the method that runs when it comes
     for _ in tqdm(range(max(1, round(usual * rounds))), desc=size, unit="round"):
         for contender in contenders.values():
             contender.round()
     gc.enable()
     results = {name: {**c.result(D), "setup_s": setup[name]} for name, c in contenders.items()}
-    for result in results.values():
-        if "copy" in results:
-            result["of_copy"] = round(result["ms"] / results["copy"]["ms"], 2)
-            result["cpu_of_copy"] = round(result["cpu_ms"] / results["copy"]["cpu_ms"], 2)
-        if "butterfly fastfood" in results:
-            baseline = results["butterfly fastfood"]
-            result["times_faster_than_butterfly"] = round(baseline["ms"] / result["ms"], 1)
-            result["cpu_times_faster_than_butterfly"] = round(baseline["cpu_ms"] / result["cpu_ms"], 1)
+    compare(results)
     return {"D": D, "d": d, "load": os.getloadavg(), "methods": results}
 
 
-def text(size: str, result: dict) -> str:
-    lines = [
-        f"\n{size}: D = {result['D']:,}, d = {result['d']:,}; load {result['load'][0]:.1f}\n",
-        "| method | ms | apply / adjoint | through autograd | CPU ms | of copy | than butterfly | bytes an entry |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, r in result["methods"].items():
-        cells = [name, f"{r['ms']:.3g}", f"{r['apply_ms']:.3g} / {r['adjoint_ms']:.3g}"]
-        cells += [f"{r['autograd_ms']:.3g}" if "autograd_ms" in r else "", f"{r['cpu_ms']:.3g}", r.get("of_copy", "")]
-        cells += [r.get("times_faster_than_butterfly", ""), r["state_bytes_per_entry"]]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def compare(results: dict[str, dict]) -> None:
+    """Adds to each method its time beside that of the copy and of the butterfly, where these were measured."""
+    copy, baseline = results.get("copy"), results.get("butterfly fastfood")
+    for result in results.values():
+        if copy:
+            result["of_copy"] = round(result["ms"] / copy["ms"], 2)
+            result["cpu_of_copy"] = round(result["cpu_ms"] / copy["cpu_ms"], 2)
+        if baseline:
+            result["times_faster_than_butterfly"] = round(baseline["ms"] / result["ms"], 1)
+            result["cpu_times_faster_than_butterfly"] = round(baseline["cpu_ms"] / result["cpu_ms"], 1)
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say of all sizes, for the README."""
+    return {"": summary(read_measurement(FOLDER / "projections.jsonl")["sizes"])}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=float, default=1.0, help="times the usual number")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all, but dense and basis where small")
-    parser.add_argument("--output", type=Path, default=RESULTS / "projections.json")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    record = {"sizes": {}}
-    for size in options.sizes:
-        record["sizes"][size] = measure(size, options.methods, options.rounds)
-        print(text(size, record["sizes"][size]), flush=True)
-    environment.write(options.output, record)
-    print(f"\n{options.output}")
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=positive, default=1.0, help="times the usual number")
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="default: all; dense and basis only where P is small"
+    )
+    chosen = options.parse_args(arguments)
+    record = measured(
+        "projections",
+        chosen,
+        lambda: {"sizes": {size: measure(size, chosen.methods, chosen.rounds) for size in chosen.sizes}},
+    )
+    for size, result in record["sizes"].items():
+        print(text(size, result))
+    figure = plot(record["sizes"], chosen.output / "plots" / "projections.png")
+    print(f"\nfigure: {figure}")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

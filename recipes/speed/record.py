@@ -1,18 +1,30 @@
-"""How a measurement beside other work ends: with the load of the machine next to its numbers."""
+"""What the measurements of speed share: the option --threads, and the load of the machine beside the times."""
 
-import os
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.lab import environment
+import torch
+
+from recipes.lab import measurement
+from recipes.lab.measurement import at_least, with_load
 
 
-Load = tuple[float, float, float]
+FOLDER = Path(__file__).parent
 
 
-def keep(file: Path, record: dict[str, Any], before: Load, text: str) -> None:
-    """Writes the record, and prints what it says; `before` is the load when the measurement began."""
-    after = os.getloadavg()
-    environment.write(file, {**record, "load": {"before": before, "after": after}})
-    print(text)
-    print(f"load before {before[0]:.1f}, after {after[0]:.1f}; {file}")
+def parser(description: str | None, threads: int = 0) -> measurement.Parser:
+    parser = measurement.Parser(description, FOLDER)
+    parser.add_argument("--threads", type=at_least(0), default=threads, help="of torch; 0: its own choice")
+    return parser
+
+
+def measured(name: str, options: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What <output>/<name>.jsonl says, after measuring anew unless --report."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    file = options.output / f"{name}.jsonl"
+    record = measurement.measured(file, options.report, lambda: with_load(measure))
+    print(f"{file}\n")
+    return record

@@ -1,24 +1,32 @@
-"""Wrapping an 86 M-parameter ViT, loading its adapter, the state that P keeps, and the size of the file.
+"""Times to wrap an 86 M-parameter ViT and to load its adapter, the state that P keeps, and the size of the file.
 
-python recipes/speed/setup.py [--threads 2] [--output <file>]
+    python recipes/speed/setup.py [--threads 2] [--output <folder>]
+    python recipes/speed/setup.py --report
+
+The linear layers are adapted (`target_modules="all-linear"`). The first use draws what the cache keeps of P. The size
+of the file is that of a small network's adapter.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.speed.record import keep
+from recipes.lab import command
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import joined, markdown
+from recipes.speed.record import FOLDER, measured, parser
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.config import NORMALIZATIONS
 from subspace_peft.adapter.layer import SubspaceLayer
@@ -27,7 +35,7 @@ from subspace_peft.adapter.layer import SubspaceLayer
 D_SMALL = 1000
 FILE_SIZES = (64, 100, 1000, 4000, 10000)
 PROJECTIONS = ("fastfood", "fastjl", "sparse")
-RESULTS = Path(__file__).parent / "results"
+FILE_COLUMNS = ("projection", "d", "weights_bytes", "beyond_4d", "config_bytes")
 
 
 def vit() -> nn.Module:
@@ -41,7 +49,7 @@ def small() -> nn.Module:
 
 
 def storages(model: nn.Module) -> int:
-    """Bytes of every tensor that the drawn P of a model hold."""
+    """Bytes of the tensors that the projections of a model have drawn and keep."""
     seen = {}
 
     def visit(tensors) -> None:
@@ -61,7 +69,7 @@ def storages(model: nn.Module) -> int:
 
 
 def draw(model: nn.Module) -> None:
-    """Makes every layer use its P once, as a first step does."""
+    """Let every layer use its P once, as the first training step does."""
     with torch.no_grad():
         for layer in (module for module in model.modules() if isinstance(module, SubspaceLayer)):
             layer.increments(["default"])
@@ -110,30 +118,47 @@ def file_size(projection: str, d: int) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--output", type=Path, default=RESULTS / "setup.json")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    before = os.getloadavg()
-    rows = []
-    for projection in PROJECTIONS:
-        for normalization in NORMALIZATIONS:
-            rows.append(wrap(projection, normalization, cache=True))
-            print(rows[-1], flush=True)
-        rows.append(wrap(projection, "rows", cache=False))
-        print(rows[-1], flush=True)
-    files = [file_size(projection, d) for projection in PROJECTIONS for d in FILE_SIZES]
-    record = {
+def measure() -> dict[str, Any]:
+    cases = [
+        (projection, normalization, cache)
+        for projection in PROJECTIONS
+        for normalization, cache in (*((each, True) for each in NORMALIZATIONS), ("rows", False))
+    ]
+    return {
         "model": "ViT-B/16 (transformers' ViTConfig()), all-linear",
         "d": D_SMALL,
-        "wrapping": rows,
-        "files": files,
+        "wrapping": [wrap(*case) for case in tqdm(cases, unit="case")],
+        "files": [file_size(projection, d) for projection in PROJECTIONS for d in FILE_SIZES],
     }
-    keep(options.output, record, before, "\n".join(map(str, files)))
+
+
+def parts(record: dict[str, Any]) -> dict[str, str]:
+    """The tables "wrapping" and "files"."""
+    rows = [
+        [row["projection"], row["normalization"], "on" if row["cache"] else "off"]
+        + [f"{row[key]:.1f}" for key in ("wrap_s", "first_use_s", "load_s")]
+        + [f"{row['state_bytes_an_entry']:.2f}"]
+        for row in record["wrapping"]
+    ]
+    header = ["projection", "normalisation", "cache", "wrap, s", "first use, s", "load, s"]
+    wrapping = markdown([*header, "bytes of state an entry"], rows)
+    files = [[row[key] for key in FILE_COLUMNS] for row in record["files"]]
+    header = ["projection", "d", "file of the adapter, bytes", "beyond 4 d", "adapter_config.json, bytes"]
+    return {"wrapping": "\n".join(wrapping), "files": "\n".join(markdown(header, files))}
+
+
+def text(record: dict[str, Any]) -> str:
+    return joined(parts(record))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return parts(read_measurement(FOLDER / "setup.jsonl"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    print(text(measured("setup", parser(__doc__).parse_args(arguments), measure)))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,15 +1,14 @@
-"""A whole training step of a ViT: full fine-tuning, PEFT's methods and ours, one step of each in turn.
+"""A whole training step of a ViT: full fine-tuning, PEFT's methods and ours.
 
-    python recipes/speed/step.py [--rounds 30] [--threads 2] [--methods full lora fastfood] [--output <file>]
+    python recipes/speed/step.py [--rounds 30] [--threads 2] [--methods full lora fastfood] [--output <folder>]
+    python recipes/speed/step.py --report
 
 ViT of hidden 384, 6 layers, 6 heads, 64x64 pixels in patches of 8, batch 32; every linear module but the head; AdamW
-over what each method trains. Interleaved, so that whatever else the machine does falls on all methods alike; the load
-is written beside the medians. Keep the cores idle for numbers that count.
+over what each method trains. The methods take turns, so that other work on the machine slows all of them alike; the
+load is kept beside the medians. Keep the cores idle for times that you want to quote.
 """
 
-import argparse
 import gc
-import os
 import statistics
 import sys
 import time
@@ -25,7 +24,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.speed.record import keep
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.speed.record import FOLDER, measured, parser
 from subspace_peft import SubspaceConfig
 
 
@@ -34,7 +37,6 @@ IMAGES = {"image_size": 64, "patch_size": 8, "num_labels": 100}
 BATCH = 32
 RANK = 8
 D_SMALL = 1024
-RESULTS = Path(__file__).parent / "results"
 
 METHODS: dict[str, Callable | None] = {
     "full": None,
@@ -55,7 +57,7 @@ METHODS: dict[str, Callable | None] = {
 
 
 class Contender:
-    """One method on a model of its own, which takes training steps."""
+    """One method that trains its own copy of the model."""
 
     def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor):
         torch.manual_seed(0)
@@ -78,7 +80,7 @@ class Contender:
         self.cpu.append(time.process_time() - cpu)
 
     def saved_bytes(self) -> int:
-        """What autograd holds between forward and backward, parameters apart."""
+        """Bytes that autograd holds between forward and backward, without the parameters."""
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         held = {}
 
@@ -117,7 +119,7 @@ def measure(methods: list[str], rounds: int, warm_up: int) -> dict[str, dict]:
     labels = torch.randint(0, IMAGES["num_labels"], (BATCH,))
     contenders = {name: Contender(name, images, labels) for name in methods}
     gc.collect()
-    gc.disable()  # a collection would fall on whoever steps when it comes
+    gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + warm_up), unit="round"):
         for contender in contenders.values():
             if at == warm_up:
@@ -129,37 +131,33 @@ def measure(methods: list[str], rounds: int, warm_up: int) -> dict[str, dict]:
 
 
 def text(results: dict[str, dict]) -> str:
-    lines = [
-        "| method | numbers trained | ms a step | of full fine-tuning | CPU time, of full | MB saved for backward |",
-        "| --- | --- | --- | --- | --- | --- |",
+    rows = [
+        [name, f"{r['trained']:,}", f"{r['wall_ms']:.0f}"]
+        + [f"{r[key]:.2f}" if key in r else "" for key in ("ratio", "cpu_ratio")]
+        + [f"{r['saved_for_backward_mb']:.0f}"]
+        for name, r in results.items()
     ]
-    for name, r in results.items():
-        ratios = f"{r.get('ratio', float('nan')):.2f} | {r.get('cpu_ratio', float('nan')):.2f}"
-        lines.append(
-            f"| {name} | {r['trained']:,} | {r['wall_ms']:.0f} | {ratios} | {r['saved_for_backward_mb']:.0f} |"
-        )
-    return "\n".join(lines)
+    header = ["method", "parameters trained", "ms a step", "of full fine-tuning", "CPU time, of full"]
+    return "\n".join(markdown([*header, "MB saved for backward"], rows))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "step.jsonl")["methods"])}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--output", type=Path, default=RESULTS / "step.json")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    before = os.getloadavg()
-    results = measure(options.methods, options.rounds, options.warm_up)
-    record = {
-        "model": {**SHAPE, **IMAGES, "batch": BATCH, "d": D_SMALL, "rank": RANK},
-        "rounds": options.rounds,
-        "methods": results,
-    }
-    keep(options.output, record, before, text(results))
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=at_least(1), default=30)
+    options.add_argument("--warm-up", type=at_least(0), default=2)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    chosen = options.parse_args(arguments)
+    settings = {"model": {**SHAPE, **IMAGES, "batch": BATCH, "d": D_SMALL, "rank": RANK}, "rounds": chosen.rounds}
+    record = measured(
+        "step", chosen, lambda: settings | {"methods": measure(chosen.methods, chosen.rounds, chosen.warm_up)}
+    )
+    print(text(record["methods"]))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

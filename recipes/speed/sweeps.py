@@ -1,19 +1,20 @@
-"""Runs of one small network alone, one after the other, and together: a training step of each way in turn.
+"""Runs of one small network made one after the other, and together: the time of a training step of one run.
 
-    python recipes/speed/sweeps.py [--rounds 5] [--runs 1 5 20 40] [--cases ...] [--threads 1] [--output <file>]
+    python recipes/speed/sweeps.py [--rounds 5] [--runs 1 5 20 40] [--cases ...] [--threads 1] [--output <folder>]
+    python recipes/speed/sweeps.py --report
 
-Networks of recipes.tasks on random images; theta_d by Adam. The runs of dense have five d and as many seeds as there
-are fives of runs, those of other projections have seeds alone. "together" shares P, its networks in turn or side by
-side (`torch.func.vmap`). Times are for one run: a step of R runs, divided by R, and the set-up, in which P is drawn.
-"whole" is a recipe run from its start to its result, by `train` and by `train_together`.
+Networks of recipes.tasks on random images; Adam trains theta_d. Five runs of dense differ in d, the next five in the
+seed as well; runs of other projections differ in the seed alone. "alone": each run has its own P. "together": the runs
+share P, and their networks are evaluated in turn or side by side (`torch.func.vmap`). Times are those of a step of R
+runs and of the set-up, in which P is drawn, divided by R. "whole" is a recipe's run from its start to its result, by
+`train` and by `train_together`.
 
-Interleaved, so that whatever else the machine does falls on all alike; the load is written beside the medians. On a
-CPU what counts is CPU time, on a GPU the clock.
+The ways take turns, so that other work on the machine slows all of them alike; the load is kept beside the medians.
+The gain is one of CPU time on a CPU and of wall time on a GPU.
 """
 
 import argparse
 import gc
-import os
 import statistics
 import sys
 import time
@@ -29,7 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.speed.record import keep
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import joined, markdown
+from recipes.speed.record import FOLDER, measured, parser
 from recipes.tasks.data import Split, load
 from recipes.tasks.models import CLASSES, SHAPES, build
 from recipes.training.optimizers import OPTIMIZERS, update
@@ -48,19 +53,20 @@ CASES = {  # largest d, batch
     ("fc", "mnist", "dense"): (300, 512),
     ("fc", "mnist", "fastjl"): (300, 512),
 }
+BY_NAME = {" ".join(case): case for case in CASES}
+PROJECTIONS = ("dense", "fastjl", "fastfood", "sparse")
 DS = 5  # values of d
-WHOLE = 20  # runs, of 10 epochs of the digits
-RESULTS = Path(__file__).parent / "results"
+WHOLE = 20  # whole runs, of 10 epochs of the digits
 
 
 class Clock:
-    """What each of several jobs takes: wall and CPU milliseconds, a pair each time."""
+    """Wall and CPU milliseconds of several jobs, a pair for each time that a job is done."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, {}
 
     def run(self, name: str, runs: int, job: Callable, *arguments: Any, **choices: Any) -> Any:
-        """Does a job that serves so many runs; counts it for one."""
+        """The job's value; its times are divided by the number of runs that it serves."""
         wall, cpu = time.perf_counter(), time.process_time()
         value = job(*arguments, **choices)
         if self.device.type != "cpu":
@@ -70,18 +76,18 @@ class Clock:
         return value
 
     def result(self) -> dict[str, dict[str, float]]:
-        """Medians, and how many times faster than "alone", round by round."""
+        """Medians, and the median over rounds of how many times faster than "alone" a job is."""
         counts, results = int(self.device.type == "cpu"), {}
         for name, times in self.times.items():
             wall, cpu = (round(statistics.median(column), 3) for column in zip(*times, strict=True))
             pairs = zip(self.times["alone"], times, strict=True)
-            gain = statistics.median(alone[counts] / own[counts] for alone, own in pairs)
+            gain = statistics.median(alone[counts] / job[counts] for alone, job in pairs)
             results[name] = {"wall_ms": wall, "cpu_ms": cpu, "gain": round(gain, 2)}
         return results
 
 
 class Alone:
-    """Some of the runs, each with a P of its own."""
+    """Runs made one after the other, each with its own P."""
 
     def __init__(self, runs: list[Settings], data: Split, accelerator: Accelerator):
         self.data, self.accelerator, self.prepared = data, accelerator, []
@@ -90,11 +96,13 @@ class Alone:
             self.prepared.append(accelerator.prepare(model, OPTIMIZERS[run.optimizer](model, run)))
 
     def step(self, index: torch.Tensor) -> None:
-        for (model, optimizer), own in zip(self.prepared, index, strict=False):
-            update(model, optimizer, self.accelerator, *self.data.batch(own))
+        for (model, optimizer), chosen in zip(self.prepared, index, strict=False):
+            update(model, optimizer, self.accelerator, *self.data.batch(chosen))
 
 
 class Together:
+    """Runs that share P."""
+
     def __init__(self, runs: list[Settings], data: Split, accelerator: Accelerator):
         self.data, self.networks = data, Networks(runs, data, accelerator.device)
         self.optimizer = OPTIMIZERS[runs[0].optimizer](nn.ParameterList([self.networks.theta_d]), runs[0])
@@ -117,7 +125,7 @@ def settings(model: str, dataset: str, projection: str, d: int, R: int, **more: 
 
 
 def steps(case: tuple[str, str, str], R: int, rounds: int, accelerator: Accelerator) -> dict[str, Any]:
-    """One case with R runs: a step, and the set-up."""
+    """The times of a step and of the set-up, for R runs of one case."""
     model, dataset, projection = case
     d, batch = CASES[case]
     runs = settings(model, dataset, projection, d, R)
@@ -137,7 +145,7 @@ def steps(case: tuple[str, str, str], R: int, rounds: int, accelerator: Accelera
 
 
 def whole(projection: str, R: int, rounds: int, accelerator: Accelerator) -> dict[str, dict[str, float]]:
-    """R whole runs of FC on the digits."""
+    """The times of R whole runs of FC on the digits."""
     data = [load("digits", "", split).to(accelerator.device) for split in ("train", "test")]
     runs = settings("fc", "digits", projection, 50, R, lr=0.1, epochs=10)
     clock = Clock(accelerator.device)
@@ -147,59 +155,69 @@ def whole(projection: str, R: int, rounds: int, accelerator: Accelerator) -> dic
     return clock.result()
 
 
-def text(record: dict[str, Any]) -> str:
+def parts(record: dict[str, Any]) -> dict[str, str]:
+    """The table "steps", and "whole", sentences."""
     kind = "wall_ms" if record["device"] != "cpu" else "cpu_ms"
-    header = ["network", "projection", "runs", "alone, ms", "in turn, ms", "side by side, ms", "gain", "set-up, gain"]
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    counts = list(dict.fromkeys(result["runs"] for results in record["cases"].values() for result in results))
+    rows = []
     for name, results in record["cases"].items():
         model, dataset, projection = name.split()
-        for result in results:
-            ways = list(result["step"].values())
-            cells = [f"{model}, {dataset}", projection, result["runs"], *(f"{way[kind]:.2f}" for way in ways)]
-            cells += [
-                " / ".join(f"{way['gain']:.1f}" for way in ways[1:]),
-                f"{result['setup']['together']['gain']:.1f}",
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        gains = {r["runs"]: " / ".join(f"{way['gain']:.1f}" for way in list(r["step"].values())[1:]) for r in results}
+        last = results[-1]
+        setup = f"{last['setup']['alone'][kind]:.0f} to {last['setup']['together'][kind]:.0f}"
+        alone = f"{results[0]['step']['alone'][kind]:.1f}"
+        rows.append([f"{model}, {dataset}", projection, alone, *(gains.get(R, "") for R in counts), setup])
+    header = ["network", "projection", "alone, ms a step", *(f"together: {R}" for R in counts)]
+    lines = []
     for projection, result in record["whole"].items():
         alone, together = (result[way] for way in ("alone", "together"))
         lines.append(
             f"{WHOLE} whole runs of fc on digits, {projection}: {alone[kind]:.0f} ms a run alone, "
-            f"{together[kind]:.0f} ms together, {together['gain']:.1f} times faster"
+            f"{together[kind]:.0f} ms together, {together['gain']:.1f} times faster."
         )
-    return "\n".join(lines)
+    return {"steps": "\n".join(markdown([*header, f"set-up, {counts[-1]} runs, ms"], rows)), "whole": "\n".join(lines)}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    names = {" ".join(case): case for case in CASES}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 5, 20, 40])
-    parser.add_argument("--cases", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--whole", nargs="*", default=["dense", "fastjl"], help="projections of the whole runs")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "sweeps.json")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+def text(record: dict[str, Any]) -> str:
+    return joined(parts(record))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return parts(read_measurement(FOLDER / "sweeps.jsonl"))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    before, cases = os.getloadavg(), {name: [] for name in options.cases}
-    gc.disable()  # a collection would fall on whoever steps when it comes
+    cases = {name: [] for name in options.cases}
+    gc.disable()  # a collection would slow the runs that step when it comes
     for name, R in tqdm([(name, R) for name in options.cases for R in options.runs], unit="case"):
-        cases[name].append(steps(names[name], R, options.rounds, accelerator))
+        cases[name].append(steps(BY_NAME[name], R, options.rounds, accelerator))
         accelerator.free_memory()
         gc.collect()
     wholes = {projection: whole(projection, WHOLE, 3, accelerator) for projection in options.whole}
     gc.enable()
-    record = {
+    return {
         "device": accelerator.device.type,
-        "d and batch": {name: CASES[names[name]] for name in options.cases},
+        "d and batch": {name: CASES[BY_NAME[name]] for name in options.cases},
         "rounds": options.rounds,
         "cases": cases,
         "whole": wholes,
     }
-    keep(options.output, record, before, text(record))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__, threads=1)
+    options.add_argument("--rounds", type=at_least(1), default=5)
+    options.add_argument("--runs", type=at_least(1), nargs="+", default=[1, 5, 20, 40])
+    options.add_argument("--cases", nargs="+", choices=BY_NAME, default=list(BY_NAME))
+    options.add_argument(
+        "--whole", nargs="*", choices=PROJECTIONS, default=["dense", "fastjl"], help="projections of the whole runs"
+    )
+    chosen = options.parse_args(arguments)
+    print(text(measured("sweeps", chosen, lambda: measure(chosen))))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

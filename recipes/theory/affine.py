@@ -1,13 +1,12 @@
-"""When two random affine subspaces meet: never below D - n dimensions, always from there on (Larsen et al. 2021, B.3).
+"""When two random affine subspaces meet: never if d < D - n, always from there on (Larsen et al. 2021, B.3).
 
     python recipes/theory/affine.py [--D 200] [--runs 100] [--output <folder>]
+    python recipes/theory/affine.py --report
 
-The target B has n dimensions, the training subspace d, and their distance is measured by least squares; it is in units
-of the distance between a point that each goes through, which is therefore of no account. The formula is
-sqrt((D - n - d) / D).
+The target has n dimensions, the training subspace d. Their distance is measured by least squares, in units of the
+distance between two points that they go through; the formula is sqrt((D - n - d) / D).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
-from recipes.reports.dimension import markdown
+from recipes.lab import command
+from recipes.lab.measurement import Parser, at_least, measured
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
 from subspace_peft.landscape import affine_distance, affine_threshold
 
 
@@ -28,9 +29,9 @@ TOLERANCE = 1e-9
 
 
 def distance(D: int, n: int, d: int, generator: torch.Generator) -> float:
-    """Between random subspaces of n and d dimensions through two random points, over that of these points."""
+    """Distance of random subspaces of n and d dimensions through two random points, over that of the points."""
     both, offset = (torch.randn(D, m, generator=generator, dtype=torch.float64) for m in (n + d, 1))
-    Q = torch.linalg.qr(both).Q  # of the span of both: what is left of the offset is the distance
+    Q = torch.linalg.qr(both).Q  # spans both: the distance is the norm of the rest of the offset
     return ((offset - Q @ (Q.T @ offset)).norm() / offset.norm()).item()
 
 
@@ -57,19 +58,23 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(markdown(["n", "D − n", "d", "meets", "distance, rms", "formula"], rows))
 
 
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "affine.jsonl"))}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--D", type=int, default=200)
-    parser.add_argument("--runs", type=int, default=100)
+    parser = Parser(__doc__, FOLDER)
+    parser.add_argument("--D", type=at_least(20), default=200)
+    parser.add_argument("--runs", type=at_least(1), default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
-    rows = measure(options.D, options.runs, options.seed)
-    record = {"D": options.D, "runs": options.runs, "seed": options.seed, "rows": rows}
-    file = options.output / "results" / "affine.json"
-    environment.write(file, record)
+    settings = {key: getattr(options, key) for key in ("D", "runs", "seed")}
+    record = measured(
+        options.output / "affine.jsonl", options.report, lambda: settings | {"rows": measure(**settings)}
+    )
     print(text(record))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

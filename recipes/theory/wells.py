@@ -1,20 +1,17 @@
 """When a random affine subspace meets a sublevel set of a quadratic well (Larsen et al. 2021, figure 5).
 
     python recipes/theory/wells.py [--D 1000] [--runs 10] [--output <folder>]
-    python recipes/theory/wells.py --plot
+    python recipes/theory/wells.py --report
 
-L = 1/2 w^T H w with a bimodal and a continuous spectrum, from a random w_0 at three distances R. The lowest loss in a
-subspace is a linear solve: nothing is trained. d* is the least d at which 90 % of the runs reach the loss epsilon; the
-bound is D - sum_i r_i^2 / (R^2 + r_i^2) (equation 3.4), and the limit what replaces it for large D.
+L = 1/2 w^T H w with a bimodal and a continuous spectrum, from a random w_0 at three distances R. Nothing is trained,
+because a linear solve gives the lowest loss in a subspace. d* is the smallest d at which 90 % of the runs reach the
+loss epsilon. The bound is D - sum_i r_i^2 / (R^2 + r_i^2) (equation 3.4); the limit replaces it for large D.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -23,9 +20,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import environment
-from recipes.reports.dimension import markdown
-from recipes.reports.figures import save
+from recipes.lab import command
+from recipes.lab.measurement import Parser, at_least, measured
+from recipes.lab.results import read_measurement
+from recipes.lab.rounding import digits
+from recipes.reports.figures import COLOURS, GREY, headline, legend_below, panels, save
+from recipes.reports.tables import markdown
 from recipes.theory.spectra import SPECTRA
 from subspace_peft.landscape import local_dimension_bound, local_dimension_limit, radii, random_lowest_losses
 
@@ -33,11 +33,13 @@ from subspace_peft.landscape import local_dimension_bound, local_dimension_limit
 DISTANCES = (0.5, 1.0, 2.0)  # R
 EPSILON = torch.logspace(-5, 0, 101, dtype=torch.float64)
 DELTA = 0.1
+WORDS = {"bimodal": "Half the directions flat, half steep", "continuous": "All curvatures between"}
+"""The spectra, for those who have not read the paper."""
 FOLDER = Path(__file__).parent
 
 
 def measure(D: int, runs: int, seed: int) -> dict[str, Any]:
-    """The lowest losses from a w_0 of norm 1, [runs, d] for each spectrum; from R they are R^2 times as much."""
+    """The lowest losses from a w_0 of norm 1, [runs, d] for each spectrum; a w_0 of norm R gives R^2 times these."""
     d = torch.linspace(0, D, min(D, 200) + 1).round().long()
     lowest = {
         name: torch.cat(
@@ -48,18 +50,18 @@ def measure(D: int, runs: int, seed: int) -> dict[str, Any]:
         )[:, d]
         for name, spectrum in SPECTRA.items()
     }
-    digits = {name: [[float(f"{loss:.4e}") for loss in run] for run in rows.tolist()] for name, rows in lowest.items()}
-    return {"D": D, "runs": runs, "seed": seed, "d": d.tolist(), "lowest": digits}
+    rounded = {name: digits(losses, 5) for name, losses in lowest.items()}
+    return {"D": D, "runs": runs, "seed": seed, "d": d.tolist(), "lowest": rounded}
 
 
 def success(record: dict[str, Any], name: str, R: float, epsilon: Tensor) -> Tensor:
-    """P_s(d, epsilon, R), [d, epsilon]."""
+    """P_s(d, epsilon, R): the share of runs that reach each loss. [d, epsilon]"""
     lowest = torch.tensor(record["lowest"][name], dtype=torch.float64)
     return (R**2 * lowest[..., None] <= epsilon).double().mean(0)
 
 
 def thresholds(record: dict[str, Any], name: str, R: float, epsilon: Tensor) -> dict[str, Tensor]:
-    """d* as simulated, its bound and its limit, [epsilon] each."""
+    """d* as simulated, its bound and its limit. [epsilon] each"""
     D, r = record["D"], radii(SPECTRA[name](record["D"]), epsilon)
     first = (success(record, name, R, epsilon) >= 1 - DELTA).double().argmax(0)
     return {
@@ -80,48 +82,53 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(markdown(["spectrum", "R", "ε", "d*, simulated", "bound (3.4)", "large D"], rows))
 
 
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "wells.jsonl"))}
+
+
 def plot(record: dict[str, Any], file: Path) -> Path:
-    """A row for each spectrum: it, the success maps of three distances, and all d* together."""
-    figure, axes = plt.subplots(len(SPECTRA), len(DISTANCES) + 2, figsize=(18, 7), layout="constrained")
+    """A row for each spectrum: the success map of R = 1, and d* of all three distances with bound and limit."""
+    figure, axes = panels(len(SPECTRA), 2, width=5.5, height=3.9, sharex=True)
     for row, name in zip(axes, SPECTRA, strict=True):
-        row[0].hist(SPECTRA[name](record["D"]).log10().numpy(), bins=40, color="grey")
-        row[0].set(xlabel="log10 of the eigenvalue", ylabel="number", title=f"{name} spectrum")
-        for axis, R, color in zip(row[1:], DISTANCES, ("tab:blue", "tab:orange", "tab:red"), strict=False):
-            P = success(record, name, R, EPSILON)
-            axis.pcolormesh(record["d"], EPSILON.numpy(), P.T.numpy(), cmap="gray", vmin=0, vmax=1, shading="nearest")
-            axis.set(yscale="log", xlabel="d", ylabel="ε", title=f"P_s(d, ε, R = {R:g})")
-            for axis_too in (axis, row[-1]):
-                _draw_thresholds(axis_too, thresholds(record, name, R, EPSILON), color, f"R = {R:g}")
-        row[-1].set(yscale="log", xlabel="d", ylabel="ε", title="d*", xlim=(0, record["D"]))
-        row[-1].grid(alpha=0.3)
-    axes[0][1].legend(fontsize="small", loc="upper right")
+        P = success(record, name, 1.0, EPSILON)
+        mesh = row[0].pcolormesh(record["d"], EPSILON.numpy(), P.T.numpy(), cmap="gray_r", vmin=0, vmax=1)
+        bar = figure.colorbar(mesh, ax=row[0], label="subspaces that reach it", ticks=[0, 0.5, 1])
+        bar.ax.set_yticklabels(["none", "half", "all"])
+        row[0].grid(visible=False)
+        row[0].set_title(f"{WORDS[name]}, start at distance 1")
+        for R, color in zip(DISTANCES, COLOURS, strict=False):
+            _draw_thresholds(row[1], thresholds(record, name, R, EPSILON), color, f"start at distance {R:g}")
+        row[1].set(xlim=(0, record["D"]), title=f"Reached by {100 * (1 - DELTA):.0f} % of the subspaces")
+        for axis in row:
+            axis.set(yscale="log", ylabel="loss to be reached, ε", ylim=(EPSILON[0].item(), EPSILON[-1].item()))
+    for axis in axes[-1]:
+        axis.set_xlabel(f"dimensions of a random subspace, of {record['D']}")
+    for dash, words in (("--", "dashed: the paper's bound (3.4)"), (":", "dotted: limit for many dimensions")):
+        axes[0][1].plot([], [], dash, color=GREY, label=words)
+    legend_below(figure, 3, axes[0][1:])
+    headline(figure, "When does a random subspace of a quadratic well reach a low loss?")
     return save(figure, file)
 
 
-def _draw_thresholds(axis: Axes, found: dict[str, Tensor], color: str, label: str) -> None:
-    for (name, d), style in zip(found.items(), ("-", "--", ":"), strict=True):
-        axis.plot(d.numpy(), EPSILON.numpy(), style, color=color, linewidth=1.5, label=f"{label}, {name}")
+def _draw_thresholds(axis: Axes, curves: dict[str, Tensor], color: str, label: str) -> None:
+    for (name, d), dash in zip(curves.items(), ("-", "--", ":"), strict=True):
+        words = label if name == "simulated" else None
+        axis.plot(d.numpy(), EPSILON.numpy(), dash, color=color, linewidth=1.6, label=words)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--D", type=int, default=1000)
-    parser.add_argument("--runs", type=int, default=10)
+    parser = Parser(__doc__, FOLDER)
+    parser.add_argument("--D", type=at_least(2), default=1000)
+    parser.add_argument("--runs", type=at_least(1), default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument(
-        "--plot", action="store_true", help="table and figure from the results that are there, no runs"
-    )
     options = parser.parse_args(arguments)
-    file = options.output / "results" / "wells.json"
-    if not options.plot:
-        record = measure(options.D, options.runs, options.seed) | environment.record()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record) + "\n")
-    record = json.loads(file.read_text())
+    record = measured(
+        options.output / "wells.jsonl", options.report, lambda: measure(options.D, options.runs, options.seed)
+    )
     print(text(record))
     print(plot(record, options.output / "plots" / "wells.png"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

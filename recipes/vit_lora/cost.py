@@ -1,17 +1,17 @@
 """Time of a training step and peak memory of every method in a YAML.
 
     python recipes/vit_lora/cost.py recipes/vit_lora/mnist.yaml [--steps 20] [--rounds 3] [--output <folder>]
+    python recipes/vit_lora/cost.py recipes/vit_lora/mnist.yaml --report
 
-On random images of the data set's shape, by the Trainer that trains. Memory is the most that torch holds at once from
-before the model is built to the end of two steps: weights, what P is drawn to, gradients, moments of AdamW,
-activations, temporaries. Times are the smallest of the rounds, in which each method has its turn, so that whatever
-else the machine does falls on all alike. Settings are overridden as in finetune.py; `--base ""` with a shape measures
-a ViT of that size with random weights.
+The same training as in a run, on random images of the data set's shape. Memory is the most that torch holds at once
+from before the model is built to the end of two steps: weights, what is kept of P, gradients, moments of AdamW,
+activations, temporaries. Times are the smallest of the rounds, in which the methods take turns, so that other work on
+the machine slows all of them alike. Settings on the command line narrow the grid as in recipes/run.py; `--base ""`
+with a shape measures a ViT of that size with random weights.
 """
 
 import gc
 import itertools
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.lab import command, environment
-from recipes.lab.grid import read
+from recipes.lab import command
+from recipes.lab.measurement import Parser, at_least, measured, runs_of, with_load
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
 from recipes.tasks.data import Split
 from recipes.tasks.models import CLASSES, SHAPES
 from recipes.vit_lora.settings import KEYS, Settings
@@ -44,7 +46,7 @@ def images(settings: Settings) -> Split:
 
 
 def peak(settings: Settings, split: Split, output: Path) -> int:
-    """Bytes of torch's own allocations."""
+    """The most bytes that torch has allocated at once."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -78,29 +80,36 @@ def costs(runs: list[Settings], output: Path, steps: int, rounds: int) -> list[d
 
 
 def text(rows: list[dict]) -> str:
-    lines = ["| method | trained | ms a step | CPU ms | s to set up | peak MB |", "|" + " --- |" * 6]
-    for row in rows:
-        times = f"{row['step_ms']['wall']:.0f} | {row['step_ms']['cpu']:.0f} | {row['setup_s']:.1f}"
-        lines.append(f"| {row['method']} | {row['trained']:,} | {times} | {row['peak_mb']:.1f} |")
-    return "\n".join(lines)
+    cells = [
+        [row["method"], f"{row['trained']:,}", f"{row['step_ms']['wall']:.0f}", f"{row['step_ms']['cpu']:.0f}"]
+        + [f"{row['setup_s']:.1f}", f"{row['peak_mb']:.1f}"]
+        for row in rows
+    ]
+    return "\n".join(markdown(["method", "trained", "ms a step", "CPU ms", "s to set up", "peak MB"], cells))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, by the YAML's name, for the README."""
+    files = sorted(Path(__file__).parent.glob("costs_*.jsonl"))
+    return {file.stem.removeprefix("costs_"): text(read_measurement(file)["runs"]) for file in files}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="the YAML")
-    parser.add_argument("--output", type=Path, help="where the results go; the YAML's folder")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=at_least(1), default=20)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     options, rest = parser.parse_known_args(arguments)
     file, output, steps, rounds = options.file, options.output or options.file.parent, options.steps, options.rounds
-    overrides = command.settings(rest, KEYS)
-    runs = list({replace(run, seed=0, data="", checkpoint=""): None for run in read(file, overrides).runs})
-    before = os.getloadavg()
-    rows = costs(runs, output, steps, rounds)
-    record = {"steps": steps, "rounds": rounds, "load": {"before": before, "after": os.getloadavg()}}
-    target = output / "results" / f"costs_{file.stem}.json"
-    environment.write(target, record | {"runs": rows})
-    print(f"{text(rows)}\n\nload before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}; {target}")
+    all_runs = runs_of(file, "vit_lora", command.settings(rest, KEYS))
+    runs = list({replace(run, seed=0, data="", checkpoint=""): None for run in all_runs})
+    settings = {"steps": steps, "rounds": rounds}
+    record = measured(
+        output / f"costs_{file.stem}.jsonl",
+        options.report,
+        lambda: settings | with_load(lambda: {"runs": costs(runs, output, steps, rounds)}),
+    )
+    print(text(record["runs"]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from recipes.lab.results import Results
-from recipes.reports.figures import save
+from recipes.reports.figures import headline, panels, save, style
+from recipes.reports.labels import name
 from recipes.vit_lora.settings import Settings
 
 
@@ -16,11 +17,12 @@ def text(runs: list[Settings], results: Results) -> str:
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """The training loss of each epoch."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for run in runs:
+    figure, ((axis,),) = panels(1, 1, width=6.4, height=4.4)
+    for at, run in enumerate(runs):
         losses = results.load(run)["train_loss"]
-        axis.plot(range(1, len(losses) + 1), losses, marker="o", label=str(run))
-    axis.set(xlabel="epoch", ylabel="training loss", title="Pretraining")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+        axis.plot(range(1, len(losses) + 1), losses, label=f"seed {run.seed}", **style(at))
+    axis.set(xlabel="epoch", ylabel="training loss")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+    headline(figure, f"Pretraining of a ViT on {name(runs[0].dataset)}")
     return save(figure, file)

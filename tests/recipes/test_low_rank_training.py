@@ -57,7 +57,7 @@ def test_the_average_is_over_data_sets_of_each_seed(tmp_path):
         if (run.rank, run.seed, run.dataset) != (2, 1, "usps"):
             finish(results, run, accuracy)
     printed = low_rank.text(runs, results)
-    normal, _, narrow = (line.split(" | ", 5)[5] for line in printed.splitlines()[-3:])
+    normal, _, narrow = (line.split(" | ", 4)[4] for line in printed.splitlines()[-3:])
     assert normal == "91.00 ± 1.41 (2 s) | 81.00 ± 1.41 (2 s) | 86.00 ± 1.41 (2 s) |  |"
     assert narrow == "89.00 ± 1.41 (2 s) | 78.00 (2 s) | 83.00 (2 s) | -2.00 |"
     assert low_rank.plot(runs, results, tmp_path / "plots" / "mlp.png").stat().st_size > 10_000
@@ -72,7 +72,7 @@ def test_a_product_trains_and_its_adapter_gives_the_same_outputs(tmp_path, capsy
     main([str(recipe)])
     printed = capsys.readouterr().out
     assert printed.count("reloaded adapter: outputs equal") == 3
-    assert "| low rank, start orthogonal | 6 | 2,794 |" in printed
+    assert "| low rank, orthogonal start | 6 | 2,794 |" in printed
     accuracies = [json.loads(file.read_text())["final_accuracy"] for file in (tmp_path / "results").glob("*.json")]
     assert len(accuracies) == 4
     assert min(accuracies) > 0.7

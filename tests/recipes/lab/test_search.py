@@ -42,7 +42,7 @@ def test_a_search_finds_the_d_that_reaches_a_share_of_full_training(recipe, caps
     printed, bar = capsys.readouterr()
     n = len(found["made"])
     assert f"{n} of at most {n} runs" in bar.splitlines()[-1]
-    assert f"| fc | fastjl | {100 * found['goal']:.2f} | {found['d']} |" in printed
+    assert f"| FC | FastJL | {100 * found['goal']:.2f} | {found['d']} |" in printed
     assert (recipe.parent / "plots" / "auto.png").stat().st_size > 10_000
 
 
@@ -137,7 +137,7 @@ def test_a_search_and_a_grid_may_share_runs_and_what_is_not_reached_is_said(reci
     )
     run.main([str(recipe)])
     printed = capsys.readouterr().out
-    assert "| fc | fastjl | 99.00 | none |" in printed
+    assert "| FC | FastJL | 99.00 | none |" in printed
     assert "best seen 0." in printed
 
 
@@ -202,5 +202,5 @@ def test_the_table_names_what_tells_searches_apart(tmp_path):
     for each in asked:
         (tmp_path / "results" / f"{each.name}.json").write_text(json.dumps(found))
     printed = table.text(asked, Results(tmp_path))
-    for name in ("fastjl", "dense, lr 0.1, seeds 5", "dense, lr 0.3, seeds 5", "dense, lr 0.1, seeds 9"):
-        assert printed.count(f"| digits | lenet | {name} | 90.00 | 3 | 2 to 4 |") == 1
+    for name in ("FastJL", "dense, rate 0.1, 5 seeds", "dense, rate 0.3, 5 seeds", "dense, rate 0.1, 9 seeds"):
+        assert printed.count(f"| digits | LeNet | {name} | 90.00 | 3 | 2 to 4 |") == 1

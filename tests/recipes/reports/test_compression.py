@@ -7,6 +7,7 @@ from torch import nn
 from recipes.lab.results import Results, read_measurement
 from recipes.lottery import spectra
 from recipes.reports import compression
+from recipes.reports.labels import labels
 from subspace_peft import Trajectory
 from tests.recipes.files import runs as grid
 
@@ -51,7 +52,7 @@ def cells(printed, label):
 
 def test_methods_have_the_names_of_table_1():
     runs = grid(RECIPE)
-    names = compression.labels(runs)
+    names = labels(runs, compression.method)
     assert set(names.values()) == {compression.FULL, *TABLE_1}
     assert all(names[run.name] == compression.method(run) for run in runs)  # nothing else tells them apart
 
@@ -62,11 +63,11 @@ def test_runs_of_one_name_are_told_apart_by_what_differs():
     affine = {"projection": ["fastjl", "dense"], "d": 2, "lr": 0.1}
     other = {"projection": "fastjl", "d": 2, "lr": 0.5, "model": "lenet"}
     runs = grid({"model": "fc", "seed": [0, 1], "runs": [LOTTERY, two, affine, other]})
-    assert set(compression.labels(runs).values()) == {
-        "lottery subspace, trajectory lr 0.1",
-        "lottery subspace, trajectory lr 0.2",
-        "random affine, projection fastjl",
-        "random affine, projection dense",
+    assert set(labels(runs, compression.method).values()) == {
+        "lottery subspace, rate 0.1 of the trajectory",
+        "lottery subspace, rate 0.2 of the trajectory",
+        "random affine, FastJL",
+        "random affine, dense",
         "random affine",
     }
 
@@ -91,7 +92,7 @@ def test_the_smallest_d_near_full_training_and_the_best_epochs(results):
         accuracy = 0.8 if not run.d else 0.795 if run.d == 4 else 0.3 + 0.495 * (run.burn_in > 0)
         finish(results, run, accuracy, best=0.9 if run.d == 2 else None)
     said = compression.text(runs, results)
-    assert "**fc on digits**, D = 64; full training 80.00 ± 0.00 % (2 seeds)" in said
+    assert "**FC on digits**, D = 64; full training 80.00 ± 0.00 % (2 seeds)" in said
     final, best, near = cells(said, "random affine")
     assert (final, best) == (["2", "30.00 ± 0.00", "79.50 ± 0.00"], ["2", "90.00 ± 0.00", "79.50 ± 0.00"])
     assert near == ["4", "16.0"]  # 79.5 % are more than 99 % of 80 %
@@ -134,14 +135,14 @@ def test_spectra_outlive_their_trajectories(lottery, capsys):
     assert [spectrum["singular_values"] for spectrum in record["spectra"]] == [pytest.approx([4, 3, 2, 1])]
     assert record["dataset"] == "digits"
     assert "versions" in record
-    (row,) = cells(capsys.readouterr().out, "fc")
+    (row,) = cells(capsys.readouterr().out, "FC")
     assert row == ["0", "4", "3", "4", "4"]  # 16, 25 and 29 of 30
     figure = lottery.parent / "plots" / "spectra_digits.png"
     figure.unlink()
     for sample in lottery.parent.glob("trajectories/*/*"):
         sample.unlink()
     spectra.main([str(lottery)])
-    assert cells(capsys.readouterr().out, "fc") == [row]
+    assert cells(capsys.readouterr().out, "FC") == [row]
     assert figure.stat().st_size > 20_000
     assert read_measurement(lottery.parent / "spectra_digits.jsonl") == record
 

@@ -3,10 +3,10 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from recipes.lab.grid import grid
 from recipes.lab.results import Results
 from recipes.reports import phases
 from subspace_peft.measure import success_probability, threshold_dimension
+from tests.recipes.files import runs as grid
 
 
 RECIPE = {
@@ -66,25 +66,22 @@ def test_the_figure_agrees_with_the_measures(seeds):
         assert star == (reached.index.min() if len(reached) else None)
 
 
-def test_a_d_is_in_the_middle_of_its_column():
-    assert phases._edges([4, 1, 2]) == pytest.approx(np.sqrt([0.5, 2, 8, 32]))
-    assert phases._edges([1, 16, 64]) == pytest.approx([0.25, 4, 32, 128])
-    assert phases._edges([8]) == pytest.approx([32**0.5, 128**0.5])
-
-
 def test_all_runs_but_one_must_reach_the_threshold(results):
     accuracies = {0: {1: 0.3, 4: 0.55, 16: 0.75}, 8: {1: 0.55, 4: 0.65, 16: 0.75}}
     runs = grid(RECIPE)
     for run in runs:
         accuracy = 0.875 if run.projection == "full" else accuracies[run.burn_in][run.d]
         finish(results, run, accuracy if run.seed < 2 else 0.05, training=accuracy)
-    said = phases.text(runs, results)
-    assert "3 runs of each d and t, all but one must succeed (δ = 0.33)" in said
-    assert "training accuracy 87.50 ± 0.00 %, test accuracy 87.50 ± 0.00 % (2 runs)" in said
-    assert "Training accuracy: of 50 images, at the best epoch" in said
-    assert rows(said, "training accuracy", "50") == ["4", "1"]  # all three
-    assert rows(said, "training accuracy", "85") == ["none, 75.00 % at best"] * 2  # full training alone reaches it
-    at_t_0, at_t_8 = rows(said, "test accuracy", "50")  # two of three
+    training, test = (phases.parts(runs, results)[name] for name in ("training", "test"))
+    for said in (training, test):
+        assert "3 runs of each d and t, all but one must succeed (δ = 0.33)" in said
+        assert "full training: 87.50 ± 0.00 % (2 runs)" in said
+        assert "accuracy, % | d*, t = 0 | d*, t = 8 |" in said
+    assert "Training accuracy: of 50 images, at the best epoch" in training
+    assert "Test accuracy: after the last epoch" in test
+    assert rows(training, "50") == ["4", "1"]  # all three
+    assert rows(training, "85") == ["none, 75.00 % at best"] * 2  # full training alone reaches it
+    at_t_0, at_t_8 = rows(test, "50")  # two of three
     assert at_t_0.startswith("4 (4 to ")
     assert at_t_8.startswith("1 (1 to ")
 
@@ -117,19 +114,32 @@ def test_half_done_and_not_measured_in_training(results, tmp_path):
             finish(results, run, 0.5, training=float(run.d == 8))
     said = phases.text(runs, results)
     titles = [line.split("**")[1] for line in said.splitlines() if line.startswith("**")]
-    assert titles == ["fc on digits, fastjl", "fc on digits, dense", "lenet on digits"]
+    assert titles == ["LeNet on digits", "FC on digits, FastJL", "FC on digits, dense", "LeNet on digits"]
     assert "to 2 runs of each" in said
     assert "full training: no result" in said
-    assert said.count("| training accuracy |") == 5  # 70 to 99 % in the one case that was measured
-    files = phases.plot(runs, results, tmp_path / "plots" / "tiny.png")
-    assert [file.name for file in files] == ["tiny.png", "tiny.small.png"]
-    heights = [imread(file).shape[0] for file in files]
-    assert heights[0] > 4 * 2.5 * 150  # of rows of panels
-    assert heights[1] > 3 * 4 * 150
+    training = phases.parts(runs, results)["training"]
+    assert len(training.splitlines()) == 2 + 2 + 5  # 70 to 99 % in the one case that was measured
+    file = phases.plot(runs, results, tmp_path / "plots" / "tiny.png")
+    assert imread(file).shape[0] > 3 * 3.5 * 150  # a row of panels for each
 
 
 def test_without_a_run_in_a_subspace(results, tmp_path):
     runs = grid(RECIPE)
     finish(results, next(run for run in runs if run.projection == "full"), 0.9)
     assert phases.text(runs, results) == ""
-    assert phases.plot(runs, results, tmp_path / "tiny.png") == []
+    assert phases.plot(runs, results, tmp_path / "tiny.png").exists()
+
+
+def test_the_figure_shows_what_all_runs_but_one_reach_and_the_origin(results, tmp_path, panels):
+    runs = grid(RECIPE)
+    for run in runs:
+        accuracy = 0.9 if run.projection == "full" else {1: 0.2, 4: 0.5, 16: 0.8}[run.d] + 0.01 * run.seed
+        finish(results, run, accuracy, origin=0.1 + 0.01 * run.seed + 0.3 * (run.burn_in > 0))
+    phases.plot(runs, results, tmp_path / "tiny.png")
+    ((start, burnt, curves),) = panels()
+    assert start.get_title(loc="left") == "From a random start"
+    assert burnt.get_title(loc="left") == "From step 8 of full training"
+    assert curves.get_title(loc="left") == "Reached by all 3 runs but one"
+    line, origin, *_ = curves.lines
+    assert line.get_xydata().ravel() == pytest.approx([1, 21, 4, 51, 16, 81])
+    assert origin.get_xydata().ravel() == pytest.approx([1 / phases.ORIGIN, 11])
