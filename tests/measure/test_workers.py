@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from subspace_peft.measure import RunError
+from subspace_peft.measure.workers import Workers
 from tests.measure.cases import Flaky, at_least_20, entries, find, killed, no_metric, noisy, step, with_threads
 
 
@@ -102,14 +103,24 @@ def test_the_number_of_workers_of_a_dask_executor_is_that_of_its_threads():
     assert train.most == 3
 
 
-def test_runs_that_dask_has_started_are_kept_when_another_fails_which_is_then_made_again(tmp_path):
-    raised = threading.Event()
+@pytest.fixture
+def failure_seen(monkeypatch):
+    """Set when a search has seen that a run failed."""
+    seen, cancel = threading.Event(), Workers.cancel
+    monkeypatch.setattr(Workers, "cancel", lambda self, *arguments: seen.set() or cancel(self, *arguments))
+    return seen
+
+
+def test_runs_that_dask_has_started_are_kept_when_another_fails_which_is_then_made_again(tmp_path, failure_seen):
+    raised, all_three = threading.Event(), threading.Barrier(3)
 
     def train(d, seed):
-        if seed == 1 and not raised.is_set():
-            raised.set()
-            raise ArithmeticError
-        time.sleep(0.1 if seed < 3 else 0)
+        if seed < 3 and not raised.is_set():
+            all_three.wait(timeout=60)
+            if seed == 1:
+                raised.set()
+                raise ArithmeticError
+            assert failure_seen.wait(timeout=60)
         return float(d >= 187)
 
     with ThreadPoolExecutor(3) as pool:
@@ -161,15 +172,18 @@ def test_the_answer_does_not_depend_on_the_order_in_which_runs_end(seed, tmp_pat
 # ------------------------------------------------------------------------------------------------------ runs that fail
 
 
-def test_a_run_that_raises_ends_the_search_and_the_runs_that_had_started_are_kept(tmp_path):
+def test_a_run_that_raises_ends_the_search_and_the_runs_that_had_started_are_kept(tmp_path, failure_seen):
     file, raised, started = tmp_path / "search.jsonl", threading.Event(), []
+    all_four = threading.Barrier(4)
 
     def train(d, seed):
         started.append((d, seed))
-        if seed == 1 and not raised.is_set():
-            raised.set()
-            raise ArithmeticError("the loss is gone")
-        time.sleep(0.2 if seed < 4 else 0)
+        if seed < 4 and not raised.is_set():
+            all_four.wait(timeout=60)
+            if seed == 1:
+                raised.set()
+                raise ArithmeticError("the loss is gone")
+            assert failure_seen.wait(timeout=60)
         return float(d >= 187)
 
     message = r"The run of d = 2, seed = 1 failed: ArithmeticError: the loss is gone. The 3 finished runs are kept in"
