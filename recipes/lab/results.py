@@ -150,5 +150,5 @@ def read_measurement(file: Path) -> dict[str, Any]:
         raise ValueError(f"A measurement must be there to be reported, {str(file)!r} is not; make it first.")
     lines = read_lines(file)
     if len(lines) != 1:
-        raise ValueError(f"A measurement must be one line, {str(file)!r} has {len(lines)}; delete it and make it again.")
+        raise ValueError(f"A measurement must be one line, {str(file)!r} has {len(lines)}; delete it to redo it.")
     return lines[0][1]

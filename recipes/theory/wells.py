@@ -76,9 +76,9 @@ def text(record: dict[str, Any]) -> str:
     rows = []
     for name in SPECTRA:
         for R in DISTANCES:
-            found = thresholds(record, name, R, epsilon)
+            curves = thresholds(record, name, R, epsilon)
             for i, level in enumerate(epsilon.tolist()):
-                rows.append([name, R, f"{level:g}", *(f"{d[i].item():.0f}" for d in found.values())])
+                rows.append([name, R, f"{level:g}", *(f"{d[i].item():.0f}" for d in curves.values())])
     return "\n".join(markdown(["spectrum", "R", "ε", "d*, simulated", "bound (3.4)", "large D"], rows))
 
 

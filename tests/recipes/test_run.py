@@ -45,7 +45,7 @@ def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     runs, report = recipe.runs, recipe.report.__name__.rpartition(".")[2]
     trajectories = {settings.trajectory.name for settings in runs if settings.trajectory}
     assert results(tmp_path).keys() == {settings.name for settings in runs} | trajectories
-    words = {"dimension": "d_int90", "optimisers": "| final ", "phases": "d*", "compression": "lottery"}
+    words = {"dimension": "d_int90", "optimisers": " s a run |", "phases": "d*", "compression": "lottery"}
     words |= {"low_rank": "inner width"}
     assert words[report] in capsys.readouterr().out
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000

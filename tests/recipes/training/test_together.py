@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from recipes import run
 from recipes.lab.grid import read
-from recipes.lab.results import Results
+from recipes.lab.results import Results, read_measurement
 from recipes.speed import sweeps
 from recipes.tasks.data import load
 from recipes.tasks.models import MODELS
@@ -172,9 +172,8 @@ def test_how_many_are_trained_together_is_not_in_the_name():
 
 def test_the_measurement_of_sweeps_runs_tiny(tmp_path, capsys):
     cases = ["fc digits dense", "lenet mnist fastjl"]
-    output = tmp_path / "sweeps.json"
-    sweeps.main(["--rounds", "1", "--runs", "2", "--cases", *cases, "--whole", "--output", str(output)])
-    record = json.loads(output.read_text())
+    sweeps.main(["--rounds", "1", "--runs", "2", "--cases", *cases, "--whole", "--output", str(tmp_path)])
+    record = read_measurement(tmp_path / "sweeps.jsonl")
     assert [[way["gain"] > 0 for way in case[0]["step"].values()] for case in record["cases"].values()] == [
         [True] * 3
     ] * 2
