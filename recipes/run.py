@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> Order:
     kind = find_kind(recipe.pop("kind", DEFAULT))
     recipe.pop("report", None)
     overrides = command.settings(rest, known_keys(kind, recipe))
-    output = known.output or known.file.parent
+    output = (known.output or known.file.parent).absolute()  # workers may run in another folder
     return Order(known.file, output, known.workers, known.executor, known.report, known.compact, overrides)
 
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"A report needs results, {order.file.name} has none in {str(order.output)!r} yet; leave --report out "
                 "to make them."
             )
-        if order.report and not order.overrides and order.output == order.file.parent:
+        if order.report and not order.overrides and order.output == order.file.parent.absolute():
             write_pages(order.file)
     processes().destroy_process_group()
 
@@ -92,6 +92,10 @@ def _carry_out(order: Order, recipe: Any, results: Results) -> None:
             f"`--workers` and `--executor` must be left out where {processes().num_processes} processes train each "
             f"run together, got {order.workers} and {order.executor}."
         )
+    try:
+        order.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`--output` must be a folder, got {str(order.output)!r}: {error.strerror}.") from None
     sweep = Sweep(recipe.kind, recipe.runs, order.output)
     busy = sweep.all_wanted() or [request for request in recipe.searches if not results.has(request)]
     place = contextlib.nullcontext()

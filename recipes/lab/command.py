@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from recipes.lab.grid import check_keys
+from subspace_peft.measure import RunError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +17,7 @@ OURS = (str(ROOT / "recipes"), str(ROOT / "subspace_peft"))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with whole names of options alone, the module's text as it stands, and one sentence for an error."""
+    """ArgumentParser without abbreviated options, with the module's text as it stands and one-sentence errors."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -66,15 +67,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether it is a sentence of ours about a value, and no fault of the code."""
+    """Whether our code refused a value, rather than failed."""
+    if isinstance(error, RunError) and isinstance(error.__cause__, Exception):
+        return is_refusal(error.__cause__)
     if not isinstance(error, (ValueError, OSError, ImportError)):
         return False
     if hasattr(error, "refusal"):
         return error.refusal
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(OURS)
-
-
-def mark_refusal(error: Exception) -> None:
-    """Says so on the error itself: one that comes from another process has lost its frames."""
-    error.refusal = is_refusal(error)

@@ -59,6 +59,7 @@ class Submitted(Executor):
     def submit(self, fn, /, *args, **kwargs) -> Future:
         job, future = self.submitit.submit(fn, *args, **kwargs), Future()
         self.jobs.append(job)
+        future.set_running_or_notify_cancel()  # a job is cancelled by shutdown alone
 
         def wait() -> None:
             try:
@@ -77,32 +78,33 @@ class Submitted(Executor):
 
 @contextmanager
 def opened(name: str, workers: int, folder: Path) -> Iterator[Executor]:
-    """The executor of this name, with so many workers. Left by an error, it ends what is under way.
+    """The executor of this name, with so many workers. If the block raises, running work is stopped.
 
     Args:
         folder: For the files of submitit's jobs.
 
     Raises:
-        ValueError: if there is no such executor, or its package is not installed.
+        ValueError: if there is no such executor, its package is not installed, or it cannot be opened.
     """
     place, _, words = name.partition(":")
     if place in MAKERS:
         options = _options(name, words)
-        executor, close = MAKERS[place](workers, folder, **options)
+        try:
+            executor, close = MAKERS[place](workers, folder, **options)
+        except (TypeError, NameError, OSError) as error:
+            raise ValueError(f"`--executor` {name!r} cannot be opened: {' '.join(str(error).split())}.") from None
     else:
         executor, close = _from_function(name)
     try:
         yield executor
     except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
         close(True)
         raise
-    executor.shutdown()
     close(False)
 
 
 Made = tuple[Executor, Callable[[bool], None]]
-"""The executor, and what closes the rest: at once, or when all is done."""
+"""The executor, and what closes it: at once, or when all is done."""
 
 
 def _processes(workers: int, folder: Path) -> Made:
@@ -111,6 +113,7 @@ def _processes(workers: int, folder: Path) -> Made:
     executor = ProcessPoolExecutor(workers, context, _start, (threads,))
 
     def close(at_once: bool) -> None:
+        executor.shutdown(wait=not at_once, cancel_futures=at_once)
         processes = multiprocessing.active_children() if at_once else []
         for process in processes:
             process.terminate()
@@ -135,13 +138,20 @@ def _dask(workers: int, folder: Path, address: str | None = None) -> Made:
     distributed = _package("distributed", "dask")
     cluster = {"address": address} if address else {"n_workers": workers, "threads_per_worker": 1}
     client = distributed.Client(**cluster)
-    return client.get_executor(pure=False), lambda at_once: client.close()
+    executor = client.get_executor(pure=False)
+
+    def close(at_once: bool) -> None:
+        executor.shutdown(wait=not at_once)
+        client.close()
+
+    return executor, close
 
 
 def _slurm(workers: int, folder: Path, cluster: str | None = None, **parameters: Any) -> Made:
     submit = _package("submitit", "slurm").AutoExecutor(folder / "jobs", cluster=cluster)
     submit.update_parameters(**parameters)
-    return Submitted(submit), lambda at_once: None
+    executor = Submitted(submit)
+    return executor, lambda at_once: executor.shutdown(cancel_futures=at_once)
 
 
 MAKERS: dict[str, Callable[..., Made]] = {"processes": _processes, "dask": _dask, "slurm": _slurm}
@@ -152,8 +162,8 @@ def _package(name: str, extra: str) -> Any:
         return import_module(name)
     except ImportError:
         raise ValueError(
-            f"`--executor {extra}` needs the package {name}, which is not installed; pip install "
-            f'"subspace-peft[{extra}]".'
+            f"`--executor {extra}` needs the package {name}, which is not installed; in the clone, pip install "
+            f'-e ".[{extra}]".'
         ) from None
 
 
@@ -174,4 +184,9 @@ def _from_function(name: str) -> Made:
             f"`--executor` must be one of {', '.join(MAKERS)}, or <module>:<function> that returns an Executor, got "
             f"{name!r}: {error}."
         ) from None
-    return made if isinstance(made, Executor) else Pool(made), lambda at_once: None
+    if isinstance(made, Executor):
+        return made, lambda at_once: made.shutdown(wait=not at_once)
+    if not hasattr(made, "apply_async"):
+        raise ValueError(f"`--executor` {name!r} must return an Executor or a pool with `apply_async`, got {made!r}.")
+    pool = Pool(made)
+    return pool, lambda at_once: pool.shutdown(cancel_futures=at_once)

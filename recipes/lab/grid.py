@@ -11,10 +11,9 @@ what kind of run it is and `report` what is made of the results. In the place of
 a `threshold` of test accuracy, or a `fraction` of that of full training in the same recipe, is a search for the
 smallest d that reaches it.
 
-The command line narrows the grid. Along a list, and among names (model, projection, method), a value that the file
-has selects: what is left are the runs with that value, and sub-grids that have other values alone are dropped. A value
-that the file does not have, and any value for a number that stands alone in the file, takes the place of what stands
-there.
+The command line narrows the grid. A value that the file has for a key selects: what is left are the runs with that
+value, and sub-grids that have other values alone are dropped. A value that the file does not have for that key takes
+the place of those that it has.
 """
 
 import difflib
@@ -132,37 +131,41 @@ def narrowed(kind: Kind, shared: Values, parts: list[Values], given: Values) -> 
     joined = [kind.joined(shared, part) for part in parts]
     options = {f"_{key}": _listed(given[key]) for key in kind.options if key in given}
     given = {key: _listed(value) for key, value in given.items() if key not in kind.options}
-    there = {key: _selectable(key, joined) for key in given}
+    order = list(kind.keys or given)  # what a run is comes before what belongs to it
+    given = dict(sorted(given.items(), key=lambda item: order.index(item[0])))
+    there = {key: {_text(each) for part in joined for each in _listed(part.get(key, []))} for key in given}
+    for key, wanted in given.items():
+        _check_type(kind, key, wanted, joined)
     for part in joined:
         values = dict(part)
         for key, wanted in given.items():
-            if kind.stays(part, key, wanted):
+            if kind.stays(values, key, wanted):
                 continue
             known = {_text(value) for value in wanted} & there[key]
             chosen = [value for value in wanted if _text(value) not in known]
-            if key in part:
-                chosen += [value for value in _listed(part[key]) if _text(value) in known]
-                if not chosen:
-                    break
-            if chosen:
-                values[key] = chosen
+            chosen += [value for value in _listed(part.get(key, kind.defaults.get(key))) if _text(value) in known]
+            if not chosen:
+                break
+            values[key] = chosen
         else:
             yield values | options
 
 
-def _selectable(key: str, parts: list[Values]) -> set[str]:
-    """The values of a key that select, as text: all of them where one is in a list or is a name."""
-    values = [part[key] for part in parts if key in part]
-    if not any(isinstance(value, (list, bool)) or not _is_number(value) for value in values):
-        return set()
-    return {_text(each) for value in values for each in _listed(value)}
+def _check_type(kind: Kind, key: str, wanted: list[Any], parts: list[Values]) -> None:
+    """Raises ValueError for text in the place of a number, where the file alone tells the type."""
+    values = [each for part in parts for each in _listed(part.get(key, []))]
+    if kind.keys is None and values and all(map(_is_number, values)):
+        for value in wanted:
+            if not _is_number(value):
+                raise ValueError(f"`{key}` must be a number, got {value!r}.")
 
 
 def _is_number(value: Any) -> bool:
     try:
-        return float(str(value)) is not None
+        float(str(value))
     except ValueError:
         return False
+    return True
 
 
 def _listed(value: Any) -> list[Any]:
@@ -173,7 +176,7 @@ def _text(value: Any) -> str:
     """How a value is told from others: 1e-3 of the command line is 0.001 of the file."""
     if _is_number(value):
         return repr(float(str(value)))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if str(value).lower() in ("true", "false") else str(value)
 
 
 def points(values: Values) -> Iterator[Values]:

@@ -1,7 +1,7 @@
 """Kind: all that the engine knows of a run: its settings, how to make it, and what it needs and leaves."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ class Kind:
         settings: A run from one point of the grid; raises ValueError for what no run could do.
         make: The results of runs that are made at once, in this process: (runs, output folder, report).
         keys: The settings that a YAML and the command line may name; None: those that the YAML names.
+        defaults: What a setting is where the YAML does not name it.
         options: Settings from the command line alone, such as the folder of the data; they reach a run as "_<key>".
         joined: The values that a YAML shares and those of one of its sub-grids, as one grid.
         stays: Whether a sub-grid is a baseline, which this key does not narrow: (sub-grid, key, values).
@@ -44,6 +45,7 @@ class Kind:
     settings: Callable[[Values], Run]
     make: Callable[[list[Any], Path, Report], list[Values]]
     keys: Collection[str] | None = None
+    defaults: Values = field(default_factory=dict)
     options: Collection[str] = ()
     joined: Callable[[Values, Values], Values] = _joined
     stays: Callable[[Values, str, list], bool] = lambda part, key, values: False
@@ -72,7 +74,7 @@ def plain(value: Any) -> Any:
     """Convert text that is a number or a truth value, because the command line gives text and YAML reads 1e-3 as text;
     return anything else unchanged."""
     if isinstance(value, str):
-        for kind in (int, float, {"true": True, "false": False}.__getitem__):
+        for kind in (int, float, lambda text: {"true": True, "false": False}[text.lower()]):
             try:
                 return kind(value)
             except (ValueError, KeyError):

@@ -21,7 +21,7 @@ class Lock:
         """
         self.drop_abandoned()
         draft = self._draft()
-        draft.mkdir(exist_ok=True)
+        draft.mkdir(parents=True, exist_ok=True)
         (draft / "owner").write_text(f"{socket.gethostname()} {os.getpid()}")
         try:
             draft.rename(self.folder)
@@ -31,7 +31,7 @@ class Lock:
         return True
 
     def held(self) -> bool:
-        """Whether a process holds it that is not known to be no more."""
+        """Whether a process holds it, unless its owner is known to have ended."""
         return self.folder.exists() and not self._abandoned()
 
     def drop_abandoned(self) -> None:

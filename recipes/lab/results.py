@@ -7,6 +7,7 @@ The name is that of the run's settings. Any number of processes, on any machines
 run that has neither a result nor a lock.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,7 @@ class Results:
         """Remove the locks of processes that are no more."""
         for folder in self.folder.glob("*.lock"):
             Lock(folder).drop_abandoned()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # another command may just use the folder
             self.folder.rmdir()
 
     def _lock(self, run: Run) -> Lock:
@@ -97,12 +98,12 @@ def compact(results: Results, runs: Iterable[Run], file: Path) -> int:
     elsewhere = results.compacted().keys() - lines.keys()
     moved = {run.name: run for run in runs if results.path(run).exists()}
     lines |= {name: results.load(run) for name, run in moved.items() if name not in elsewhere}
+    if not moved:
+        results.drop_abandoned()
+        return 0
     draft = file.with_suffix(".draft")
-    draft.write_text("".join(as_line(name, lines[name]) for name in sorted(lines)))
-    if moved:
-        draft.replace(file)
-    else:
-        draft.unlink()
+    draft.write_text("".join(as_line(name, lines[name]) for name in sorted(lines)), encoding="utf-8")
+    draft.replace(file)
     for run in moved.values():
         results.path(run).unlink()
     results.drop_abandoned()
@@ -136,7 +137,7 @@ def write_measurement(file: Path, measured: dict[str, Any]) -> None:
     """What a script measured, and what with, as the one line of a JSON Lines file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
-    draft.write_text(as_line(file.stem, {**measured, **environment.record()}))
+    draft.write_text(as_line(file.stem, {**measured, **environment.record()}), encoding="utf-8")
     draft.replace(file)
 
 

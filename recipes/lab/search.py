@@ -26,9 +26,9 @@ BAR = "{desc}{n_fmt} of at most {total_fmt} runs [{elapsed}, at most {remaining}
 def carry_out(
     searches: list[SearchRequest], kind: Kind, output: Path, executor: Executor | None = None, workers: int = 1
 ) -> None:
-    """Every search that has no outcome and that no other process holds; its runs by so many workers."""
+    """Carry out every search that has no outcome and that no other process holds, with this many workers."""
     results, main = Results(output), processes().is_main_process
-    if not any(not results.has(search) for search in searches):
+    if not decided(lambda: any(not results.has(search) for search in searches)):
         return
     with tqdm(unit="run", smoothing=0, bar_format=BAR, disable=not main) as bar:
         for at, search in enumerate(searches):
@@ -41,6 +41,7 @@ def carry_out(
                 result = look_for(search, goal, kind, output, bar, executor, workers)
                 if main:
                     results.write(search, outcome(search, goal, result, results) | environment.record())
+                    _notes(search, output).unlink(missing_ok=True)
             finally:
                 if main:
                     results.release(search)
@@ -56,12 +57,11 @@ def look_for(
     executor: Executor | None = None,
     workers: int = 1,
 ) -> SearchResult:
-    """By the runs that it needs; those that have a result are not made again."""
+    """Search for the smallest d; a run that has a result is not made again."""
     if executor is not None:
         train = partial(accuracy_at, kind.name, search, output)
-        notes = output / "results" / f"{search.name}.search"  # which runs were proposed: a restart makes the same
+        notes = _notes(search, output)
         result = find_dimension(train, goal, executor=executor, workers=workers, file=notes, **search.options)
-        notes.unlink(missing_ok=True)
         bar.update(result.cost.runs)
         return result
     tried = []
@@ -81,8 +81,13 @@ def look_for(
     return find_dimension(train, goal, progress=False, **search.options)
 
 
+def _notes(search: SearchRequest, output: Path) -> Path:
+    """Which runs a search has proposed, so that a restart makes the same."""
+    return output / "results" / f"{search.name}.search"
+
+
 def accuracy_at(kind: str, search: SearchRequest, output: Path, d: int, seed: int) -> float:
-    """In whichever process."""
+    """`accuracy` with arguments that can be pickled."""
     return accuracy(search.run(d, seed), find_kind(kind), output)
 
 

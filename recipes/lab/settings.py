@@ -23,8 +23,8 @@ def unnamed(default: Any) -> Any:
 class Named:
     """A frozen dataclass of settings, named by the hash of those that differ from their defaults.
 
-    A default is never changed, and a new setting has a default that means what was done before it, so that older
-    results keep their names.
+    A default is never changed, and a new setting has a default that keeps the earlier behaviour, so that older results
+    keep their names.
     """
 
     def record(self) -> dict[str, Any]:

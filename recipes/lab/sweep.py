@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from recipes.lab import environment
-from recipes.lab.command import mark_refusal
+from recipes.lab.command import is_refusal
 from recipes.lab.executors import Here
 from recipes.lab.kinds import Kind, Report, find_kind
 from recipes.lab.results import Results
@@ -22,6 +22,8 @@ from recipes.lab.settings import Run
 
 WAIT = 2.0
 """Seconds between looks at what other processes do."""
+PASSES = 5
+"""How often a free run may come back unmade, because other commands held it for a moment."""
 
 
 def silent(accuracy: float) -> None:
@@ -29,23 +31,24 @@ def silent(accuracy: float) -> None:
 
 
 def processes() -> PartialState:
-    """Those that make each run together: one `accelerate launch` starts them."""
+    """The processes of one `accelerate launch`, which make each run together."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def decided(decide: Callable[[], Any]) -> Any:
-    """What the main process decides, on every process."""
+    """Return the main process's decision on every process."""
     state = processes()
     if state.num_processes == 1:
         return decide()
     return broadcast_object_list([decide() if state.is_main_process else None])[0]
 
 
-def make(kind: str, group: list[Run], output: Path, report: Report = silent) -> int:
-    """In whichever process: makes those runs of a group that are to be made and that no other process holds.
+def make(kind: str, group: list[Run], output: Path, report: Report = silent) -> list[str] | Exception:
+    """Make the runs of a group that are still wanted and that nobody else holds. Runs in any process.
 
     Returns:
-        How many these were; their results are in the output folder.
+        Their names; their results are in the output folder. If our code refused a value, the error: not every executor
+        brings an exception back as it was.
     """
     kind, results, main = find_kind(kind), Results(output), processes().is_main_process
     taken = decided(lambda: [run.name for run in group if _take(kind, run, results)])
@@ -55,12 +58,14 @@ def make(kind: str, group: list[Run], output: Path, report: Report = silent) -> 
             if main and not results.has(run):
                 results.write(run, result | environment.record())
     except Exception as error:
-        mark_refusal(error)
-        raise
+        if not is_refusal(error):
+            raise
+        error.refusal = True
+        return error
     finally:
         for run in runs if main else ():
             results.release(run)
-    return len(runs)
+    return taken
 
 
 def _take(kind: Kind, run: Run, results: Results) -> bool:
@@ -83,6 +88,7 @@ class Sweep:
     def __init__(self, kind: Kind, runs: list[Run], output: Path):
         self.kind, self.output, self.results = kind, output, Results(output)
         self.followers: dict[str, list[Run]] = {}  # by the name of the run that they need
+        self.passed_over: dict[str, int] = {}  # how often a free run came back unmade, by its name
         before = {}
         for run in runs:
             if needed := kind.before(run):
@@ -91,7 +97,7 @@ class Sweep:
         self.runs = list((before | {run.name: run for run in runs}).values())
 
     def wanted(self, run: Run) -> bool:
-        """Whether it has no result, or what it should leave is not there, or another run waits for that."""
+        """Whether it has no result, or a file that it should leave is missing or needed by another run."""
         if not self.results.has(run) or self.kind.incomplete(run, self.output):
             return True
         return any(
@@ -105,7 +111,10 @@ class Sweep:
     def carry_out(self, executor: Executor | None = None, workers: int = 1, progress: bool = True) -> None:
         """Makes every run that is wanted and that no other process holds, so many at a time.
 
-        Runs that wait for another command's trajectory are waited for; all else that others hold is left to them.
+        Waits for a trajectory that another command records; leaves its other runs to it.
+
+        Raises:
+            ValueError: if a run refuses a value, or the workers do not see the output folder.
         """
         bar = self._bar(progress)
         report = silent if executor else lambda accuracy: _show(bar, accuracy)
@@ -151,14 +160,37 @@ class Sweep:
     def _collect(self, under_way: dict[Future, list[Run]], bar: tqdm) -> None:
         """Waits for runs to end, and raises what one of them raised."""
         for future in wait(under_way, WAIT, FIRST_COMPLETED).done:
-            group = under_way.pop(future)
-            future.result()
+            group, made = under_way.pop(future), future.result()
+            if isinstance(made, Exception):
+                made.refusal = True
+                raise made
             for run in group:
-                for other in self.followers.get(run.name, ()):
-                    self.kind.check_left(run, other, self.output)
+                if run.name in made:
+                    self._check(run)
+                elif self.wanted(run) and not self.results.held(run):
+                    self._check_seen(run)
         if not bar.disable:
             bar.n = self._done()
             bar.refresh()
+
+    def _check(self, run: Run) -> None:
+        """A run that was just made: its result must be here, and what it left must suffice for others."""
+        if not self.results.has(run):
+            raise self._unseen(run)
+        for other in self.followers.get(run.name, ()):
+            self.kind.check_left(run, other, self.output)
+
+    def _check_seen(self, run: Run) -> None:
+        """A run that nobody made: another command may have held it for a moment, but not time and again."""
+        self.passed_over[run.name] = self.passed_over.get(run.name, 0) + 1
+        if self.passed_over[run.name] > PASSES:
+            raise self._unseen(run)
+
+    def _unseen(self, run: Run) -> ValueError:
+        return ValueError(
+            f"The workers must see the output folder {str(self.output)!r}, where {run} left no result; give an "
+            "`--output` that is the same folder for all of them."
+        )
 
     def _bar(self, progress: bool) -> tqdm:
         total = sum(map(_size, self.runs))

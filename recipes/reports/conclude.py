@@ -1,4 +1,4 @@
-"""What is said at the end of a command: tables, the figure, and the proofs of the saved adapters."""
+"""The end of a command: tables, the figure, and the proofs of the saved adapters."""
 
 import inspect
 from pathlib import Path

@@ -80,7 +80,13 @@ def load(dataset: str, source: str, split: str) -> Split:
     if source and Path(source).is_dir():
         rows = datasets.load_dataset("parquet", data_files={split: f"{source}/{split}.parquet"}, split=split)
     elif source or dataset in HUB:
-        rows = datasets.load_dataset(source or HUB[dataset], split=split)
+        try:
+            rows = datasets.load_dataset(source or HUB[dataset], split=split)
+        except OSError as error:
+            raise ValueError(
+                f"`data` must be a folder with {split}.parquet, or a Hub id that can be reached, got "
+                f"{source or HUB[dataset]!r}: {' '.join(str(error).split())[:200]}"
+            ) from None
     else:
         known = ", ".join(["digits", *HUB])
         raise ValueError(f"`dataset` must be one of {known}, or come with a `data` folder or Hub id, got {dataset!r}.")

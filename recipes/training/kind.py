@@ -22,6 +22,9 @@ from subspace_peft import Trajectory
 
 TRAJECTORY = "trajectory."
 """Before the name of a setting: that of the run whose trajectory gives the basis."""
+OF_SUBSPACES = {"d", "normalization", "nnz_per_row", "projection_seed", "samples", "increments", "pruned", "burn_in"}
+OF_SUBSPACES |= {"burn_in_lr", "rank", "start", *SEARCH}
+"""Settings that full training does not have."""
 Values = dict[str, Any]
 
 
@@ -48,9 +51,11 @@ def _flat(values: Values) -> Values:
 
 
 def stays(part: Values, key: str, values: list) -> bool:
-    """Full training is the baseline: it has no d, and choosing a projection does not remove it."""
+    """Full training is the baseline: settings of subspaces do not narrow it, and choosing a projection keeps it."""
     full = part.get("projection") in ("full", ["full"])
-    return full and (key == "d" or (key == "projection" and "full" not in values))
+    return full and (
+        key in OF_SUBSPACES or key.startswith(TRAJECTORY) or (key == "projection" and "full" not in values)
+    )
 
 
 def settings(values: Values) -> Settings:
@@ -118,6 +123,7 @@ KIND = Kind(
     settings=settings,
     make=make,
     keys=KEYS,
+    defaults={f.name: f.default for f in fields(Settings)},
     joined=joined,
     stays=stays,
     before=lambda run: run.trajectory,

@@ -1,5 +1,6 @@
 """The kind of run of this recipe: a ViT fine-tuned by transformers' Trainer."""
 
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,4 +32,20 @@ def incomplete(run: Settings, output: Path) -> bool:
     return bool(run.checkpoint) and not (output / "checkpoints" / run.checkpoint).is_dir()
 
 
-KIND = Kind(name="vit_lora", settings=settings, make=make, keys=KEYS, incomplete=incomplete, report="vit_lora.report")
+def stays(part: dict[str, Any], key: str, values: list) -> bool:
+    """Full fine-tuning and the head alone are baselines: settings of adapters do not narrow them."""
+    methods = part.get("method", Settings.method)
+    baseline = set(methods if isinstance(methods, list) else [methods]) <= {"full", "head"}
+    return baseline and key in ("coordinates", "projection", "d", "rank")
+
+
+KIND = Kind(
+    name="vit_lora",
+    settings=settings,
+    make=make,
+    keys=KEYS,
+    defaults={f.name: f.default for f in fields(Settings)},
+    stays=stays,
+    incomplete=incomplete,
+    report="vit_lora.report",
+)

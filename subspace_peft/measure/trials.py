@@ -76,7 +76,8 @@ class Trials:
         if self.file:
             where = f"{str(self.file.path)!r}, with which the same call goes on"
         message = (
-            f"The run of d = {proposal.d}, seed = {proposal.seed} failed: {type(error).__name__}: {error}. "
+            f"The run of d = {proposal.d}, seed = {proposal.seed} failed: {type(error).__name__}: "
+            f"{str(error).removesuffix('.')}. "
             f"The {len(self.runs)} finished runs are kept in {where}."
         )
         return RunError(message, *proposal, self.table())

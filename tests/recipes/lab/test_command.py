@@ -1,5 +1,7 @@
 """What a user got wrong is said in one sentence, with exit status 2 and without a traceback."""
 
+import re
+
 import pytest
 
 from recipes import run
@@ -25,6 +27,15 @@ from tests.recipes.files import written
         (["{folder}/kind.yaml"], "`kind` must name a module of recipes/ that has KIND, got 'cooking'."),
         (["{folder}/report.yaml"], "`report` must name a module of recipes/ that has text, got 3."),
         (["{folder}/word.yaml"], "A setting must be one that the recipe knows, got `learning_rate`"),
+        (["{recipe}", "--output", "{recipe}"], "`--output` must be a folder, got '{recipe}': File exists."),
+        (
+            ["{recipe}", "--data", "/nowhere", "--dataset", "mnist"],
+            "`data` must be a folder with train.parquet, or a Hub",
+        ),
+        (
+            ["{folder}/auto.yaml"],
+            "`batch_size` must be between 1 and the 1437 training images, got 5000. The",
+        ),
         ([], "the following arguments are required: file"),
     ],
 )
@@ -34,15 +45,25 @@ def test_what_is_wrong_is_said_in_one_sentence_with_exit_status_2(recipe, argume
     written(folder / "list.yaml", "- 3")
     written(folder / "kind.yaml", "kind: cooking")
     written(folder / "report.yaml", "report: 3")
+    written(
+        folder / "auto.yaml",
+        "model: fc",
+        "projection: fastjl",
+        "d: auto",
+        "threshold: 0.9",
+        "d_max: 8",
+        "batch_size: 5000",
+    )
     written(folder / "word.yaml", "learning_rate: 3")
     words = [word.format(recipe=recipe, folder=folder) for word in arguments]
     with pytest.raises(SystemExit) as ended:
         command.run(lambda: run.main(words))
     assert ended.value.code == 2
     printed = capsys.readouterr().err.strip()
-    assert said.format(folder=folder) in printed
-    assert len(printed.splitlines()) == 1
-    assert not (folder / "results").exists()
+    assert said.format(folder=folder, recipe=recipe) in printed
+    lines = [re.sub(r"\x1b\[[A-Z]", "", line).strip() for line in printed.splitlines()]  # bars move the cursor
+    assert len([line for line in lines if line and not re.search(r"epoch/s|runs \[", line)]) == 1
+    assert not list(folder.glob("results/*.json"))
 
 
 def test_a_fault_of_the_code_keeps_its_traceback():

@@ -15,6 +15,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from recipes import run
+from recipes.lab import sweep as sweep_module
 from recipes.lab.executors import Here, Pool, opened
 from recipes.lab.grid import read
 from recipes.lab.results import Results
@@ -65,7 +66,7 @@ def test_jobs_of_submitit_make_every_run_once(recipe):
     assert not list((recipe.parent / "results").glob("*.lock"))
     run.main(command)
     assert results(recipe.parent) == made
-    assert len(list((recipe.parent / "jobs").glob("*_submission.sh"))) in (0, 2)
+    assert len(list((recipe.parent / "jobs").glob("*_result.pkl"))) == 2
 
 
 def test_a_dask_worker_that_is_killed_loses_nothing_and_no_finished_run_is_made_again(recipe):
@@ -133,6 +134,58 @@ def test_what_a_run_raises_in_a_worker_is_said_in_one_sentence(recipe):
     assert not list((recipe.parent / "results").glob("*"))
 
 
+def test_what_a_run_refuses_under_dask_is_said_in_one_sentence_and_the_workers_end(recipe):
+    command = [sys.executable, str(RECIPES / "run.py"), str(recipe), "--executor", "dask", "--batch_size", "9999"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "`batch_size` must be between 1 and the 512 training images, got 9999." in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((recipe.parent / "results").glob("*"))
+
+
+def test_what_another_command_holds_is_left_to_it_and_made_once_it_is_free(recipe, capsys):
+    runs, held = read(recipe, {"seed": "0"}).runs, Results(recipe.parent)
+    assert held.take(runs[0])
+    (held.folder / f"{runs[0].name}.lock" / "owner").write_text("another-machine 1")
+    run.main([str(recipe), "--seed", "0"])
+    made = results(recipe.parent)
+    assert made.keys() == {each.name for each in runs[1:]}
+    assert "1 of 3 runs have no result yet, or are still held by other processes" in capsys.readouterr().out
+    held.release(runs[0])
+    run.main([str(recipe), "--seed", "0"])
+    again = results(recipe.parent)
+    assert again.keys() == {each.name for each in runs}
+    assert {name: again[name] for name in made} == made
+
+
+def test_workers_that_do_not_see_the_output_folder_are_named(recipe, tmp_path):
+    class Elsewhere(ThreadPoolExecutor):
+        def submit(self, make, kind, group, output):
+            return super().submit(make, kind, group, tmp_path / "elsewhere")
+
+    sweep = Sweep(KIND, read(recipe, {"seed": "0"}).runs, recipe.parent)
+    with Elsewhere(1) as executor, pytest.raises(ValueError, match="The workers must see the output folder"):
+        sweep.carry_out(executor)
+
+
+def test_a_run_that_another_command_made_a_moment_ago_is_not_held_against_its_followers(dldr, monkeypatch):
+    """The other command records the trajectory between the choice of the run and the look at its lock."""
+    sgd, *_ = read(dldr).runs
+    sweep = Sweep(KIND, read(dldr).runs, dldr.parent)
+    passed, take = [], sweep_module._take
+
+    def taken_by_another(kind, run, results):
+        if run.name == sgd.name and not passed:
+            passed.append(run)
+            return False
+        return take(kind, run, results)
+
+    monkeypatch.setattr(sweep_module, "_take", taken_by_another)
+    sweep.carry_out()
+    assert passed
+    assert len(results(dldr.parent)) == 3
+
+
 def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2)
 
@@ -154,6 +207,8 @@ def test_any_other_executor_or_pool_comes_from_a_function(recipe, function, monk
     [
         ("ray", "`--executor` must be one of processes, dask, slurm, or <module>:<function>.*got 'ray'"),
         ("no_such_module:f", "got 'no_such_module:f': No module named"),
+        ("processes:a=1", "`--executor` 'processes:a=1' cannot be opened"),
+        ("os:getcwd", "must return an Executor or a pool with `apply_async`"),
         ("dask:address", "`--executor` must be a name, or name:key=value,key=value, got 'dask:address'"),
     ],
 )
@@ -164,7 +219,7 @@ def test_an_executor_that_is_none(name, message, tmp_path):
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    said = r'needs the package submitit.*pip install "subspace-peft\[slurm\]"'
+    said = r'needs the package submitit.*pip install -e "\.\[slurm\]"'
     with pytest.raises(ValueError, match=said), opened("slurm", 2, tmp_path):
         pass
 

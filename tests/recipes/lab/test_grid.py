@@ -54,9 +54,24 @@ def test_another_value_takes_the_place_of_the_files():
     ]
 
 
-def test_a_number_that_stands_alone_is_replaced_even_by_one_that_stands_elsewhere():
-    assert {run.epochs for run in runs(GRID, {"epochs": ["5"]})} == {5}
-    assert len(runs(GRID, {"epochs": ["5"]})) == len(runs(GRID))
+def test_a_number_that_stands_alone_selects_too():
+    assert {run.model for run in runs(GRID, {"epochs": ["5"]})} == {"lenet"}
+    assert {run.epochs for run in runs(GRID, {"epochs": ["7"]})} == {7}
+    assert len(runs(GRID, {"epochs": ["7"]})) == len(runs(GRID))
+
+
+def test_a_sub_grid_that_does_not_name_a_setting_has_its_default():
+    recipe = {"model": "fc", "runs": [{"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"}]}
+    assert [run.optimizer for run in runs(recipe, {"momentum": ["0.9"]})] == ["sgd"]
+    assert [run.optimizer for run in runs(recipe, {"momentum": ["0"], "optimizer": ["sgd"]})] == ["sgd"]
+
+
+def test_the_baseline_is_not_narrowed_by_settings_of_subspaces():
+    recipe = read(RECIPES / "vit_lora" / "mnist.yaml", {"coordinates": ["low_rank"], "seed": ["0"]})
+    assert {run.label for run in recipe.runs if run.method in ("full", "head")} == {"full fine-tuning", "head alone"}
+    assert {run.coordinates for run in recipe.runs if run.method == "subspace"} == {"low_rank"}
+    recipe = read(RECIPES / "lottery" / "mnist.yaml", {"pruned": ["true"]})
+    assert {(run.projection, run.pruned) for run in recipe.runs} == {("full", False), ("coordinate", True)}
 
 
 def test_numbers_are_told_apart_by_their_value_not_by_how_they_are_written():
@@ -88,8 +103,16 @@ def test_a_kind_of_run_without_declared_settings_knows_those_of_its_file(tmp_pat
     assert not Results(tmp_path).has(one)
 
 
+def test_text_is_no_number():
+    kind = measured("none", lambda run: {})
+    with pytest.raises(ValueError, match="`eps` must be a number, got 'small'"):
+        grid(kind, {"eps": [1, 0.1]}, {"eps": ["small"]})
+
+
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 0.001), ("7", 7), ("true", True), ("False", "False"), ("mlp", "mlp"), (None, None)]
+    ("text", "value"),
+    [("1e-3", 0.001), ("7", 7), ("true", True), ("false", False), ("False", False), ("mlp", "mlp"), (None, None)]
+    + [([1, 2], [1, 2])],
 )
 def test_text_becomes_a_number_or_a_truth_value_where_it_is_one(text, value):
     assert plain(text) == value
