@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from recipes.lab.results import Results
+from recipes.reports.dimension import check as check
 from recipes.reports.dimension import dimension
 from recipes.reports.figures import GREY, band, count, counted, headline, legend_below, panels, save, style
 from recipes.reports.labels import labels, name
@@ -25,7 +26,7 @@ from subspace_peft.measure import intrinsic_dimension, running_maximum
 FULL = "full training"
 MAXIMUM = ", running maximum"
 FRACTION = 0.99
-"""Of full training's mean test accuracy: the table says which d reaches it."""
+"""The share of full training's mean test accuracy for which the table gives d."""
 WIDE = 8
 """Columns from which on a table has one decimal."""
 PANELS = {True: "d of the weights are trained", False: "All weights move, along d directions"}

@@ -47,6 +47,15 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
     return pd.concat([whole, average]) if whole.dataset.nunique() > 1 else whole
 
 
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError for runs that are neither normal nor low-rank training."""
+    for run in runs:
+        if run.projection != "full" and not run.rank:
+            raise ValueError(
+                f"A report of low-rank training shows full training and runs with a `rank`, got {run}; leave it out."
+            )
+
+
 def text(runs: list[Settings], results: Results) -> str:
     """Mean and standard deviation over seeds of the test accuracy after the last epoch; by rate, where several are."""
     measured = table(runs, results)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from recipes.lab.results import Results
 from recipes.reports.figures import headline, legend_below, panels, plain_ticks, save, style
-from recipes.reports.labels import NAMES, labels, name, say
+from recipes.reports.labels import NAMES, distinguishing, flat, labels, name, say
 from recipes.reports.tables import by_rate, over_seeds, without_empty
 from recipes.tasks.models import CLASSES
 from recipes.training.settings import Settings
@@ -70,6 +70,21 @@ def parts(runs: list[Settings], results: Results) -> dict[str, str]:
     if _is_search(measured):
         return {"rates": "\n".join(_rates(measured))}
     return {"methods": "\n".join(_methods(measured))}
+
+
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError for a search of rates whose runs differ in what its table does not show."""
+    if not _is_search(pd.DataFrame([run.record() for run in runs])):
+        return
+    rows: dict[tuple, list] = {}
+    for run in runs:
+        rows.setdefault((run.optimizer, run.batch_size), []).append(flat(run.record(), ("seed", "lr", "momentum")))
+    for (optimizer, _), records in rows.items():
+        if keys := distinguishing(records):
+            raise ValueError(
+                f"A table of rates needs runs of {optimizer} that differ in `lr`, `batch_size` and `seed` alone, got "
+                f"several `{keys[0]}`; leave one."
+            )
 
 
 def text(runs: list[Settings], results: Results) -> str:

@@ -18,6 +18,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.ticker import FixedLocator
 
 from recipes.lab.results import Results
+from recipes.reports.dimension import check as check
 from recipes.reports.dimension import dimension
 from recipes.reports.figures import count, counted, edges, headline, panels, save, sparse, style
 from recipes.reports.labels import labels, name

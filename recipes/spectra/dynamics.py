@@ -1,4 +1,4 @@
-"""What is measured of weights that training moves: singular values and subspaces, and the increment."""
+"""Measurements of weights that training moves: singular values and subspaces, and the increment."""
 
 from typing import Any
 

@@ -42,7 +42,7 @@ def network(settings: PlainSettings, pixels: tuple[int, int, int], classes: int)
 
 
 def logits(model: nn.Module, split: Split, index: Tensor, settings: PlainSettings) -> tuple[Tensor, Tensor]:
-    """Of images scaled to [-1, 1]; and their labels."""
+    """Logits for images scaled to [-1, 1], and their labels."""
     x, size = split.images[index].float() / 127.5 - 1, settings["image_size"]
     if size and size != x.shape[-1]:
         x = interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

@@ -131,7 +131,7 @@ def _draw_shares(axis: Axes, named: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def _draw_known(axis: Axes, named: list[tuple[str, dict[str, Any]]]) -> None:
-    """Of the last weight watched: how early the directions of its whole change are there."""
+    """How early the last watched weight has the directions of its whole change."""
     for at, (words, record) in enumerate(named):
         layer = list(record["layers"].values())[-1]
         axis.plot(record["steps"][1:], 100 * np.array(layer["known"]), label=words, color=style(at)["color"])

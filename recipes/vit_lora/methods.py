@@ -86,7 +86,7 @@ def digest(model: nn.Module) -> str:
 
 
 def wrap(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
-    """The model with that alone trainable which the method trains; `steps` in all, for AdaLoRA's schedule."""
+    """The model with only the method's parameters trainable; `steps` in all, for AdaLoRA's schedule."""
     if settings.method == "full":
         return model
     if settings.method == "head":

@@ -147,7 +147,7 @@ def test_completion(name, tmp_path, capsys):
     tiny |= {"lr": 0.8, "seen": 0.5} if name == "completion" else {"lr": 0.4, "seen": 1.0}
     file = FOLDER / f"{name}.yaml"
     command.main([str(file), *options(tiny, tmp_path)])
-    assert "compressed, 2r̂ = 2" in capsys.readouterr().out
+    assert "| compressed, 2r̂ = 2" in capsys.readouterr().out
     runs = Results(tmp_path).records(read(file, tiny).runs)
     whole, small = (next(r for r in runs if r["settings"]["network"] == kind) for kind in ("whole", "compressed"))
     assert whole["error"] < 0.1
