@@ -91,7 +91,9 @@ def opened(name: str, workers: int, folder: Path) -> Iterator[Executor]:
         options = _options(name, words)
         try:
             executor, close = MAKERS[place](workers, folder, **options)
-        except (TypeError, NameError, OSError) as error:
+        except Exception as error:
+            if str(error).startswith("`--executor"):
+                raise
             raise ValueError(f"`--executor` {name!r} cannot be opened: {' '.join(str(error).split())}.") from None
     else:
         executor, close = _from_function(name)
@@ -147,7 +149,7 @@ def _dask(workers: int, folder: Path, address: str | None = None) -> Made:
     return executor, close
 
 
-def _slurm(workers: int, folder: Path, cluster: str | None = None, **parameters: Any) -> Made:
+def _slurm(workers: int, folder: Path, cluster: str = "slurm", **parameters: Any) -> Made:
     submit = _package("submitit", "slurm").AutoExecutor(folder / "jobs", cluster=cluster)
     submit.update_parameters(**parameters)
     executor = Submitted(submit)
@@ -179,7 +181,7 @@ def _from_function(name: str) -> Made:
     module, _, function = name.partition(":")
     try:
         made = getattr(import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"`--executor` must be one of {', '.join(MAKERS)}, or <module>:<function> that returns an Executor, got "
             f"{name!r}: {error}."

@@ -96,13 +96,24 @@ def _asked(
     """Runs, searches, and the sub-grids that they come from."""
     shared, parts = _split(kind, recipe)
     left = list(narrowed(kind, shared, parts, overrides or {}))
-    if not left:
-        given = ", ".join(f"{key} {' '.join(map(str, _listed(value)))}" for key, value in (overrides or {}).items())
-        raise ValueError(f"The command line must leave a run of the recipe, none has {given}; give other values.")
+    _check_left(kind, left, overrides or {})
     if not any(is_search(part) for part in [*left, *(kind.joined(shared, part) for part in parts)]):
         for part in left:
             check_no_search(part)
     return _runs(kind, left), _searches(kind, left), left
+
+
+def _check_left(kind: Kind, left: list[Values], given: Values) -> None:
+    """Raises ValueError where a value of the command line is in no run that the others leave."""
+    for key, value in given.items():
+        there = {_text(each) for part in left for each in _listed(part.get(key, []))}
+        for wanted in _listed(value) if key not in kind.options else ():
+            if not left or _text(wanted) not in there:
+                words = ", ".join(f"{name} {' '.join(map(str, _listed(each)))}" for name, each in given.items())
+                raise ValueError(
+                    f"The command line must leave a run with each of its values, none has {key} {wanted} of {words}; "
+                    "give other values."
+                )
 
 
 def known_keys(kind: Kind, recipe: Values) -> list[str]:

@@ -80,8 +80,16 @@ def test_numbers_are_told_apart_by_their_value_not_by_how_they_are_written():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="must leave a run of the recipe, none has model lenet, d 10; give other"):
+    with pytest.raises(
+        ValueError, match="must leave a run with each of its values, none has model lenet of model lenet, d 10; give"
+    ):
         runs({**GRID, "runs": GRID["runs"][1::2]}, {"model": ["lenet"], "d": ["10"]})
+
+
+def test_a_value_that_is_asked_for_never_vanishes():
+    """The rate of the baseline must not select the baseline alone where another projection was asked for."""
+    with pytest.raises(ValueError, match="none has projection fastjl of projection fastjl, lr 0.001; give other"):
+        runs(GRID, {"projection": ["fastjl"], "lr": ["0.001"]})
 
 
 def test_what_the_report_cannot_show_is_said_before_anything_is_trained(tmp_path):
