@@ -96,19 +96,21 @@ def _asked(
     """Runs, searches, and the sub-grids that they come from."""
     shared, parts = _split(kind, recipe)
     left = list(narrowed(kind, shared, parts, overrides or {}))
-    _check_left(kind, left, overrides or {})
+    _check_left(left, [kind.joined(shared, part) for part in parts], overrides or {})
     if not any(is_search(part) for part in [*left, *(kind.joined(shared, part) for part in parts)]):
         for part in left:
             check_no_search(part)
     return _runs(kind, left), _searches(kind, left), left
 
 
-def _check_left(kind: Kind, left: list[Values], given: Values) -> None:
-    """Raises ValueError where a value of the command line is in no run that the others leave."""
+def _check_left(left: list[Values], parts: list[Values], given: Values) -> None:
+    """Raises ValueError where a value that the file has is asked for and is in no run that the others leave."""
     for key, value in given.items():
-        there = {_text(each) for part in left for each in _listed(part.get(key, []))}
-        for wanted in _listed(value) if key not in kind.options else ():
-            if not left or _text(wanted) not in there:
+        before, after = (
+            {_text(each) for part in some for each in _listed(part.get(key, []))} for some in (parts, left)
+        )
+        for wanted in _listed(value):
+            if not left or (_text(wanted) in before and _text(wanted) not in after):
                 words = ", ".join(f"{name} {' '.join(map(str, _listed(each)))}" for name, each in given.items())
                 raise ValueError(
                     f"The command line must leave a run with each of its values, none has {key} {wanted} of {words}; "
