@@ -8,6 +8,7 @@ slurm                         submitit, a job a run: `slurm:slurm_partition=gpu,
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -179,6 +180,7 @@ def _options(name: str, words: str) -> dict[str, Any]:
 
 def _from_function(name: str) -> Made:
     module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # where a user's module is
     try:
         made = getattr(import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:

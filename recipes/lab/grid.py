@@ -194,6 +194,8 @@ def _text(value: Any) -> str:
 
 def points(values: Values) -> Iterator[Values]:
     """{"d": [1, 2], "lr": 0.1} -> {"d": 1, "lr": 0.1}, {"d": 2, "lr": 0.1}"""
+    if empty := [key for key, value in values.items() if value == []]:
+        raise ValueError(f"`{empty[0]}` must have a value, got an empty list; give one, or leave it out.")
     for point in itertools.product(*map(_listed, values.values())):
         yield dict(zip(values, point, strict=True))
 

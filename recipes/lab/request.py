@@ -1,5 +1,6 @@
 """SearchRequest: `d: auto` in a YAML, a search for the smallest d at which a run reaches an accuracy."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -70,13 +71,16 @@ def requests(
     if "d_max" not in options:
         raise ValueError("`d: auto` needs `d_max`, the largest d to be tried; give it.")
     _check(threshold if fraction is None else fraction, options)
-    trained = runs() if fraction is not None else []
-    return [
-        SearchRequest(
-            settings, threshold, fraction, options, _full_training(settings, trained) if fraction is not None else []
-        )
-        for settings in settings_of(part | {"d": options.get("d_min", 1), "seed": 0})
-    ]
+    trained, searches = runs() if fraction is not None else [], []
+    for settings in settings_of(part | {"d": options.get("d_min", 1), "seed": 0}):
+        if settings.projection in ("full", "identity"):
+            raise ValueError(
+                f"`d: auto` needs a `projection` that has a d, got {settings.projection!r}; give one, such as fastjl, "
+                "and write full training as a run of its own."
+            )
+        full = _full_training(settings, trained) if fraction is not None else []
+        searches.append(SearchRequest(settings, threshold, fraction, options, full))
+    return searches
 
 
 def _full_training(settings: Named, runs: list[Named]) -> list[Named]:
@@ -103,6 +107,14 @@ def _check(share: float, options: Values) -> None:
         raise ValueError(
             f"`d_max` of `d: auto` must be at least `d_min`, and that at least 1, got d_min = "
             f"{options.get('d_min', 1)} and d_max = {options['d_max']}."
+        )
+    for key in ("seeds", "max_runs"):
+        if options.get(key, 1) < 1:
+            raise ValueError(f"`{key}` of `d: auto` must be at least 1, got {options[key]}.")
+    if not 0 < options.get("probability", 0.5) < 1 or not 0 <= options.get("resolution", 0.1) < math.inf:
+        raise ValueError(
+            "`probability` of `d: auto` must be between 0 and 1 and `resolution` at least 0, got "
+            f"{options.get('probability', 0.5)} and {options.get('resolution', 0.1)}."
         )
 
 

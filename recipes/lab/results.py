@@ -37,15 +37,18 @@ class Results:
         Raises:
             ValueError: if the file is damaged.
         """
-        path = self.path(run)
-        if not path.exists():
-            return self.compacted().get(run.name, {})
+        path, compacted = self.path(run), self.compacted()
+        if not path.exists() and run.name not in compacted:
+            return {}
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            result = json.loads(path.read_text()) if path.exists() else compacted[run.name]
+        except (json.JSONDecodeError, OSError) as error:
             raise ValueError(
                 f"A result must be JSON, got {str(path)!r}: {error}; delete it, to run it again."
             ) from None
+        if not isinstance(result, dict) or "settings" not in result:
+            raise ValueError(f"A result must hold its `settings`, that of {run} does not; delete it, to run it again.")
+        return result
 
     def records(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
         """The results of those runs that have one, in their order."""

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import field, fields
 from typing import Any, Protocol
 
@@ -38,6 +39,20 @@ class Named:
     def _named(self) -> Iterator[tuple[str, Any]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if not f.metadata)
 
+    def _check(self, choices: dict[str, Collection], least: dict[str, float]) -> None:
+        """Raises ValueError for a value that is none of its choices, or a number that is too small or not finite."""
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{f.name}` must be a finite number, got {value}.")
+            if f.name in least and value < least[f.name]:
+                raise ValueError(f"`{f.name}` must be at least {least[f.name]}, got {value}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be from 0 to 2**63 - 1, got {self.seed}.")
+
     def _reset(self, *keys: str) -> None:
         """Back to the defaults, where another choice leaves these without a meaning."""
         for key in keys:
@@ -46,6 +61,9 @@ class Named:
 
 class PlainSettings(dict):
     """Settings without defaults, named by the hash of all of them but those that begin with an underscore."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"A run of this kind needs the setting `{key}`, and has none: {self}; add it to the YAML.")
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in self.items() if not key.startswith("_")}

@@ -78,6 +78,8 @@ def load(dataset: str, source: str, split: str) -> Split:
     if dataset == "digits":
         return _digits(split)
     if source and Path(source).is_dir():
+        if not (Path(source) / f"{split}.parquet").is_file():
+            raise ValueError(f"`data` must be a folder with {split}.parquet, {source!r} has none; give another.")
         rows = datasets.load_dataset("parquet", data_files={split: f"{source}/{split}.parquet"}, split=split)
     elif source or dataset in HUB:
         try:

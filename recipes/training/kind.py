@@ -46,6 +46,8 @@ def joined(shared: Values, part: Values) -> Values:
 def _flat(values: Values) -> Values:
     """{"trajectory": {"lr": 0.1}} -> {"trajectory.lr": 0.1}"""
     nested = values.get("trajectory") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"`trajectory` must be a mapping of settings, got {nested!r}.")
     plain = {key: value for key, value in values.items() if key != "trajectory"}
     return plain | {TRAJECTORY + key: value for key, value in nested.items()}
 

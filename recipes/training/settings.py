@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from recipes.lab.settings import Named, unnamed
 from recipes.tasks.models import SHAPES, check
 from recipes.training.optimizers import OPTIMIZERS, SCHEDULES
+from subspace_peft.adapter.config import NORMALIZATIONS
 from subspace_peft.coordinates.starts import STARTS
 from subspace_peft.projections import PROJECTIONS
 
@@ -17,7 +18,12 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "start": STARTS,
+    "normalization": NORMALIZATIONS,
 }
+LEAST = {"epochs": 1, "batch_size": 1, "projection_seed": -1}
+LEAST |= dict.fromkeys(("nnz_per_row", "images", "measured", "burn_in", "samples", "sample_steps", "decay_epoch"), 0)
+LEAST |= dict.fromkeys(("momentum", "weight_decay", "burn_in_lr", "threads", "together"), 0)
+"""The smallest value of each number; `d`, `lr` and `rank` depend on other settings."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,7 @@ class Settings(Named):
     save_trajectory: bool = unnamed(False)  # full training: keep a sample at the start and after each epoch
 
     def __post_init__(self):
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
-        for key in ("epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`{key}` must be at least 1, got {getattr(self, key)}.")
+        self._check(CHOICES, LEAST)
         if not self.lr > 0:
             raise ValueError(f"`lr` must be above 0, got {self.lr}.")
         check(self.model)

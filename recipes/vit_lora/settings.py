@@ -10,6 +10,8 @@ from subspace_peft.projections import PROJECTIONS
 
 METHODS = ("full", "head", "lora", "adalora", "subspace")
 CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTIONS}
+LEAST = dict.fromkeys(("epochs", "batch_size"), 1)
+LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "image_size", "images", "validation"), 0)
 SHAPE = ("patch_size", "hidden_size", "layers", "heads")
 
 
@@ -44,12 +46,7 @@ class Settings(Named):
     save_adapter: bool = unnamed(False)
 
     def __post_init__(self):
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {getattr(self, key)!r}.")
-        for key in ("epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`{key}` must be at least 1, got {getattr(self, key)}.")
+        self._check(CHOICES, LEAST)
         if self.method != "subspace":
             self._reset("coordinates", "projection", "d")
         elif self.projection == "identity":

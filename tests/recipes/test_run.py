@@ -175,7 +175,11 @@ def test_accuracy_is_evaluates():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "A result must be JSON, got .*delete it"), ('{"D": 1}', "in the layout of this version, .*delete it")],
+    [
+        ("{", "A result must be JSON, got .*delete it"),
+        ('{"D": 1}', "A result must hold its `settings`, .*delete it"),
+        ('{"settings": {}, "D": 1}', "in the layout of this version, .*delete it"),
+    ],
 )
 def test_a_result_that_cannot_be_read_is_named(recipe, text, message):
     (settings, *_), folder = read(recipe).runs, Results(recipe.parent)

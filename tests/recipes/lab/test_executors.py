@@ -93,7 +93,7 @@ def test_a_dask_worker_that_is_killed_loses_nothing_and_no_finished_run_is_made_
             watcher.join()
     assert pids
     assert results(recipe.parent).keys() == {each.name for each in sweep.runs}
-    assert {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written_at
+    assert {name: (folder / f"{name}.json").stat().st_mtime_ns for name in written_at} == written_at
     sweep.results.drop_abandoned()
     assert not list(folder.glob("*.lock"))
 

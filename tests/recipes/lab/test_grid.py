@@ -111,6 +111,12 @@ def test_a_kind_of_run_without_declared_settings_knows_those_of_its_file(tmp_pat
     assert not Results(tmp_path).has(one)
 
 
+def test_a_setting_that_a_run_needs_and_lacks_is_named():
+    (run,) = grid(measured("none", lambda run: {}), {"eps": 1})
+    with pytest.raises(ValueError, match="A run of this kind needs the setting `seed`, and has none: eps 1; add it"):
+        run["seed"]
+
+
 def test_text_is_no_number():
     kind = measured("none", lambda run: {})
     with pytest.raises(ValueError, match="`eps` must be a number, got 'small'"):

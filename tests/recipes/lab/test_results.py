@@ -76,6 +76,19 @@ def test_a_damaged_line_is_named(tmp_path, text):
         Results(tmp_path).load(RUNS[0])
 
 
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_a_result_without_its_settings_is_no_result(tmp_path, text):
+    results = Results(tmp_path)
+    results.folder.mkdir()
+    written(results.path(RUNS[0]), text)
+    with pytest.raises(ValueError, match="A result must hold its `settings`, that of fc full seed=0 does not; delete"):
+        results.load(RUNS[0])
+    results.path(RUNS[0]).unlink()
+    written(tmp_path / "a.jsonl", '{"name": "' + RUNS[0].name + '"}')
+    with pytest.raises(ValueError, match="A result must hold its `settings`"):
+        results.load(RUNS[0])
+
+
 def test_a_measurement_is_one_line_and_says_what_it_was_made_with(tmp_path):
     file = tmp_path / "folder" / "step.jsonl"
     write_measurement(file, {"ms": [1.5, 2.5]})

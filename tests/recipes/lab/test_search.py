@@ -84,6 +84,12 @@ def test_a_d_that_is_given_is_no_search(recipe):
         ({"threshold": [0.8, 0.9]}, "`threshold` of `d: auto` must be one value"),
         ({"threshold": 85}, "must be above 0 and at most 1, got 85.0"),
         ({"d_min": 9}, "`d_max` of `d: auto` must be at least `d_min`"),
+        ({"projection": "full"}, "`threshold` belongs to `d: auto`, got it with projection 'full'"),
+        ({"projection": ["full", "fastjl"]}, "`d: auto` needs a `projection` that has a d, got 'full'"),
+        ({"projection": None}, "`d: auto` needs a `projection` that has a d, got 'full'"),
+        ({"projection": "identity"}, "`d: auto` needs a `projection` that has a d, got 'identity'"),
+        ({"max_runs": 0}, "`max_runs` of `d: auto` must be at least 1, got 0"),
+        ({"probability": 2}, "`probability` of `d: auto` must be between 0 and 1"),
         ({"threshold": "high"}, "`threshold` must be of type float, got 'high'"),
     ],
 )
@@ -197,7 +203,7 @@ def test_the_table_names_what_tells_searches_apart(tmp_path):
     common = {"d": "auto", "threshold": 0.9, "d_max": 8}
     part = {"projection": "dense", "lr": 0.1}
     asked = searches(common | {"runs": [{"projection": "fastjl"}, part, part | {"lr": 0.3}, part | {"seeds": 9}]})
-    found = {"goal": 0.9, "d": 3, "interval": [2, 4], "made": [[3, 0]], "seconds": 1.0, "text": ""}
+    found = {"settings": {}, "goal": 0.9, "d": 3, "interval": [2, 4], "made": [[3, 0]], "seconds": 1.0, "text": ""}
     (tmp_path / "results").mkdir()
     for each in asked:
         (tmp_path / "results" / f"{each.name}.json").write_text(json.dumps(found))
