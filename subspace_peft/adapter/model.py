@@ -10,6 +10,7 @@ from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -175,7 +176,8 @@ class SubspaceModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """Hand `adapter_names`, the adapter of each sample, from the model's forward to its layers."""
+        """Hand `adapter_names`, the adapter of each sample, from the model's forward to its layers and to the modules
+        that are saved whole."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -194,7 +196,13 @@ class SubspaceModel(BaseTuner):
         def hand_over(layer, args, kwargs):
             return args, {**kwargs, "adapter_names": names}
 
-        handles = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in self._layers()]
+        def hand_over_to_saved(module, args, kwargs):  # an adapter without a copy of the module uses the base's
+            held = [name if name in module._adapters else "__base__" for name in names]
+            return args, {**kwargs, "adapter_names": held}
+
+        saved = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))
+        hooks = [(layer, hand_over) for layer in self._layers()] + [(module, hand_over_to_saved) for module in saved]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         try:
             yield
         finally:

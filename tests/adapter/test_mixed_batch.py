@@ -28,6 +28,27 @@ def test_each_sample_runs_with_its_adapter(case):
         torch.testing.assert_close(mixed[i], expected[i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("also", [["2"], None])
+def test_modules_that_are_saved_whole_are_those_of_the_samples_adapter(also):
+    """A head of each adapter, or the base's head for an adapter that has none."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = get_peft_model(network, settings(target_modules=["0"], modules_to_save=["2"], d=3), "one")
+    model.add_adapter("two", settings(target_modules=["0"], modules_to_save=also, d=3, seed=1))
+    for name, parameter in model.named_parameters():
+        if "theta_d" in name or "modules_to_save" in name:
+            parameter.data.normal_()
+    model.eval()
+    x, names = torch.randn(5, 4), ["one", "two", "__base__", "two", "one"]
+    mixed = model(x, adapter_names=names)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        rows = [i for i, other in enumerate(names) if other == name]
+        torch.testing.assert_close(mixed[rows], model(x)[rows], rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[2], model(x)[2], rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_mixed_batches(case):
     model = several(case)
     with pytest.raises(ValueError, match="name adapters of the model or '__base__', got the non-existing .* nobody"):
