@@ -22,7 +22,7 @@ def results(tmp_path):
 
 def write(results, settings, accuracies):
     epochs = [{"train_loss": 1.0, "test_accuracy": a, "seconds": 10.0 * k} for k, a in enumerate(accuracies, 1)]
-    results.path(settings).write_text(json.dumps({"epochs": epochs}))
+    results.path(settings).write_text(json.dumps({"settings": settings.record(), "epochs": epochs}))
 
 
 def named(runs):
