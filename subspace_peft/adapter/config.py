@@ -116,7 +116,7 @@ class SubspaceConfig(PeftConfig):
             number of entries, eight hexadecimal digits for the name and shape of each target tensor, a digest of a
             basis that is not saved with the adapter, and the version that wrote the config.
 
-    Wrapping a model also fills in the names that "all" stands for and d, so give each model a config of its own.
+    Wrapping fills these in, and d and the names that "all" stands for, in a copy of its own, `model.peft_config`.
 
     Raises:
         ValueError: if a value is wrong for every model. A value that is wrong for one model raises ValueError when

@@ -9,27 +9,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..coordinates import LowRank, factored
-from . import statistics
-from .modules import in_place_of, is_linear_in_parameters
+from .modules import in_place_of
 
 
 def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     """The output of a SubspaceLayer's base module as these adapters move it."""
     low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
-    if _adds_to_output(layer) or len(low_rank) == len(adapters):
-        return _sum_of_outputs(layer, adapters, low_rank, *args, **kwargs)
-    with in_place_of(layer.base_layer, layer.moved(adapters) | statistics.of_adapter(layer, adapters[0])):
-        return layer.base_layer(*args, **kwargs)
+    base = layer.base_layer
+    if not _adds_to_output(layer) and len(low_rank) < len(adapters):
+        with in_place_of(base, layer.moved(adapters)):
+            return base(*args, **kwargs)
+    total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank)
+    if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
+        return total(*args, **kwargs)
+    with in_place_of(base, {"forward": total}):  # its hooks see the input and the output of all of it, once
+        return base(*args, **kwargs)
 
 
 def _adds_to_output(layer: BaseTunerLayer) -> bool:
-    base = layer.base_layer
-    return is_linear_in_parameters(base) and base.weight.dtype in (torch.float16, torch.bfloat16)
+    return layer.is_linear and layer.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
@@ -37,10 +43,13 @@ def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
     return isinstance(coordinates, LowRank) and factored.operation(layer.base_layer) is not None
 
 
-def _sum_of_outputs(layer: BaseTunerLayer, adapters: list[str], low_rank: list[str], *args, **kwargs) -> Tensor:
+def _sum_of_outputs(
+    layer: BaseTunerLayer, forward: Callable, adapters: list[str], low_rank: list[str], *args, **kwargs
+) -> Tensor:
     """op(x, W_0) + the sum of op(x, P theta_d) over the adapters; without W_0 where one of them replaces it.
 
     Args:
+        forward: The operation of the base module.
         low_rank: Those of the adapters whose increments run through their factors.
     """
     base = layer.base_layer
@@ -52,7 +61,7 @@ def _sum_of_outputs(layer: BaseTunerLayer, adapters: list[str], low_rank: list[s
         factors[adapter] = layer.coordinates[adapter]["weight"].factors(z)
     replacing = next((adapter for adapter in low_rank if layer.coordinates[adapter]["weight"].replaces), None)
     if replacing is None:
-        output = base(*args, **kwargs)
+        output = forward(*args, **kwargs)
     else:
         output = factored.run(base, x, *factors.pop(replacing), getattr(base, "bias", None))
     for left, right in factors.values():
@@ -65,5 +74,5 @@ def _sum_of_outputs(layer: BaseTunerLayer, adapters: list[str], low_rank: list[s
             for path, parameter in base.named_parameters(recurse=False)
         }
         with in_place_of(base, tensors):
-            output = output + base(*args, **kwargs)
+            output = output + forward(*args, **kwargs)
     return output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def full_space(model: nn.Module, adapter_name: str = "default") -> tuple[list[nn
             f"{config.normalization!r}."
         )
     owners = {
-        coordinates.name: (coordinates, attrgetter(path)(layer.base_layer))
+        coordinates.name: (coordinates, getattr(layer.base_layer, path))
         for _, layer in named_layers(model)
         for path, coordinates in layer.coordinates.get(adapter_name, {}).items()
     }

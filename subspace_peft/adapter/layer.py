@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
-from operator import attrgetter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..coordinates import Coordinates
-from . import merging, statistics
+from . import merging, outside, statistics
 from .forward import adapted
 from .mixed_batch import mixed_batch
-from .modules import device_of
-from .vectors import SubspaceVectors
+from .modules import device_of, is_linear_in_parameters
+from .reading import Reads
+from .vectors import VECTORS, SubspaceVectors
 
 
 class SubspaceLayer(nn.Module, BaseTunerLayer):
     """A target module whose parameters P theta_d moves.
 
-    `forward`, `mixed_batch`, `merging` and `statistics` hold what is done with the increments that are made here.
+    `forward`, `mixed_batch`, `merging`, `outside` and `statistics` hold what is done with the increments made here.
 
     Args:
         base_layer: The module as it was; its parameters are the origin.
@@ -36,39 +37,57 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, vectors: SubspaceVectors):
         super().__init__()
-        self.base_layer = base_layer
         object.__setattr__(self, "vectors", vectors)  # unregistered: the base model owns it
         self.coordinates: dict[str, dict[str, Coordinates]] = {}  # adapter -> path in the base module -> what moves
         self.merged_elsewhere: dict[str, set[str]] = {}  # adapter -> paths whose tensor another layer merges
-        statistics.add_buffers(self)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.base_statistics: dict[str, Tensor] = {}  # what merging wrote over, by name
         self.replaced_origins: dict[str, Tensor] = {}  # the parameters that merged adapters replace, by path
+        self.base_statistics: dict[str, Tensor] = {}  # the base's, while those of an adapter are in use
+        self.statistics_of: str | None = None  # the adapter whose statistics are in use
+        self.reads = Reads()
+        self.is_linear = is_linear_in_parameters(base_layer)
+        self.in_features, self.out_features = _features(base_layer)
+        self.base_layer = base_layer  # last: what is set after it and is not the layer's own is set on it
+        statistics.add_buffers(self)
         self.register_forward_pre_hook(_no_fast_path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT's list; every module is supported here
-            try:
-                self.in_features, self.out_features = _get_in_out_features(base_layer)
-            except ValueError:  # MultiheadAttention with keys or values of another size
-                self.in_features = self.out_features = None
 
     @property
     def subspace_peft_theta_d(self) -> nn.ParameterDict:
         return self.vectors.subspace_peft_theta_d
 
-    def __getattr__(self, name: str) -> Any:
-        """Attributes the layer lacks come from the base module, because models read attributes of their submodules.
+    # ---------------------------------------------------------------------------- what others do with its base module
 
-        accelerate's hooks do not: accelerate looks for them on each module separately.
-        """
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith(("__", "_hf_", "_old_forward")):
+            if "base_layer" not in self.__dict__.get("_modules", ()) or name.startswith(outside.OF_WRAPPERS):
                 raise
-            return getattr(base, name)
+        return outside.get(self, name)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return outside.get(self, "weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return outside.get(self, "bias")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if outside.is_of_the_base(self, name):
+            outside.set_on_base(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict) -> SubspaceLayer:
+        """A copy of the layer alone owns its theta_d; in that of a model the copy of the base model does."""
+        is_alone = not memo
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if is_alone:
+            twin.add_module(VECTORS, twin.vectors)
+        return twin
 
     def __repr__(self) -> str:
         return "subspace_peft." + super().__repr__()
@@ -88,14 +107,32 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         statistics.add_adapter(self, adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if self.statistics_of == adapter_name:
+            statistics.switch(self, None)
         self.merged_elsewhere.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+        self._switched()
 
     def enable_adapters(self, enabled: bool) -> None:
         """As in PEFT, but unmerge at once: the layer that merged a tied tensor may run after the others."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+        self._switched()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._switched()
+
+    def _switched(self) -> None:
+        """Other adapters act from now on."""
+        self.reads.clear()
+        statistics.switch(self, statistics.in_use(self))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SubspaceLayer:
+        super()._apply(fn, recurse)
+        statistics.convert(self, fn)
+        return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move theta_d to the device of the base module, but not to its dtype, to which PEFT would round it."""
@@ -120,6 +157,10 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
             )
         return held
 
+    def acting(self) -> list[str]:
+        """The adapters that move this module now and are not in its parameters already."""
+        return [] if self.disable_adapters or self.merged else self.held(self.active_adapters)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether LoRA can hold the adapter: all it does here is add to the weight of a linear module."""
         if not isinstance(self.base_layer, (nn.Linear, Conv1D)):
@@ -135,7 +176,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def origin(self, path: str) -> Tensor:
         """The base's own parameter, also while an adapter that replaces it is merged."""
-        return self.replaced_origins[path] if path in self.replaced_origins else attrgetter(path)(self.base_layer)
+        return self.replaced_origins[path] if path in self.replaced_origins else getattr(self.base_layer, path)
 
     def _increment(self, path: str, coordinates: Coordinates, z: Tensor) -> Tensor:
         increment = coordinates.increment(z)
@@ -154,17 +195,26 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
 
     def moved(self, adapters: list[str]) -> dict[str, Tensor]:
         """origin + P theta_d of these adapters for each parameter, by its path inside the base module."""
-        tensors: dict[str, Tensor] = {}
-        for adapter in adapters:
-            z = self.normalised(adapter)
-            for path, coordinates in self.coordinates[adapter].items():
-                origin = tensors[path] if path in tensors else attrgetter(path)(self.base_layer)
-                z = z.to(torch.promote_types(z.dtype, origin.dtype))
-                if coordinates.replaces and path in tensors:
-                    tensors[path] = origin + self._increment(path, coordinates, z)
-                else:
-                    tensors[path] = coordinates.moved_from(origin, z)
-        return {path: tensor.to(attrgetter(path)(self.base_layer).dtype) for path, tensor in tensors.items()}
+        zs = {adapter: self.normalised(adapter) for adapter in adapters}
+        paths = dict.fromkeys(path for adapter in adapters for path in self.coordinates[adapter])
+        return {
+            path: self.move(
+                path, getattr(self.base_layer, path), {a: z for a, z in zs.items() if path in self.coordinates[a]}
+            )
+            for path in paths
+        }
+
+    def move(self, path: str, origin: Tensor, zs: dict[str, Tensor]) -> Tensor:
+        """origin + P theta_d of one parameter, in its dtype, from the normalised theta_d of adapters that move it."""
+        moved = origin
+        for adapter, z in zs.items():
+            coordinates = self.coordinates[adapter][path]
+            z = z.to(torch.promote_types(z.dtype, moved.dtype))
+            if coordinates.replaces and moved is not origin:
+                moved = moved + self._increment(path, coordinates, z)
+            else:
+                moved = coordinates.moved_from(moved, z)
+        return moved.to(origin.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's increment to the weight, in the shape of the weight."""
@@ -175,28 +225,50 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is not None:
             return mixed_batch(self, adapter_names, *args, **kwargs)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        adapters = self.held(self.active_adapters)
-        if self.merged or not adapters:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self.acting()
+        if not adapters:
             return self.base_layer(*args, **kwargs)
         with align_module_device(self.base_layer):  # offloaded weights are read before the base module's own forward
             return adapted(self, adapters, *args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add increments to the parameters of the base module, and take over the first adapter's statistics.
+        """Add increments to the parameters of the base module, which keeps the last adapter's statistics.
 
         Raises:
             ValueError: with `safe_merge`, if a merged parameter would not be finite; that adapter is not merged.
         """
-        merging.merge(self, self.held(check_adapters_to_merge(self, adapter_names)), safe_merge)
+        try:
+            merging.merge(self, self.held(check_adapters_to_merge(self, adapter_names)), safe_merge)
+        finally:
+            self._switched()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         merging.unmerge(self)
+        self._switched()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with the increments in it, or with its own statistics again."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif not self.merged:
+            statistics.switch(self, None)
+        return self.base_layer
+
+
+def _features(module: nn.Module) -> tuple[int | None, int | None]:
+    """PEFT's numbers of inputs and outputs, where it knows the kind of module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT's list; every module is supported here
+        try:
+            return _get_in_out_features(module)
+        except (ValueError, AttributeError):  # keys or values of another size; another library's class of a known name
+            return None, None
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:

@@ -6,17 +6,14 @@ Each function takes a SubspaceLayer. A tensor that several layers hold is merged
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import statistics
-
 
 def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
-    """Add the increments of these adapters, and take over the statistics of the first.
+    """Add the increments of these adapters.
 
     Raises:
         ValueError: if more than one merged adapter would replace a weight; with `safe` also if a merged parameter
@@ -36,21 +33,18 @@ def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         for parameter, tensor in merged.items():
             parameter.data = tensor.to(parameter.dtype)
-        if not layer.merged:  # the statistics of the first adapter count, as in forward
-            statistics.merge(layer, adapter)
         layer.merged_adapters.append(adapter)
 
 
 def unmerge(layer: BaseTunerLayer) -> None:
-    """Take away the increments of all merged adapters, and give the base its statistics back."""
+    """Take away the increments of all merged adapters."""
     while layer.merged_adapters:
         adapter = layer.merged_adapters.pop()
         for parameter, increment in _owned_increments(layer, adapter):
             parameter.data = (parameter - increment.to(parameter.device)).to(parameter.dtype)
     for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
-        attrgetter(path)(layer.base_layer).data = origin
+        getattr(layer.base_layer, path).data = origin
     layer.replaced_origins = {}
-    statistics.unmerge(layer)
 
 
 def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
@@ -58,7 +52,7 @@ def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
     origins = {}
     for path, coordinates in layer.coordinates[adapter].items():
         if coordinates.replaces and path not in layer.merged_elsewhere[adapter]:
-            parameter = attrgetter(path)(layer.base_layer)
+            parameter = getattr(layer.base_layer, path)
             increment = layer.increments(layer.merged_adapters).get(path, torch.zeros_like(parameter))
             origins[path] = (parameter - increment.to(parameter.device)).to(parameter.dtype)
     return origins
@@ -67,4 +61,4 @@ def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
 def _owned_increments(layer: BaseTunerLayer, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The parameters that this layer merges, and their increments."""
     for path, increment in layer.increments([adapter], skip=layer.merged_elsewhere[adapter]).items():
-        yield attrgetter(path)(layer.base_layer), increment
+        yield getattr(layer.base_layer, path), increment

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from . import statistics
 from .forward import adapted
 
 
@@ -31,10 +32,11 @@ def mixed_batch(layer: BaseTunerLayer, adapter_names: list[str], x: Tensor, *arg
         index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
         adapters = layer.held([name])
         samples = x.index_select(0, index)
-        if adapters:
-            y = adapted(layer, adapters, samples, *args, **kwargs)
-        else:
-            y = layer.base_layer(samples, *args, **kwargs)
+        with statistics.using(layer, adapters[-1] if adapters else None):
+            if adapters:
+                y = adapted(layer, adapters, samples, *args, **kwargs)
+            else:
+                y = layer.base_layer(samples, *args, **kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != len(index):
             raise ValueError(
                 f"`adapter_names` needs outputs that can be split into samples along dimension 0, those of "

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -15,12 +14,15 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from . import file as adapter_file
+from . import statistics
 from .config import SubspaceConfig
 from .fingerprint import identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
 from .plan import Plan
+from .root import add_vectors, remove_vectors
 from .targets import ALL, expand_all, expand_all_linear, find_targets, near_names
+from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import unique_coordinates
 
@@ -37,6 +39,18 @@ class SubspaceModel(BaseTuner):
 
     # ---------------------------------------------------------------------------------------------- wrapping a model
 
+    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, dict):  # of a PeftModel, which keeps this object; inject_adapter_in_model does not
+            model.hides_vectors = True
+
+    def named_children(self):
+        """The base model, and the vectors under their name in it."""
+        yield from super().named_children()
+        vectors = getattr(self.model, VECTORS, None)
+        if vectors is not None and self.model.hides_vectors:
+            yield f"model.{VECTORS}", vectors
+
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
     ) -> None:
@@ -47,7 +61,11 @@ class SubspaceModel(BaseTuner):
                 f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name or "
                 "delete that adapter first."
             )
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        self.peft_config[adapter_name] = copy.copy(
+            self.peft_config[adapter_name]
+        )  # what is filled in is not the user's
+        with undone_if_it_fails(model):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
         """Plan and check everything before a module or the config is touched."""
@@ -103,7 +121,7 @@ class SubspaceModel(BaseTuner):
         if self._plan is None:
             return
         if not hasattr(self.model, VECTORS):
-            self.model.add_module(VECTORS, SubspaceVectors(adapter_name))
+            add_vectors(self.model, SubspaceVectors(adapter_name))
         vectors = getattr(self.model, VECTORS)
         self._plan.apply(vectors, adapter_name)
         self._plan = None
@@ -120,7 +138,7 @@ class SubspaceModel(BaseTuner):
         dtype = torch.float32
         if not autocast_adapter_dtype:
             layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
-            dtype = attrgetter(next(iter(layer.coordinates[adapter_name])))(layer.base_layer).dtype
+            dtype = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name]))).dtype
         if theta_d[adapter_name].dtype != dtype:
             theta_d[adapter_name] = theta_d[adapter_name].to(dtype)
 
@@ -164,8 +182,7 @@ class SubspaceModel(BaseTuner):
                 "Adapters can be summed only if they share one seeded P (seed, d, projection, targets) over weight "
                 f"coordinates, got {adapters}; merge them one after the other instead."
             )
-        statistics = [n for n, _ in self.model.named_buffers() if ".subspace_peft_running_" in n]
-        if statistics:
+        if any(statistics.of_adapter(layer, adapter) for layer in self._layers() for adapter in adapters):
             raise ValueError("Adapters that hold batch-norm statistics have no exact sum; merge them one by one.")
         config = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
         self.peft_config[adapter_name] = config
@@ -216,11 +233,10 @@ class SubspaceModel(BaseTuner):
             (m, name, c) for m in model.modules() for name, c in m.named_children() if isinstance(c, SubspaceLayer)
         ]:
             for parent, name, layer in nested:
-                if merge and not layer.merged:  # a module under several names comes more than once
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                setattr(parent, name, layer.base_layer)
+                unmerged = merge and not layer.merged  # a module under several names comes more than once
+                setattr(parent, name, layer.unload_and_optionally_merge_module(unmerged, safe_merge, adapter_names))
         if hasattr(model, VECTORS):
-            delattr(model, VECTORS)
+            remove_vectors(model)
         return model
 
     # --------------------------------------------------------------------------------------------- the adapter's file

@@ -18,6 +18,9 @@ LINEAR_IN_PARAMETERS = {
 
 
 def is_linear_in_parameters(module: nn.Module) -> bool:
+    """Whether its operation is linear in weight and bias, and it stores these rather than computing them."""
+    if module._parameters.get("weight") is None or not set(module._parameters) <= {"weight", "bias"}:
+        return False
     if isinstance(module, nn.EmbeddingBag):
         return type(module).forward is nn.EmbeddingBag.forward and module.mode != "max"
     if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):

@@ -35,7 +35,7 @@ class Plan:
         self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # what P moves for it: suffix -> shape
         for target in targets:
             for path, name in target.tensors.items():
-                shape = tuple(target.module.get_parameter(path).shape)
+                shape = tuple(getattr(target.module, path).shape)
                 if parts := COORDINATES[config.coordinates].parts(shape, config.rank, config.factors):
                     self.shapes[name], self.parts[name] = shape, parts
                     self.owners.setdefault(name, []).append((target.module, path))
@@ -108,7 +108,7 @@ class Plan:
         if config.expected_fingerprint is None or kind is not TruncatedSVD:  # the file of a saved adapter holds it
             module, path = self.owners[name][0]
             with align_module_device(module):
-                start.measure(module.get_parameter(path))
+                start.measure(getattr(module, path))
         return start
 
     # ---------------------------------------------------------------------------------------------------- carrying out

@@ -13,6 +13,7 @@ from peft.utils import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -64,18 +65,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module owns directly, by their path inside it.
-
-    Those of the `out_proj` of nn.MultiheadAttention are among them: it reads them itself and never calls `out_proj`.
-    """
-    owned = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    if isinstance(module, nn.MultiheadAttention):
-        owned |= {f"out_proj.{name}": parameter for name, parameter in module.out_proj.named_parameters(recurse=False)}
-    return owned
-
-
-def _is_read_by_parent(parent: nn.Module, child: str) -> bool:
-    return isinstance(parent, nn.MultiheadAttention) and child == "out_proj"
+    """The parameters that a module owns directly, by their name in it."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def expand_all(model: nn.Module) -> set[str]:
@@ -90,17 +81,14 @@ def expand_all(model: nn.Module) -> set[str]:
             f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
             "the model in another module, or name the target modules."
         )
-    return {
-        name
-        for name, parent, child, module in base_modules(model)
-        if own_parameters(module) and not _is_read_by_parent(parent, child)
-    }
+    return {name for name, _, _, module in base_modules(model) if own_parameters(module)}
 
 
 def expand_all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     """The names that PEFT's "all-linear" stands for, the same whether or not the model already has an adapter.
 
-    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier.
+    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier, and what their
+    parameters are computed from, where these are parametrised.
     """
     heads = set()
     if isinstance(model, PreTrainedModel):
@@ -108,11 +96,18 @@ def expand_all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
         if heads == {None} and config.task_type == TaskType.SEQ_CLS:
             heads = {next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)}
     heads = {head.base_layer if isinstance(head, SubspaceLayer) else head for head in heads}
-    return {
-        name
+    linears = {
+        name: module
         for name, _, _, module in base_modules(model)
         if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
     }
+    return {*linears, *(computed for name, module in linears.items() for computed in _computed_from(name, module))}
+
+
+def _computed_from(name: str, module: nn.Module) -> list[str]:
+    """The names of the modules that hold what parameters of this one are computed from (torch's parametrize)."""
+    lists = module.parametrizations if is_parametrized(module) else {}
+    return [f"{name}.parametrizations.{parameter}" for parameter in lists]
 
 
 def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> list[Target]:
@@ -134,7 +129,7 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
 
     targets, held, places = [], set(), set()
     for name, parent, child, module in modules:
-        if _is_read_by_parent(parent, child) or (id(parent), child) in places:
+        if (id(parent), child) in places:
             continue
         places.add((id(parent), child))
         parameters = {path: p for path, p in own_parameters(module).items() if id(p) in theta}
@@ -161,7 +156,7 @@ def _keeps_statistics(module: nn.Module) -> bool:
 def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -> dict[str, list[str]]:
     """For each module that the config names, the paths of the parameters that are theta."""
     chosen, empty, known = {}, [], set()
-    for name, parent, child, module in modules:
+    for name, _, _, module in modules:
         if not matches(name):
             continue
         owned = own_parameters(module)
@@ -169,10 +164,8 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
         paths = list(owned)
         if config.parameters is not None:
             paths = [path for path in owned if path in config.parameters]
-        if _is_read_by_parent(parent, child):
-            name = name.removesuffix(".out_proj")
-            paths = [f"out_proj.{path}" for path in paths]
-            owned = own_parameters(parent)
+        else:
+            _check_computed(name, module, config, matches)
         if not paths:
             empty.append(name)
             continue
@@ -186,6 +179,16 @@ def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -
         )
     _check_parameters(config, known)
     return chosen
+
+
+def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> None:
+    """Check that a parametrised module is not trained without what its parameters are computed from."""
+    missing = [computed for computed in _computed_from(name, module) if not matches(computed)]
+    if missing and config.expected_fingerprint is None:
+        raise ValueError(
+            f"A parametrised target must be named with what its parameters are computed from, `{name}` is without "
+            f"`{missing[0]}`; add that to `target_modules`, or choose others by `parameters`, such as ['bias']."
+        )
 
 
 def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

@@ -1,16 +1,19 @@
 """Half-precision bases: theta_d is float32, and an increment below the resolution of the base still acts."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from subspace_peft.adapter.layer import SubspaceLayer
-from tests.cases import BY_NAME, CASES, loss, move, outputs, run, settings, theta_d, train, wrap
+from subspace_peft.adapter.walk import unique_coordinates
+from tests.cases import BY_NAME, CASES, loss, move, outputs, refused, run, settings, theta_d, train, wrap
 
 
 HALF = [torch.bfloat16, torch.float16]
@@ -20,6 +23,10 @@ LINEAR = {  # a module with 4 input channels, and the shape of an input after it
     "conv2d": (lambda: nn.Conv2d(4, 3, 2), (3, 3)),
     "transposed": (lambda: nn.ConvTranspose1d(4, 3, 2), (3,)),
 }
+
+
+def targeted(model):
+    return set(unique_coordinates(model, "default"))
 
 
 def half(case, dtype, **changes):
@@ -163,3 +170,58 @@ def test_a_bag_of_maxima_is_not_linear():
     layer, x = model.base_model.model[0], torch.tensor([[1, 2, 3]])
     moved = layer.base_layer.weight + layer.get_delta_weight("default")
     torch.testing.assert_close(model(x)[0].float(), moved[1:4].amax(0), rtol=0.01, atol=0.01)
+
+
+COMPUTED = {
+    "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(6, 6)),
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="cayley"),
+    "weight_norm_by_a_hook": lambda: nn.utils.weight_norm(nn.Linear(6, 6)),
+    "spectral_norm_by_a_hook": lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+}
+
+
+@pytest.mark.parametrize("targets", ["all", "all-linear"])
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_computed_weights_start_at_the_base_and_move(kind, targets):
+    dtype = torch.float32 if kind == "orthogonal" else torch.bfloat16  # it solves a system, in full precision alone
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(COMPUTED[kind]()).eval().to(dtype)
+
+    base, x = build(), torch.randn(3, 6, dtype=dtype)
+    model = get_peft_model(build(), settings(target_modules=targets)).eval()
+    assert targeted(model) == {name for name, _ in base.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(model(x), base.requires_grad_(False)(x))
+        move(model, size=0.5)
+        moved = model(x)
+        assert not torch.allclose(moved, base(x), rtol=0.1, atol=0.1)
+        torch.testing.assert_close(model.merge_and_unload()(x), moved, rtol=5e-2, atol=5e-2)
+
+
+def test_a_parametrised_target_is_named_with_what_computes_it():
+    base = nn.Sequential(OrderedDict(fc=parametrizations.weight_norm(nn.Linear(6, 6))))
+    with refused(base, "`fc` is without `fc.parametrizations.weight`; add that to `target_modules`"):
+        get_peft_model(base, settings(target_modules=["fc"]))
+    model = get_peft_model(base, settings(target_modules=["fc"], parameters=["bias"], d=2))
+    assert targeted(model) == {"fc.bias"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"coordinates": "low_rank", "rank": 2, "parameters": ["weight"]}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.no_grad()
+def test_hooks_on_the_base_module_see_the_whole_output_once(changes, dtype):
+    base = nn.Sequential(nn.Linear(4, 4)).to(dtype)
+    model = get_peft_model(base, settings(**changes)).eval()
+    move(model, size=0.5)
+    x, seen = torch.randn(2, 4, dtype=dtype), []
+    expected = model(x)
+    inner = model.base_model.model[0].base_layer
+    inner.register_forward_hook(lambda module, args, output: seen.append(output))
+    inner.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    torch.testing.assert_close(model(x / 2), expected, rtol=2e-2, atol=2e-2)
+    assert len(seen) == 1
+    assert torch.equal(model(x / 2), seen[0])

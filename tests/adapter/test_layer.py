@@ -48,7 +48,7 @@ def test_the_layer_answers_for_its_base():
     model = wrap(BY_NAME["mlp"]).base_model.model
     assert isinstance(model.fc1, SubspaceLayer)
     assert (model.fc1.in_features, model.fc1.out_features) == (6, 10)
-    assert model.fc1.weight is model.fc1.base_layer.weight
+    assert model.fc1.training is model.fc1.base_layer.training
     assert repr(model.fc1).startswith("subspace_peft.SubspaceLayer(")
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.fc1.no_such_thing

@@ -37,9 +37,16 @@ def test_adding_targets_only_scales_other_rows():
         torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=1e-4, atol=1e-4)
 
 
-def test_a_config_that_another_model_filled_in():
+def test_one_config_wraps_several_models():
     config = settings(projection="identity", d=None)
-    get_peft_model(MLP(), config)
+    written = config.to_dict()
+    for model, D in ((MLP(), 114), (nn.Sequential(nn.Linear(6, 4)), 28)):
+        assert get_peft_model(model, config).peft_config["default"].D == D
+        assert {**config.to_dict(), "auto_mapping": None} == {**written, "auto_mapping": None}
+
+
+def test_a_config_that_another_model_filled_in():
+    config = get_peft_model(MLP(), settings(projection="identity", d=None)).peft_config["default"]
     smaller = nn.Sequential(nn.Linear(6, 4))
     with refused(
         smaller,

@@ -115,7 +115,7 @@ def test_a_weight_of_zeros_trains(start):
 
 def test_a_used_config_is_of_no_new_adapter():
     used = SubspaceConfig(**{**REPLACED, "target_modules": ["fc1"]})
-    get_peft_model(BY_NAME["mlp"].model(), used)
+    used = get_peft_model(BY_NAME["mlp"].model(), used).peft_config["default"]
     again = get_peft_model(BY_NAME["mlp"].model(), dataclasses.replace(used, seed=3))
     for use in (lambda: outputs(again, BY_NAME["mlp"]), lambda: get_peft_model_state_dict(again)):
         with pytest.raises(ValueError, match="for a new one make a new SubspaceConfig"):

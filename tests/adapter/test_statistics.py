@@ -1,5 +1,7 @@
 """Statistics of batch norms: the base's are left alone, and each adapter has its own."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -8,7 +10,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from subspace_peft.adapter.layer import SubspaceLayer
-from tests.cases import BY_NAME, assert_same_state, base_outputs, move, outputs, settings, tensors, train, wrap
+from tests.cases import (
+    BY_NAME,
+    assert_same_state,
+    base_outputs,
+    move,
+    outputs,
+    settings,
+    tensors,
+    theta_d,
+    train,
+    wrap,
+)
 
 
 def close(a, b):
@@ -61,7 +74,7 @@ class TestBatchNorm:
         close(outputs(model, self.case), adapted)
         model.unmerge_adapter()
         buffers = dict(self.case.model().named_buffers())
-        wrapped = dict(model.base_model.model.named_buffers())
+        wrapped = model.base_model.model.state_dict()
         for name, buffer in buffers.items():
             owner, _, statistic = name.rpartition(".")
             assert torch.equal(wrapped[f"{owner}.base_layer.{statistic}"], buffer), name
@@ -91,7 +104,7 @@ def test_statistics_are_saved_while_merged(tmp_path):
     torch.testing.assert_close(outputs(loaded, case), expected)
 
 
-def test_the_statistics_of_the_first_merged_adapter_count():
+def test_the_statistics_of_the_last_merged_adapter_count():
     case = BY_NAME["convnet"]
     model = wrap(case)
     train(model, case)
@@ -136,3 +149,73 @@ def test_a_batch_norm_under_two_names_has_one_set_of_statistics(tmp_path):
     assert type(plain[1]) is nn.BatchNorm1d
     assert plain[1] is plain[3]
     torch.testing.assert_close(plain(x), adapted)
+
+
+class TestWhoeverTouchesThem:
+    """The statistics in use are the buffers of the batch norm itself."""
+
+    case = BY_NAME["convnet"]
+
+    @pytest.fixture
+    def model(self):
+        model = wrap(self.case)
+        train(model, self.case, steps=3)
+        return model
+
+    def test_update_bn_computes_those_of_the_adapter(self, model):
+        """As for a plain model with the moved tensors, and the base's stay."""
+        plain = copy.deepcopy(model).merge_and_unload()
+        loader = [self.case.batch() + i for i in range(3)]
+        for net in (model, plain):
+            torch.optim.swa_utils.update_bn(loader, net)
+        close(outputs(model.eval(), self.case), outputs(plain.eval(), self.case))
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, self.case), base_outputs(self.case))
+
+    def test_a_batch_norm_can_be_told_to_do_without(self, model):
+        plain = copy.deepcopy(model).merge_and_unload()
+        for net in (model, plain):
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.track_running_stats = False
+                    module.running_mean = module.running_var = None
+        assert not torch.allclose(outputs(plain, self.case), outputs(wrap(self.case), self.case))
+        close(outputs(model, self.case), outputs(plain, self.case))
+
+    @pytest.mark.parametrize("convert", [lambda m: m.double().float(), copy.deepcopy])
+    def test_they_stay_one_set_after_conversions_and_copies(self, model, convert):
+        expected = outputs(model, self.case)
+        model = convert(model)
+        close(outputs(model, self.case), expected)
+        train(model, self.case)
+        trained = outputs(model, self.case)
+        with model.disable_adapter():
+            close(outputs(model, self.case), base_outputs(self.case))
+        assert torch.equal(outputs(model, self.case), trained)
+
+    def test_new_buffers_in_the_batch_norm_are_saved(self, model, tmp_path):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean = module.running_mean + 1
+        expected = outputs(model, self.case)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(outputs(PeftModel.from_pretrained(self.case.model(), tmp_path).eval(), self.case), expected)
+
+    def test_an_adapter_trained_on_a_frozen_one_leaves_its_statistics(self, model):
+        alone = outputs(model, self.case)
+        model.add_adapter("other", settings(seed=4))
+        model.base_model.set_adapter(["default", "other"])
+        theta_d(model).requires_grad_(False)
+        train(model, self.case)
+        model.set_adapter("default")
+        assert torch.equal(outputs(model, self.case), alone)
+
+    def test_a_state_dict_holds_each_set_under_its_own_name(self, model):
+        expected, state = outputs(model, self.case), tensors(model)
+        assert torch.equal(state["base_model.model.bn1.base_layer.running_mean"], torch.zeros(4))
+        twin = wrap(self.case)
+        twin.load_state_dict(state)
+        assert torch.equal(outputs(twin, self.case), expected)
+        with twin.disable_adapter():
+            assert torch.equal(outputs(twin, self.case), base_outputs(self.case))
+        assert_same_state(twin, state)

@@ -1,0 +1,72 @@
+"""Outside: what others read from the base module of a layer, run on it and set on it.
+
+Models read attributes of their submodules, and call other methods than forward. They get what the moved module would
+give them. Each function takes a SubspaceLayer.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from contextlib import AbstractContextManager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .modules import in_place_of
+from .reading import read
+
+
+OF_WRAPPERS = ("__", "_hf_", "_old_forward")
+"""How names begin that accelerate and Python look for on each module separately."""
+OF_THE_BASE = ("weight", "bias")
+"""Attributes that PEFT gives a layer too; they are the base module's all the same."""
+
+
+def get(layer: BaseTunerLayer, name: str) -> Any:
+    """The attribute of the base module as the acting adapters move it: a parameter, a method, a property."""
+    base, adapters = layer.base_layer, layer.acting()
+    if any(name in layer.coordinates[adapter] for adapter in adapters):
+        return read(layer, name, adapters)
+    if adapters and isinstance(getattr(type(base), name, None), property):
+        with _moved_base(layer, adapters):
+            return getattr(base, name)
+    value = getattr(base, name)
+    if adapters and isinstance(value, types.MethodType) and value.__self__ is base:
+        return functools.wraps(value)(functools.partial(_run, layer, name))
+    return value
+
+
+def _run(layer: BaseTunerLayer, method: str, *args, **kwargs) -> Any:
+    with _moved_base(layer, layer.acting()):
+        return getattr(layer.base_layer, method)(*args, **kwargs)
+
+
+def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> AbstractContextManager:
+    paths = dict.fromkeys(path for adapter in adapters for path in layer.coordinates[adapter])
+    return in_place_of(layer.base_layer, {path: read(layer, path, adapters) for path in paths})
+
+
+def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
+    """Whether who sets this attribute means the base module: it has one of this name, the layer does not."""
+    base = layer.__dict__.get("_modules", {}).get("base_layer")
+    if base is None or name.startswith(OF_WRAPPERS) or not hasattr(base, name):
+        return False
+    own = layer.__dict__, layer._modules, layer._parameters, layer._buffers
+    return name in OF_THE_BASE or not (hasattr(type(layer), name) or any(name in names for names in own))
+
+
+def set_on_base(layer: BaseTunerLayer, name: str, value: Any) -> None:
+    """Set an attribute of the base module.
+
+    Raises:
+        ValueError: if an adapter moves the parameter of this name, whose origin would be lost.
+    """
+    base = layer.base_layer
+    if not any(name in coordinates for coordinates in layer.coordinates.values()):
+        setattr(base, name, value)
+    elif value is not getattr(base, name) and value is not layer.reads.get(name):
+        raise ValueError(
+            f"A parameter that an adapter moves must stay the same, `{name}` of {type(base).__name__} was given "
+            "another; tie, resize or replace it before the model is wrapped, or unload the adapter first."
+        )

@@ -1,0 +1,179 @@
+"""Reading: a target's own parameter, read from outside the module, is origin + P theta_d.
+
+Models read `child.weight` for fused projections, tied output layers, position tables and state-space kernels, and most
+of all for its dtype. So what they read is made at the first operation that uses its entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+class MovedTensor(Tensor):
+    """origin + P theta_d of one parameter, computed when its entries are first used.
+
+    It has the shape, dtype and device of the parameter. Under autograd it is differentiable as any tensor is. It can
+    not be written to.
+
+    Raises:
+        RuntimeError: if it is written to, because that would change neither the origin nor theta_d.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, source: Moving):
+        like = source.parameter
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
+        )
+
+    def __init__(self, source: Moving):
+        self.source = source
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].source)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
+                raise RuntimeError(value.source.refusal())
+        args, kwargs = tree_map_only(cls, lambda moved: moved.source.entries(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def plain(self) -> Tensor:
+        """The same as a tensor in memory: for what looks at memory rather than run operations."""
+        return self.clone()
+
+    def numpy(self, *args, **kwargs):
+        return self.plain().numpy(*args, **kwargs)
+
+    def __array__(self, *args, **kwargs):
+        return self.plain().__array__(*args, **kwargs)
+
+    def tolist(self):
+        return self.plain().tolist()
+
+    def data_ptr(self):
+        return self.source.entries().data_ptr()
+
+    def untyped_storage(self):
+        return self.source.entries().untyped_storage()
+
+    def __deepcopy__(self, memo):
+        return self.plain().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol):
+        return self.plain().__reduce_ex__(protocol)
+
+    def __repr__(self, *args, **kwargs):
+        return f"MovedTensor({self.plain()!r})"
+
+
+class Moving:
+    """How one parameter of a SubspaceLayer moves, at one value of theta_d.
+
+    Args:
+        zs: The normalised theta_d of each adapter that moves the parameter.
+    """
+
+    def __init__(self, layer: BaseTunerLayer, path: str, zs: dict[str, Tensor]):
+        self.layer, self.path, self.zs = layer, path, zs
+        self.parameter = getattr(layer.base_layer, path)
+        self.version = _version(self.parameter)
+        self._entries: Tensor | None = None
+
+    def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
+        return self.layer.move(self.path, parameter, dict(zip(self.zs, zs, strict=True)))
+
+    def entries(self) -> Tensor:
+        """The moved tensor without its graph."""
+        if self._entries is None:
+            with torch.no_grad():
+                self._entries = self(self.parameter, *self.zs.values())
+        return self._entries
+
+    def is_of(self, parameter: Tensor, zs: dict[str, Tensor]) -> bool:
+        """Whether this is how the parameter moves by these zs."""
+        return (
+            parameter is self.parameter
+            and _version(parameter) == self.version
+            and list(zs) == list(self.zs)
+            and all(
+                one is other or torch.equal(one, other)
+                for one, other in zip(zs.values(), self.zs.values(), strict=True)
+            )
+        )
+
+    def refusal(self) -> str:
+        kind = type(self.layer.base_layer).__name__
+        return (
+            f"A parameter that an adapter moves must not be written to, `{self.path}` of {kind} is computed; write to "
+            "that of its `base_layer`, the origin, or merge or unload the adapter first."
+        )
+
+
+class Reads(dict[str, MovedTensor]):
+    """The parameters of a layer that were read last, by path; a copy of the layer has read nothing."""
+
+    def __deepcopy__(self, memo: dict) -> Reads:
+        return Reads()
+
+    def __reduce__(self):
+        return Reads, ()
+
+
+class _Read(torch.autograd.Function):
+    """parameter, z of each adapter -> the moved tensor, of which only the graph is made.
+
+    Its backward pass is that of moving the parameter anew, to any order. Nothing is saved, so that reading again while
+    checkpointed activations are recomputed leaves their number as it is.
+    """
+
+    @staticmethod
+    def forward(ctx, moving, parameter, *zs):
+        ctx.moving, ctx.inputs = moving, (parameter, *zs)
+        return MovedTensor(moving)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.moving.layer.reads.pop(ctx.moving.path, None)  # its graph may be freed after this
+        with torch.enable_grad():
+            moved = ctx.moving(*ctx.inputs)
+        wanted = [x for x, needed in zip(ctx.inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+        grads = iter(torch.autograd.grad(moved, wanted, grad, create_graph=torch.is_grad_enabled()))
+        return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
+    """A parameter as these adapters move it; the same tensor again while theta_d and the graph are the same.
+
+    Where a graph is traced or transformed by torch.func it is a plain tensor.
+    """
+    zs = {adapter: layer.normalised(adapter) for adapter in adapters if path in layer.coordinates[adapter]}
+    parameter = getattr(layer.base_layer, path)
+    if _is_traced():
+        return layer.move(path, parameter, zs)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (parameter, *zs.values()))
+    if not trains:
+        return MovedTensor(Moving(layer, path, zs))
+    last = layer.reads.get(path)
+    if last is None or not last.source.is_of(parameter, zs):
+        last = layer.reads[path] = _Read.apply(Moving(layer, path, zs), parameter, *zs.values())
+    return last
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _is_traced() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

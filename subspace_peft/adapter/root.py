@@ -1,0 +1,107 @@
+"""Root: the base model of an adapter, whose children are what they were.
+
+SubspaceVectors is a module of the base model: its parameters, state dict and conversions include theta_d. But models
+iterate over their children, and users slice nn.Sequential. So the class of an adapted root is one that leaves the
+vectors out of these, and SubspaceModel has them among its own children, because sharding finds modules so. A root
+without a SubspaceModel around it, which `inject_adapter_in_model` makes, shows them among its children.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import nn
+
+from .layer import SubspaceLayer
+from .vectors import VECTORS, SubspaceVectors
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+READERS = ("__len__", "__iter__", "__getitem__", "__contains__", "keys", "items", "values")
+
+
+class Root(nn.Module):
+    """What the class of an adapted root adds to that of the base model."""
+
+    def named_children(self):
+        return (_without_vectors(self) if self.hides_vectors else super()).named_children()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.hides_vectors:
+            self._modules[VECTORS]._apply(fn)
+        return self
+
+    def train(self, mode=True):
+        super().train(mode)
+        self._modules[VECTORS].train(mode)
+        return self
+
+    def __reduce_ex__(self, protocol):
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        if function is copyreg.__newobj__ and arguments == (type(self),):
+            return _new, (type(self).plain,), *state
+        return function, arguments, *state
+
+
+@functools.cache
+def _class_of_root(plain: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    readers = {
+        name: _reader(name)
+        for name in READERS
+        if any(getattr(plain, name, None) is getattr(container, name, 0) for container in CONTAINERS)
+    }
+    return type(plain.__name__, (Root, plain), {**names, **readers, "plain": plain})
+
+
+def _reader(name: str):
+    def read(self, *args):
+        return getattr(type(self).plain, name)(_without_vectors(self), *args)
+
+    return read
+
+
+def _without_vectors(root: nn.Module) -> nn.Module:
+    """The same module under its own class, without the vectors: not a copy, for reading only."""
+    plain = object.__new__(type(root).plain)
+    plain.__dict__ = root.__dict__ | {"_modules": {k: m for k, m in root._modules.items() if k != VECTORS}}
+    return plain
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    return object.__new__(_class_of_root(plain))
+
+
+def add_vectors(model: nn.Module, vectors: SubspaceVectors) -> None:
+    """Make the vectors a module of the base model, but not one of its children."""
+    model.add_module(VECTORS, vectors)
+    model.__class__ = _class_of_root(type(model))
+    model.hides_vectors = False
+    model.vectors_of_layers = [vectors]  # in a list: it is no second module of that name
+    model.register_forward_pre_hook(_own_vectors)
+
+
+def remove_vectors(model: nn.Module) -> None:
+    del model._modules[VECTORS], model.hides_vectors, model.vectors_of_layers
+    model.__class__ = type(model).plain
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _own_vectors:
+            del model._forward_pre_hooks[key]
+
+
+def _own_vectors(root: nn.Module, args: Any) -> None:
+    """Hand the root's vectors to its layers, where the root is a copy made module by module.
+
+    Such copies, of meta-learning and of nn.DataParallel, know only modules; the reference of a layer to its vectors
+    would remain that to the original's.
+    """
+    vectors = root._modules[VECTORS]
+    if root.vectors_of_layers[0] is vectors:
+        return
+    for module in root.modules():
+        if isinstance(module, SubspaceLayer):
+            object.__setattr__(module, "vectors", vectors)
+    root.vectors_of_layers = [vectors]

@@ -1,0 +1,278 @@
+"""Outside: what parents read from a target, run on it and set on it is the moved module's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from tests.cases import dense_P, move, settings, theta_d
+
+
+class Fused(nn.Module):
+    """Reads parameters of its child and never calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+class Looped(nn.Module):
+    """Reads the same parameter at each step of a loop, as a recurrent cell does."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(4):
+            x = torch.tanh(x @ self.cell.weight.T) + self.cell.bias
+        return x
+
+
+class Scorer(nn.Module):
+    """Has methods and a property beside forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.transitions = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.transitions
+
+    def decode(self, x, scale=1.0):
+        return scale * self(x) + self.row
+
+    @property
+    def row(self):
+        return self.transitions[0]
+
+
+class Decoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.crf = Scorer()
+
+    def forward(self, x):
+        return self.crf.decode(x, scale=2.0) + self.crf.row.sum()
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.mix(self.embed(x.argmax(-1).clamp(max=8)))
+        return h @ self.embed.weight.T
+
+
+class Autograd(torch.autograd.Function):
+    """A function of another library: torch hands it its tensors as they are."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+class Custom(Fused):
+    def forward(self, x):
+        return Autograd.apply(x, self.qkv.weight) + self.qkv.bias
+
+
+MODELS = [Fused, Looped, Decoded, TiedHead, Custom]
+
+
+@pytest.fixture(params=MODELS, ids=lambda kind: kind.__name__)
+def pair(request):
+    """A wrapped model at some theta_d, and a plain copy with the moved tensors."""
+    return moved_pair(request.param)
+
+
+def moved_pair(kind, **changes):
+    torch.manual_seed(0)
+    plain = kind().double()
+    model = get_peft_model(copy.deepcopy(plain), settings(**changes)).double()
+    move(model, size=0.3)
+    with torch.no_grad():
+        for name, P in dense_P(model).items():
+            parameter = plain.get_parameter(name)
+            parameter.add_((P.double() @ theta_d(model)).view(parameter.shape))
+    return model, plain
+
+
+def x():
+    return torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_outputs_are_those_of_the_moved_model(pair):
+    model, plain = pair
+    torch.testing.assert_close(model(x()), plain(x()), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x()), plain.eval()(x()), rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_is_P_transposed_times_that_of_the_moved_model(pair):
+    model, plain = pair
+    model(x()).square().sum().backward()
+    plain(x()).square().sum().backward()
+    expected = sum(P.double().T @ plain.get_parameter(name).grad.flatten() for name, P in dense_P(model).items())
+    torch.testing.assert_close(theta_d(model).grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_disabled_and_unloaded_models_agree(pair):
+    model, _ = pair
+    with torch.no_grad():
+        expected = model(x())
+        model.merge_adapter()
+        torch.testing.assert_close(model(x()), expected)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            base = model(x())
+        assert not torch.allclose(base, expected, atol=1e-3)
+        torch.testing.assert_close(model.unload()(x()), base)
+
+
+def test_second_derivatives_pass_through_what_is_read():
+    for coordinates in ({}, {"coordinates": "low_rank", "rank": 2, "parameters": ["weight"]}):
+        model, _ = moved_pair(Looped, **coordinates)
+        vector = theta_d(model)
+
+        def gradient(vector=vector, model=model):
+            return torch.autograd.grad(model(x()).square().sum(), vector, create_graph=True)[0]
+
+        direction = torch.ones_like(vector)
+        curvature = torch.autograd.grad(gradient() @ direction, vector)[0]
+        with torch.no_grad():
+            vector += 1e-5 * direction
+            after = gradient_at(model, vector)
+            vector -= 2e-5 * direction
+            before = gradient_at(model, vector)
+        torch.testing.assert_close(curvature, (after - before) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
+def gradient_at(model, vector):
+    with torch.enable_grad():
+        return torch.autograd.grad(model(x()).square().sum(), vector)[0]
+
+
+def test_a_parameter_read_several_times_in_a_step_is_made_once(monkeypatch):
+    model, _ = moved_pair(Looped)
+    cell = model.base_model.model.cell
+    assert cell.weight is cell.weight
+    first = cell.weight
+    with torch.no_grad():
+        theta_d(model).data.add_(1)
+    assert cell.weight is not first
+    read = cell.weight
+    model(x()).sum().backward()
+    assert cell.weight is not read
+
+
+def test_shape_dtype_and_device_cost_nothing(monkeypatch):
+    model, _ = moved_pair(Fused)
+    weight = model.base_model.model.qkv.weight
+    monkeypatch.setattr(type(weight.source), "entries", lambda self: pytest.fail("the entries were computed"))
+    base = model.base_model.model.qkv.base_layer.weight
+    assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)
+    assert weight.requires_grad
+    assert weight.ndim == weight.dim() == 2
+    assert weight.size(0) == len(weight) == 8
+
+
+def test_what_looks_at_memory_sees_the_moved_tensor():
+    model, plain = moved_pair(Fused)
+    weight, expected = model.base_model.model.qkv.weight.detach(), plain.qkv.weight.detach()
+    torch.testing.assert_close(torch.from_numpy(weight.numpy()), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(weight.tolist()).double(), expected, rtol=1e-6, atol=1e-6)
+    for copied in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert type(copied) is torch.Tensor
+        torch.testing.assert_close(copied, expected, rtol=1e-6, atol=1e-6)
+    assert "MovedTensor" in repr(weight)
+
+
+def test_what_is_read_must_not_be_written_to():
+    model, _ = moved_pair(Fused)
+    layer = model.base_model.model.qkv
+    before = copy.deepcopy(layer.base_layer.weight)
+    with torch.no_grad():
+        for write in (
+            lambda: layer.weight.zero_(),
+            lambda: layer.weight.data.mul_(2),
+            lambda: nn.init.normal_(layer.weight),
+            lambda: layer.weight.copy_(before),
+            layer.reset_parameters,
+        ):
+            with pytest.raises(RuntimeError, match="must not be written to, `weight` of Linear is computed"):
+                write()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_assignments_reach_the_base_module_or_are_refused():
+    model, _ = moved_pair(Fused, parameters=["weight"])
+    layer = model.base_model.model.qkv
+    with pytest.raises(ValueError, match="must stay the same, `weight` of Linear was given another"):
+        layer.weight = nn.Parameter(torch.zeros(8, 8))
+    layer.weight = layer.weight  # tying what is tied
+    layer.weight = layer.base_layer.weight
+    layer.bias = None
+    assert layer.base_layer.bias is None
+    layer.in_features = 3
+    assert layer.base_layer.in_features == 8
+
+
+def test_settings_of_the_base_module_reach_it():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), settings())
+    norm = model.base_model.model[1]
+    norm.momentum = 0.25
+    assert norm.base_layer.momentum == 0.25
+    assert "momentum" not in vars(norm)
+
+
+def test_without_acting_adapters_the_bases_own_parameter_is_read():
+    model, _ = moved_pair(Fused)
+    layer = model.base_model.model.qkv
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
+    model.merge_adapter()
+    assert layer.weight is layer.base_layer.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_transforms_and_traces_see_plain_tensors():
+    model, plain = moved_pair(Fused)
+    name = next(name for name, p in model.named_parameters() if p is theta_d(model))
+
+    batch = x()
+
+    def output(vector):
+        return torch.func.functional_call(model, {name: vector}, (batch,)).sum()
+
+    vector = theta_d(model).detach()
+    expected = torch.autograd.grad(model(x()).sum(), theta_d(model))[0]
+    torch.testing.assert_close(torch.func.grad(output)(vector), expected)
+    torch.testing.assert_close(torch.func.jacfwd(output)(vector), expected)
+    traced = torch.jit.trace(model.eval(), (x(),), check_trace=False)
+    torch.testing.assert_close(traced(x()), plain(x()), rtol=1e-6, atol=1e-6)
+
+
+def test_checkpointed_activations_are_recomputed_with_what_was_read():
+    model, _ = moved_pair(Looped)
+    expected = torch.autograd.grad(model(x()).sum(), theta_d(model))[0]
+    for use_reentrant in (False, True):
+        out = torch.utils.checkpoint.checkpoint(model, x().requires_grad_(), use_reentrant=use_reentrant)
+        theta_d(model).grad = None
+        out.sum().backward()
+        torch.testing.assert_close(theta_d(model).grad, expected)
