@@ -11,6 +11,7 @@ import types
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .modules import in_place_of
@@ -33,7 +34,8 @@ def get(layer: BaseTunerLayer, name: str) -> Any:
             return getattr(base, name)
     value = getattr(base, name)
     if adapters and isinstance(value, types.MethodType) and value.__self__ is base:
-        return functools.wraps(value)(functools.partial(_run, layer, name))
+        run = functools.partial(_run, layer, name)
+        return run if torch.compiler.is_compiling() else functools.wraps(value)(run)
     return value
 
 

@@ -158,7 +158,7 @@ class Projection(ABC):
             return self._map(theta_d, False)
         if torch.compiler.is_compiling():
             with full_precision(theta_d):
-                return origin + self.apply(theta_d).view(*theta_d.shape[:-1], *origin.shape)
+                return origin + self.apply(theta_d).view((*theta_d.shape[:-1], *origin.shape))
         return _Move.apply(theta_d, origin, self)
 
     def transpose(self, grad: Tensor) -> Tensor:
