@@ -61,9 +61,9 @@ class SubspaceModel(BaseTuner):
                 f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name or "
                 "delete that adapter first."
             )
-        self.peft_config[adapter_name] = copy.copy(
-            self.peft_config[adapter_name]
-        )  # what is filled in is not the user's
+        config = self.peft_config[adapter_name]
+        if not config.inference_mode:  # the user's stays as it is; PEFT promises that of from_pretrained(config=...)
+            self.peft_config[adapter_name] = copy.copy(config)
         with undone_if_it_fails(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
