@@ -28,10 +28,9 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
     That is theta_d, the batch-norm statistics that training changed, a given P, the start of replaced weights, and
     the mark of P.
     """
-    suffix = f"{VECTORS}.{PREFIX}theta_d.{adapter}"
-    root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)) + f"{VECTORS}.{PREFIX}"
-    theta_d = f"{root}theta_d.{adapter}"
-    kept = {theta_d: state_dict[theta_d], f"{root}identity.{adapter}": mark(config)}
+    suffix = f"theta_d.{adapter}.vector"
+    root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
+    kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
     for (key, *_), base in _statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
             kept[plain(key)] = state_dict[key]
@@ -73,7 +72,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
             remapped |= dict.fromkeys(_places_of(key, adapter, places), value)
         elif rest == "theta_d":
             _check_theta_d(value, config)
-            remapped[f"{key}.{adapter}"] = value
+            remapped[f"{key}.{adapter}.vector"] = value
         elif rest == "identity":
             _check_mark(value, config)
         elif kind in ("P", "start") and name:
@@ -83,7 +82,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
             raise ValueError(
                 f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
             )
-    if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}") for key in remapped):
+    if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}.vector") for key in remapped):
         raise ValueError("The adapter file must hold theta_d, but does not; it is damaged.")
     coordinates = unique_coordinates(model, adapter)
     _install(coordinates, config, saved)

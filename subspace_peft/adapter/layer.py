@@ -19,7 +19,7 @@ from .forward import adapted
 from .mixed_batch import mixed_batch
 from .modules import device_of, is_linear_in_parameters
 from .reading import Reads
-from .vectors import VECTORS, SubspaceVectors
+from .vectors import VECTORS, SubspaceVectors, ThetaD
 
 
 class SubspaceLayer(nn.Module, BaseTunerLayer):
@@ -53,7 +53,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.register_forward_pre_hook(_no_fast_path)
 
     @property
-    def subspace_peft_theta_d(self) -> nn.ParameterDict:
+    def subspace_peft_theta_d(self) -> ThetaD:
         return self.vectors.subspace_peft_theta_d
 
     # ---------------------------------------------------------------------------- what others do with its base module
@@ -134,12 +134,17 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         statistics.convert(self, fn)
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> SubspaceLayer:
+        """As in torch, for theta_d too: transformers freezes the layers of an adapter that it loads for inference."""
+        self.subspace_peft_theta_d.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move theta_d to the device of the base module, but not to its dtype, to which PEFT would round it."""
-        theta_d = self.subspace_peft_theta_d.get(adapter_name)
+        theta_d = self.subspace_peft_theta_d
         device = device or device_of(self.base_layer)
-        if theta_d is not None and theta_d.device.type != "meta" and theta_d.device != device:
-            self.subspace_peft_theta_d[adapter_name] = theta_d.to(device)
+        if adapter_name in theta_d and theta_d[adapter_name].device not in (torch.device("meta"), device):
+            theta_d[adapter_name] = theta_d[adapter_name].to(device)
 
     def held(self, adapters: Iterable[str]) -> list[str]:
         """Those of the adapters that move this module.

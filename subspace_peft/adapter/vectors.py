@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -15,6 +17,42 @@ PREFIX = "subspace_peft_"
 
 VECTORS = "subspace_vectors"
 """The child of the base model that holds theta_d. PEFT passes over modules whose name contains the prefix."""
+
+
+class ThetaD(nn.ModuleDict):
+    """theta_d of each adapter: `[adapter]` gives the parameter, `items()` and `values()` the module that holds it.
+
+    That module has the adapter's name, and the parameter is called `...theta_d.default.vector`: trainers that copy an
+    adapter look for its name between two dots, where LoRA's parameters have it.
+    """
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        return super().__getitem__(adapter)["vector"]
+
+    def __setitem__(self, adapter: str, vector: Tensor) -> None:
+        """Put a vector in the place of another, which trains if that did, or add it."""
+        if adapter not in self:
+            super().__setitem__(adapter, nn.ParameterDict())
+        elif not isinstance(vector, nn.Parameter):
+            vector = nn.Parameter(vector.detach(), self[adapter].requires_grad)
+        super().__getitem__(adapter)["vector"] = vector
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """As in torch, and from state dicts of before theta_d was in a module of its own."""
+        for key in [prefix + adapter for adapter in self if prefix + adapter in state_dict]:
+            state_dict[f"{key}.vector"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Renames(dict):
+    """Keys and what transformers' load_adapter renames them to.
+
+    transformers asks for the items. PEFT iterates, to rename keys that the file must then hold; it finds none here,
+    since `remap` names them.
+    """
+
+    def __iter__(self):
+        return iter(())
 
 
 class SubspaceVectors(AuxiliaryTrainingWrapper):
@@ -32,7 +70,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         super().__init__(nn.Identity(), adapter)
 
     def init_modules(self, adapter_name: str) -> None:
-        self.subspace_peft_theta_d = nn.ParameterDict()
+        self.subspace_peft_theta_d = ThetaD()
         self.scales: dict[str, Tensor | float | None] = {}
         self.joint_caches: dict[str, JointCache | None] = {}
 
@@ -57,7 +95,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
                 "load_adapter and from_pretrained read theta_d alone; use PeftModel.from_pretrained(model, folder)."
             )
         if theta_d.device.type == "meta":  # accelerate offloaded it and loads it only for this module's own forward
-            with align_module_device(self.subspace_peft_theta_d):
+            with align_module_device(self.subspace_peft_theta_d.get_submodule(adapter)):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
         if isinstance(scale, Tensor) and scale.device != theta_d.device:
             scale = self.scales[adapter] = scale.to(theta_d.device)
@@ -86,13 +124,14 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
 
-    # file.py saves and loads theta_d. transformers finds it by its prefix and would rename it twice if it were here.
+    # file.py saves and loads theta_d. transformers finds its key by the prefix and appends the adapter's name.
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        return {}
+        name = self.adapter_layer_names[0]
+        return _Renames({rf"{name}\.{re.escape(adapter_name)}": f"{name}.{adapter_name}.vector"})
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         return self.original_module

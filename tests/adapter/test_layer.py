@@ -125,7 +125,7 @@ def test_derivatives_of_functions():
     case = BY_NAME["mlp"]
     model = wrap(case)
     move(model)
-    name = "base_model.model.subspace_vectors.subspace_peft_theta_d.default"
+    name = "base_model.model.subspace_vectors.subspace_peft_theta_d.default.vector"
 
     x = case.batch()
 

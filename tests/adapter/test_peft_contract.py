@@ -66,7 +66,7 @@ def test_only_theta_d_trains(case):
     model = wrap(case)
     base = {name: p.clone() for name, p in model.named_parameters() if "theta_d" not in name}
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        "base_model.model.subspace_vectors.subspace_peft_theta_d.default"
+        "base_model.model.subspace_vectors.subspace_peft_theta_d.default.vector"
     ]
     train(model, case)
     assert theta_d(model).count_nonzero() == 7

@@ -46,7 +46,7 @@ def test_each_acts_as_if_alone(case, model):
 def test_only_the_active_one_trains(case, model):
     model.set_adapter("two")
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        "base_model.model.subspace_vectors.subspace_peft_theta_d.two"
+        "base_model.model.subspace_vectors.subspace_peft_theta_d.two.vector"
     ]
     before = {name: theta_d(model, name).clone() for name in ADAPTERS}
     train(model, case)

@@ -95,6 +95,15 @@ def test_transformers_own_calls(tmp_path):
     assert torch.equal(outputs(other, LLAMA), trained)
 
 
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_transformers_loads_an_adapter_to_train_it_or_not(is_trainable, tmp_path):
+    wrap(LLAMA, target_modules="all-linear").save_pretrained(tmp_path)
+    model = LLAMA.model()
+    model.load_adapter(str(tmp_path), "mine", is_trainable=is_trainable)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trains == (["subspace_vectors.subspace_peft_theta_d.mine.vector"] if is_trainable else [])
+
+
 @pytest.mark.parametrize("case", [MLP, LLAMA], ids=repr)
 def test_direct_injection(case):
     model = inject_adapter_in_model(settings(), case.model())

@@ -1,0 +1,100 @@
+"""TRL: trainers that make their reference from a trained adapter, by copying it by name."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from tests.cases import BY_NAME, close, move, outputs, theta_d, wrap
+
+
+LLAMA = BY_NAME["llama"]
+SETTINGS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PREFERENCES = [
+    {"prompt": "a b c", "chosen": " d e", "rejected": " f g h"},
+    {"prompt": "c d", "chosen": " i", "rejected": " j k"},
+]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
+    # TRL 1.16 calls it what transformers 5.23 renames
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of twenty letters, in the vocabulary of the tests' models."""
+    words = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrst"]
+    letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    letters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=letters, **special)
+
+
+def trained_adapter(folder) -> PeftModel:
+    """An adapter that was trained, saved, and loaded to be trained on."""
+    model = wrap(LLAMA, **SETTINGS)
+    move(model, size=0.5)
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(LLAMA.model(), folder, is_trainable=True)
+
+
+def settings(folder) -> dict:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+    }
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def assert_reference_is(model: PeftModel, start: PeftModel) -> None:
+    """Assert that the reference is the adapter at the start, and that training has moved the other away from it."""
+    model.eval()
+    assert torch.equal(theta_d(model, "ref"), theta_d(start))
+    assert not torch.equal(theta_d(model), theta_d(start))
+    model.set_adapter("ref")
+    assert torch.equal(outputs(model, LLAMA), outputs(start.eval(), LLAMA))
+
+
+def test_the_first_loss_of_dpo_is_log_2(tmp_path):
+    trainer = DPOTrainer(
+        trained_adapter(tmp_path / "adapter"),
+        args=DPOConfig(**settings(tmp_path)),
+        train_dataset=Dataset.from_list(PREFERENCES * 3),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    close(losses[0], math.log(2), rtol=1e-6)
+    assert losses[-1] < losses[0]
+    assert_reference_is(trainer.model, trained_adapter(tmp_path / "adapter"))
+
+
+def test_grpo_measures_its_divergence_from_the_trained_adapter(tmp_path):
+    trainer = GRPOTrainer(
+        trained_adapter(tmp_path / "adapter"),
+        reward_funcs=lambda completions, **_: [float(text.count("e") + len(text) / 10) for text in completions],
+        args=GRPOConfig(**settings(tmp_path), beta=0.1, num_generations=2, max_completion_length=4),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PREFERENCES * 3]),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    divergences = logged(trainer, "kl")
+    assert divergences[0] == 0
+    assert divergences[-1] > 0
+    assert_reference_is(trainer.model, trained_adapter(tmp_path / "adapter"))

@@ -1,0 +1,48 @@
+"""SubspaceVectors: the names of theta_d, and its values and gradients under them."""
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME, move, outputs, settings, theta_d, wrap
+
+
+MLP = BY_NAME["mlp"]
+
+
+def test_an_adapter_is_copied_by_its_name_between_two_dots():
+    """As TRL makes a reference from a trained adapter, whatever its method is."""
+    model = wrap(MLP)
+    move(model)
+    model.add_adapter("ref", settings())
+    names = [name for name, _ in model.named_parameters() if ".default." in name]
+    assert names
+    for name in names:
+        model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(model.get_parameter(name))
+    trained = outputs(model, MLP)
+    model.set_adapter("ref")
+    assert torch.equal(outputs(model, MLP), trained)
+
+
+def test_a_state_dict_of_before_it_had_a_module_of_its_own_is_loaded():
+    model = wrap(MLP)
+    model.add_adapter("two", settings(seed=1))
+    move(model)
+    move(model, "two")
+    old = {name.removesuffix(".vector"): tensor for name, tensor in model.state_dict().items()}
+    assert "base_model.model.subspace_vectors.subspace_peft_theta_d.two" in old
+    other = wrap(MLP)
+    other.add_adapter("two", settings(seed=1))
+    other.load_state_dict(old, strict=True)
+    for adapter in ("default", "two"):
+        assert torch.equal(theta_d(other, adapter), theta_d(model, adapter))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_vector_put_in_its_place_trains_if_it_did(trains):
+    model = wrap(MLP)
+    theta_d(model).requires_grad_(trains)
+    vectors = model.base_model.model.subspace_vectors.subspace_peft_theta_d
+    vectors["default"] = theta_d(model).double()
+    assert theta_d(model).is_leaf
+    assert theta_d(model).dtype == torch.float64
+    assert theta_d(model).requires_grad == trains
