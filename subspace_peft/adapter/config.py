@@ -19,6 +19,7 @@ from ..coordinates.starts import STARTS
 from ..projections import PROJECTIONS
 from .card import add_note
 from .given_projection import GIVEN, stored_apart
+from .renaming import Substitutions
 
 
 NORMALIZATIONS = ("rows", "columns")
@@ -102,6 +103,9 @@ class SubspaceConfig(PeftConfig):
             owns parameters.
         parameters (`list[str]`): Which parameters of each target, such as `["weight"]`. Default: all that it owns.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: As in every PEFT method.
+        renamed (`dict[str, str]`): For a base model whose modules had other names when the adapter was made: regular
+            expressions for the new names, and what stood in the place of a match. The first that matches a name is
+            applied. P, `target_modules`, `exclude_modules`, `basis` and `mask` then go by the old names.
         basis: For `basis`: a tensor [D, k]; or a dictionary of tensors [n, k]; or a safetensors file, or a folder with
             one, that holds either; or the folder of a Trajectory, whose first d principal components are taken. The
             first d columns are used, in their own dtype, and saved with the adapter.
@@ -141,6 +145,7 @@ class SubspaceConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    renamed: dict[str, str] | None = None
     basis: object = field(default=None, repr=False, compare=False)
     mask: object = field(default=None, repr=False, compare=False)
     save_projection: bool | None = None
@@ -167,6 +172,7 @@ class SubspaceConfig(PeftConfig):
         if self.coordinates == "low_rank":
             self._check_low_rank()
         self._check_targets()
+        Substitutions(self.renamed or {})
         # A fingerprint or digest that comes from a file is a demand on the model; one filled in later is not.
         self.expected_fingerprint, self.expected_basis_digest = self.fingerprint, self.basis_digest
 
@@ -250,7 +256,10 @@ class SubspaceConfig(PeftConfig):
         """The content of adapter_config.json, without a basis or mask: it is saved with the weights, or is a path."""
         plain = copy.copy(self)
         plain.basis, plain.mask = os.fspath(self.basis) if stored_apart(self) else None, None
-        return super(SubspaceConfig, plain).to_dict()
+        content = super(SubspaceConfig, plain).to_dict()
+        if content["renamed"] is None:
+            del content["renamed"]  # versions that do not know it would warn
+        return content
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT, with a note in the model card: import the package before loading the adapter."""

@@ -14,12 +14,15 @@ from . import statistics
 from .fingerprint import identity, mark
 from .given_projection import GIVEN, stored_apart
 from .layer import SubspaceLayer
+from .renaming import Renaming
 from .scale import normalising_scale
 from .vectors import PREFIX, VECTORS
 from .walk import find_vectors, named_layers, plain, unique_coordinates
 
 
 Tensors = dict[str, Tensor]
+ROOT = "base_model.model."
+"""Begins the keys of a PeftModel; a model with an injected adapter has none."""
 
 
 def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensors) -> Tensors:
@@ -31,9 +34,10 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
     suffix = f"theta_d.{adapter}.vector"
     root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
     kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
+    renaming = find_vectors(model).renamings[adapter]
     for (key, *_), base in _statistics(model, adapter):
         if not torch.equal(state_dict[key].cpu(), base.cpu()):
-            kept[plain(key)] = state_dict[key]
+            kept[_renamed(plain(key), renaming)] = state_dict[key]
     saves_P = (config.projection in GIVEN and not stored_apart(config)) or config.save_projection
     for coordinates in unique_coordinates(model, adapter).values():
         if saves_P:
@@ -60,9 +64,10 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     """
     remapped: Tensors = {}
     places: dict[str, list[str]] = {}  # key in a file -> keys in this model
+    renaming = find_vectors(model).renamings[adapter]
     for keys, base in _statistics(model, adapter):
         remapped |= dict.fromkeys(keys, base.detach().clone())
-        places |= {plain(key): keys for key in keys}
+        places |= {name: keys for key in keys for name in (plain(key), _renamed(plain(key), renaming))}
     saved: dict[str, Tensors] = {}  # name of a projected tensor -> its part of P
     starts: dict[str, Tensors] = {}  # name of a target tensor -> the start of its factors
     for key, value in state_dict.items():
@@ -72,7 +77,8 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
             remapped |= dict.fromkeys(_places_of(key, adapter, places), value)
         elif rest == "theta_d":
             _check_theta_d(value, config)
-            remapped[f"{key}.{adapter}.vector"] = value
+            root = ROOT if key.startswith(ROOT) else ""
+            remapped[f"{root}{VECTORS}.{PREFIX}theta_d.{adapter}.vector"] = value
         elif rest == "identity":
             _check_mark(value, config)
         elif kind in ("P", "start") and name:
@@ -92,6 +98,12 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     return remapped
 
 
+def _renamed(key: str, renaming: Renaming) -> str:
+    """The key with the names that P is drawn from."""
+    root = ROOT if key.startswith(ROOT) else ""
+    return root + renaming(key.removeprefix(root))
+
+
 def _statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Tensor]]:
     """The state-dict keys of each batch-norm statistic of the adapter, and the base's value."""
     names: dict[SubspaceLayer, list[str]] = {}
@@ -103,7 +115,7 @@ def _statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Ten
 
 def _places_of(key: str, adapter: str, places: dict[str, list[str]]) -> list[str]:
     """The keys in the model for a key of the file that is not of SubspaceVectors."""
-    names = [f"{plain(name)}.{adapter}" for name in (key, key.removeprefix("base_model.model."))]
+    names = [f"{plain(name)}.{adapter}" for name in (key, key.removeprefix(ROOT))]
     keys = next((places[name] for name in names if name in places), [key])
     if keys == [key] and f".{PREFIX}" in f".{key}":
         raise ValueError(

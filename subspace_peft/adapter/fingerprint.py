@@ -26,6 +26,13 @@ def fingerprint(shapes: dict[str, tuple[int, ...]]) -> str:
     )
 
 
+def in_order_of(expected: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The target tensors in the order of this fingerprint, if they are the same: a model can list its modules anew."""
+    places = {expected[at : at + DIGITS]: at for at in range(0, len(expected), DIGITS)}
+    ordered = dict(sorted(shapes.items(), key=lambda item: places.get(fingerprint(dict([item])), len(expected))))
+    return ordered if fingerprint(ordered) == expected else shapes
+
+
 def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare the target tensors with those of the base model that the adapter was trained on.
 
@@ -45,7 +52,8 @@ def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None
         difference = f"this model ends after `{names[-1]}`, the adapter's base had {count - len(names)} more"
     raise ValueError(
         f"An adapter must be loaded onto the base model it was trained on: {difference} (of {count} target tensors "
-        f"there and {len(names)} here); load the right base model, or train a new adapter."
+        f"there and {len(names)} here); load the right base model, or say in `renamed` what its modules were called "
+        "then, or train a new adapter."
     )
 
 

@@ -16,12 +16,13 @@ from torch import nn
 from . import file as adapter_file
 from . import statistics
 from .config import SubspaceConfig
-from .fingerprint import identity
+from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
-from .plan import Plan
+from .plan import Plan, moved_shapes
+from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
-from .targets import ALL, expand_all, expand_all_linear, find_targets, near_names
+from .targets import ALL, Target, expand_all, expand_all_linear, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import unique_coordinates
@@ -69,15 +70,10 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
         """Plan and check everything before a module or the config is touched."""
-        named = copy.copy(config)
-        if config.target_modules == ALL:
-            named.target_modules = expand_all(model)
-        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            named.target_modules = expand_all_linear(model, config)
-        self._plan = None
-        targets = find_targets(model, named, partial(self._matches, named))
+        self._plan, self._renaming = None, UNCHANGED
+        named, targets = self._find_targets(config, model)
         if targets:
-            self._plan = Plan(config, targets)
+            self._plan = Plan(config, targets, self._renaming)
             config.target_modules = named.target_modules
         elif self._all_excluded(model, named):
             raise ValueError(
@@ -90,21 +86,40 @@ class SubspaceModel(BaseTuner):
                 f"{', '.join(near)}."
             )
 
+    def _find_targets(self, config: SubspaceConfig, model: nn.Module) -> tuple[SubspaceConfig, list[Target]]:
+        """The targets, and the config with their names, read by the first names that fit the fingerprint."""
+        readings = []
+        for renaming in renamings(config, model):
+            named = copy.copy(config)
+            if config.target_modules == ALL:
+                named.target_modules = {renaming(name) for name in expand_all(model)}
+            elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+                named.target_modules = {renaming(name) for name in expand_all_linear(model, config)}
+            targets = find_targets(model, named, partial(self._matches, named, renaming), renaming)
+            readings.append((renaming, named, targets))
+            if config.expected_fingerprint in (None, fingerprint(moved_shapes(config, targets))):
+                break
+        else:
+            readings = readings[:1]
+        self._renaming, named, targets = readings[-1]
+        return named, targets
+
     def _all_excluded(self, model: nn.Module, config: SubspaceConfig) -> bool:
         lenient = copy.copy(config)
         lenient.exclude_modules = None
-        return bool(config.exclude_modules and find_targets(model, lenient, partial(self._matches, lenient)))
+        matches = partial(self._matches, lenient, self._renaming)
+        return bool(config.exclude_modules and find_targets(model, lenient, matches, self._renaming))
 
-    def _matches(self, config: SubspaceConfig, name: str) -> bool:
-        match = super()._check_target_module_exists(config, name)
+    def _matches(self, config: SubspaceConfig, renaming: Renaming, name: str) -> bool:
+        match = super()._check_target_module_exists(config, renaming(name))
         return bool(match) and not isinstance(match, _ExcludedModule)
 
     def _check_target_module_exists(self, config: SubspaceConfig, key: str):
-        """As in PEFT, but a module that an earlier adapter wraps also matches for its submodules.
+        """As in PEFT, but by the names that P is drawn from.
 
-        PEFT passes over those.
+        A module that an earlier adapter wraps also matches for its submodules, which PEFT passes over.
         """
-        match = super()._check_target_module_exists(config, key)
+        match = super()._check_target_module_exists(config, self._renaming(key))
         return match or self._wraps_a_target(key) or match
 
     def _wraps_a_target(self, key: str) -> bool:

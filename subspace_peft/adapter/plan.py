@@ -13,12 +13,21 @@ from ..coordinates import COORDINATES, Coordinates, LowRank
 from ..coordinates.factored import operation
 from ..coordinates.starts import STARTS, FactorShapes, Increment, Start, TruncatedSVD
 from ..projections import PROJECTIONS, Projection, TensorRows
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
+from .renaming import UNCHANGED, Renaming
 from .scale import normalising_scale
 from .targets import Target
 from .vectors import SubspaceVectors
+
+
+def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, tuple[int, ...]]:
+    """The shape of each target tensor that the config's coordinates move, in the order of theta."""
+    parts = COORDINATES[config.coordinates].parts
+    shapes = {name: tuple(getattr(t.module, path).shape) for t in targets for path, name in t.tensors.items()}
+    shapes = {name: shape for name, shape in shapes.items() if parts(shape, config.rank, config.factors)}
+    return in_order_of(config.expected_fingerprint, shapes) if config.expected_fingerprint else shapes
 
 
 class Plan:
@@ -28,17 +37,17 @@ class Plan:
         ValueError: if the config does not fit the targets.
     """
 
-    def __init__(self, config: PeftConfig, targets: list[Target]):
-        self.config, self.targets = config, targets
-        self.shapes: dict[str, tuple[int, ...]] = {}  # the shape of each target tensor
+    def __init__(self, config: PeftConfig, targets: list[Target], renaming: Renaming = UNCHANGED):
+        self.config, self.targets, self.renaming = config, targets, renaming
+        self.shapes = moved_shapes(config, targets)  # the shape of each target tensor
         self.owners: dict[str, list[tuple[nn.Module, str]]] = {}  # the modules that hold it, and its path in each
-        self.parts: dict[str, dict[str, tuple[int, ...]]] = {}  # what P moves for it: suffix -> shape
         for target in targets:
             for path, name in target.tensors.items():
-                shape = tuple(getattr(target.module, path).shape)
-                if parts := COORDINATES[config.coordinates].parts(shape, config.rank, config.factors):
-                    self.shapes[name], self.parts[name] = shape, parts
+                if name in self.shapes:
                     self.owners.setdefault(name, []).append((target.module, path))
+        kind = COORDINATES[config.coordinates]  # what P moves for it: suffix -> shape
+        self.parts = {name: kind.parts(shape, config.rank, config.factors) for name, shape in self.shapes.items()}
+        self._check_names()
         self._check_shapes()
         if config.replace_weight:
             self._check_replaced()
@@ -51,6 +60,14 @@ class Plan:
         self.starts = {name: self._start(name) for name in self.shapes} if config.coordinates == "low_rank" else {}
 
     # -------------------------------------------------------------------------------------------------------- checking
+
+    def _check_names(self) -> None:
+        for name, owners in self.owners.items():
+            if len({id(getattr(module, path)) for module, path in owners}) > 1:
+                raise ValueError(
+                    f"`renamed` must give each target tensor a name of its own, but several are called `{name}`; "
+                    "write its regular expressions narrower."
+                )
 
     def _check_shapes(self) -> None:
         if not self.shapes:
@@ -132,7 +149,7 @@ class Plan:
             # are made together.
             projections = [projection for c in coordinates.values() for projection in c.projections.values()]
             joint_cache = PROJECTIONS[config.projection].together(projections)
-        vectors.add(adapter, theta_d, scale, joint_cache)
+        vectors.add(adapter, theta_d, scale, joint_cache, self.renaming)
         layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)

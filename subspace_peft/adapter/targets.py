@@ -30,7 +30,7 @@ class Target:
     parent: nn.Module
     child: str
     module: nn.Module
-    tensors: dict[str, str]  # path inside the module -> name of the tensor in the base model
+    tensors: dict[str, str]  # path inside the module -> name of the tensor, from which P is drawn
     merged_elsewhere: frozenset[str]  # the paths whose tensor an earlier target holds too
 
     @property
@@ -110,11 +110,14 @@ def _computed_from(name: str, module: nn.Module) -> list[str]:
     return [f"{name}.parametrizations.{parameter}" for parameter in lists]
 
 
-def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: PeftConfig, matches: Callable[[str], bool], rename: Callable[[str], str]
+) -> list[Target]:
     """The modules that the config names, those that share a tensor with them, and those that keep statistics.
 
     Args:
         matches: Whether the config names the module of this name.
+        rename: The name that P is drawn from for a tensor of this name.
 
     Raises:
         ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them quantised.
@@ -139,7 +142,7 @@ def find_targets(model: nn.Module, config: PeftConfig, matches: Callable[[str], 
                 if id(p) in held:
                     merged_elsewhere.add(path)
                 held.add(id(p))
-            names = {path: first_names[id(p)] for path, p in parameters.items()}
+            names = {path: rename(first_names[id(p)]) for path, p in parameters.items()}
             targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere)))
     return targets if theta else []
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..plain_model import whole
 from ..projections import JointCache
+from .renaming import UNCHANGED, Renaming
 
 
 PREFIX = "subspace_peft_"
@@ -56,7 +57,7 @@ class _Renames(dict):
 
 
 class SubspaceVectors(AuxiliaryTrainingWrapper):
-    """theta_d of every adapter of a model, and the scales that normalise their P.
+    """theta_d of every adapter of a model, the scales that normalise their P, and the names that P is drawn from.
 
     It is a child of the base model, and layers hold an unregistered reference to it: theta_d has one owner and one
     name in the state dict, whichever modules it moves. PEFT treats it as one of `modules_to_save`, trained beside the
@@ -73,14 +74,20 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         self.subspace_peft_theta_d = ThetaD()
         self.scales: dict[str, Tensor | float | None] = {}
         self.joint_caches: dict[str, JointCache | None] = {}
+        self.renamings: dict[str, Renaming] = {}
 
     def add(
-        self, adapter: str, theta_d: Tensor, scale: Tensor | float | None, joint_cache: JointCache | None = None
+        self,
+        adapter: str,
+        theta_d: Tensor,
+        scale: Tensor | float | None,
+        joint_cache: JointCache | None = None,
+        renaming: Renaming = UNCHANGED,
     ) -> None:
         """Add an adapter; its scale is None until its basis or mask is read from its file."""
         self.update(adapter)
         self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
-        self.scales[adapter], self.joint_caches[adapter] = scale, joint_cache
+        self.scales[adapter], self.joint_caches[adapter], self.renamings[adapter] = scale, joint_cache, renaming
 
     def normalised(self, adapter: str) -> Tensor:
         """z = theta_d times the scale, so that P z with the unnormalised P is P theta_d with the normalised one: [d].
@@ -120,6 +127,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         self._adapters.discard(adapter_name)
         self.scales.pop(adapter_name, None)
         self.joint_caches.pop(adapter_name, None)
+        self.renamings.pop(adapter_name, None)
         if adapter_name in self.subspace_peft_theta_d:
             del self.subspace_peft_theta_d[adapter_name]
         self._active_adapter = [name for name in new_active_adapters or () if name in self._adapters]
