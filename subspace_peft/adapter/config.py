@@ -175,6 +175,8 @@ class SubspaceConfig(PeftConfig):
         Substitutions(self.renamed or {})
         # A fingerprint or digest that comes from a file is a demand on the model; one filled in later is not.
         self.expected_fingerprint, self.expected_basis_digest = self.fingerprint, self.basis_digest
+        # What only the file of the adapter holds, for another adapter with its config: a given P, where factors start.
+        self.given, self.starts = None, {}
 
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():

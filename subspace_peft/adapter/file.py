@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..coordinates import Coordinates
 from . import statistics
 from .fingerprint import identity, mark
-from .given_projection import GIVEN, stored_apart
+from .given_projection import GIVEN, Given, stored_apart
 from .layer import SubspaceLayer
 from .renaming import Renaming
 from .scale import normalising_scale
@@ -94,7 +94,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     _install(coordinates, config, saved)
     if saved:
         find_vectors(model).scales[adapter] = normalising_scale(config, coordinates)
-    _install_starts(coordinates, starts)
+    _install_starts(coordinates, config, starts)
     return remapped
 
 
@@ -180,9 +180,12 @@ def _install(coordinates: dict[str, Coordinates], config: PeftConfig, saved: dic
         rows = dataclasses.replace(owner.projections[suffix].rows, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(rows)
         column += len(given) if config.projection == "coordinate" else 0
+    if saved and config.projection in GIVEN:
+        rows = {name: owner.projections[suffix].rows.given for name, (owner, suffix) in projections.items()}
+        config.given = Given(config.d, rows)
 
 
-def _install_starts(coordinates: dict[str, Coordinates], saved: dict[str, Tensors]) -> None:
+def _install_starts(coordinates: dict[str, Coordinates], config: PeftConfig, saved: dict[str, Tensors]) -> None:
     """Start the factors where those of the file started, whatever the base's weights are."""
     starts = {name: c.start for name, c in coordinates.items() if c.start and c.start.measured_shapes()}
     if set(saved) != set(starts):
@@ -198,3 +201,4 @@ def _install_starts(coordinates: dict[str, Coordinates], saved: dict[str, Tensor
                 f"The start of `{name}` in the adapter file must be {expected}, got {shapes}; it is damaged."
             )
         starts[name].load({path: tensor.clone() for path, tensor in tensors.items()})
+    config.starts = starts

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..projections import PROJECTIONS, TensorRows
+from .given_projection import Given
 from .scale import normalising_scale
 from .walk import find_vectors, named_layers, unique_coordinates
 
@@ -43,8 +44,9 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     config = copy.copy(config)
     config.projection, config.d, config.normalization, config.nnz_per_row = "basis", 1, "columns", None
     config.basis = config.mask = config.save_projection = config.basis_digest = config.expected_basis_digest = None
+    config.given = Given(1, {name: increment.div_(length) for name, increment in increments.items()})
     for c in coordinates.values():
-        rows = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments.pop(c.name).div_(length))
+        rows = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments[c.name])
         c.projections[""] = PROJECTIONS["basis"](rows)
     theta_d = vectors.subspace_peft_theta_d[adapter_name]
     vectors.subspace_peft_theta_d[adapter_name] = nn.Parameter(theta_d.new_tensor([length]), theta_d.requires_grad)

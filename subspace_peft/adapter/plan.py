@@ -55,7 +55,7 @@ class Plan:
             check_fingerprint(config.expected_fingerprint, self.shapes)
         projected = {name + suffix: part for name, parts in self.parts.items() for suffix, part in parts.items()}
         self.D = sum(map(prod, projected.values()))
-        self.given = read_given(config, projected)
+        self.given = read_given(config, projected) or config.given
         self.d = self._dimension()
         self.starts = {name: self._start(name) for name in self.shapes} if config.coordinates == "low_rank" else {}
 
@@ -119,6 +119,8 @@ class Plan:
 
     def _start(self, name: str) -> Start:
         config = self.config
+        if name in config.starts:
+            return config.starts[name]
         kind = STARTS[config.start] if config.replace_weight else Increment
         shapes = FactorShapes.of(self.shapes[name], config.rank, config.factors)
         start = kind(name, shapes, config.alpha / config.rank, config.seed, config.projection_version)

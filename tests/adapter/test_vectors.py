@@ -2,18 +2,38 @@
 
 import pytest
 import torch
+from peft import PeftModel
 
-from tests.cases import BY_NAME, move, outputs, settings, theta_d, wrap
+from subspace_peft import fold
+from tests.cases import BY_NAME, REPLACED, move, outputs, settings, theta_d, wrap
 
 
 MLP = BY_NAME["mlp"]
 
 
-def test_an_adapter_is_copied_by_its_name_between_two_dots():
-    """As TRL makes a reference from a trained adapter, whatever its method is."""
-    model = wrap(MLP)
+D = sum(parameter.numel() for parameter in MLP.model().parameters())
+KINDS = {
+    "fastfood": {},
+    "saved": {"save_projection": True},
+    "basis": {"projection": "basis", "d": None, "basis": torch.eye(D)[:, ::9]},
+    "coordinate": {"projection": "coordinate", "d": None, "mask": torch.arange(D) % 9 == 0},
+    "svd": {**REPLACED, "target_modules": ["fc1", "fc2"]},
+    "random": {**REPLACED, "target_modules": ["fc1", "fc2"], "start": "random"},
+}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["fresh", "loaded"])
+@pytest.mark.parametrize("kind", [*KINDS, "folded"])
+def test_an_adapter_is_copied_by_its_name_between_two_dots(kind, is_loaded, tmp_path):
+    """As TRL makes a reference from a trained adapter, whatever its method is: with its config and its parameters."""
+    model = wrap(MLP, **KINDS.get(kind, {}))
     move(model)
-    model.add_adapter("ref", settings())
+    if kind == "folded":
+        fold(model)
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(MLP.model(), tmp_path).eval()
+    model.add_adapter("ref", model.peft_config["default"])
     names = [name for name, _ in model.named_parameters() if ".default." in name]
     assert names
     for name in names:
