@@ -10,8 +10,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..coordinates import Coordinates
+from ..projections import Projection
 from . import statistics
-from .fingerprint import identity, mark
+from .fingerprint import check_mark, mark
 from .given_projection import GIVEN, Given, stored_apart
 from .layer import SubspaceLayer
 from .renaming import Renaming
@@ -28,23 +29,21 @@ ROOT = "base_model.model."
 def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensors) -> Tensors:
     """The part of the model's state dict that is saved, and what is saved beside it.
 
-    That is theta_d, the batch-norm statistics that training changed, a given P, the start of replaced weights, and
-    the mark of P.
+    That is theta_d, batch-norm statistics, a given P, the start of replaced weights, and the mark of P. Training adds
+    no key, and all but an integer P are floats: federated learning averages them entry by entry.
     """
     suffix = f"theta_d.{adapter}.vector"
     root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
     kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
     renaming = find_vectors(model).renamings[adapter]
-    for (key, *_), base in _statistics(model, adapter):
-        if not torch.equal(state_dict[key].cpu(), base.cpu()):
-            kept[_renamed(plain(key), renaming)] = state_dict[key]
+    for (key, *_), _ in _statistics(model, adapter):
+        statistic = state_dict[key]
+        kept[_renamed(plain(key), renaming)] = statistic if statistic.is_floating_point() else statistic.float()
     saves_P = (config.projection in GIVEN and not stored_apart(config)) or config.save_projection
     for coordinates in unique_coordinates(model, adapter).values():
         if saves_P:
             for suffix, projection in coordinates.projections.items():
-                given = projection.rows.given
-                drawn = projection.state(torch.device("cpu")) if given is None else given
-                for path, tensor in _flatten(drawn):
+                for path, tensor in _flatten(_content(projection)):
                     kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
         for suffix, tensor in (coordinates.start.saved() if coordinates.start else {}).items():
             kept[f"{root}start.{coordinates.name}/{suffix}.{adapter}"] = tensor
@@ -74,13 +73,14 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
         _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
         kind, _, name = rest.partition(".")
         if not vectors:
-            remapped |= dict.fromkeys(_places_of(key, adapter, places), value)
+            keys = _places_of(key, adapter, places)
+            remapped |= dict.fromkeys(keys, _like(remapped.get(keys[0]), value))
         elif rest == "theta_d":
             _check_theta_d(value, config)
             root = ROOT if key.startswith(ROOT) else ""
             remapped[f"{root}{VECTORS}.{PREFIX}theta_d.{adapter}.vector"] = value
         elif rest == "identity":
-            _check_mark(value, config)
+            check_mark(value, config)
         elif kind in ("P", "start") and name:
             name, _, path = name.rpartition("/")
             (saved if kind == "P" else starts).setdefault(name, {})[path] = value
@@ -133,13 +133,17 @@ def _check_theta_d(theta_d: Tensor, config: PeftConfig) -> None:
         )
 
 
-def _check_mark(saved: Tensor, config: PeftConfig) -> None:
-    if not torch.equal(saved.cpu(), mark(config)):
-        raise ValueError(
-            f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was "
-            "trained with another seed, d, projection or base; load it under another adapter name, with its own "
-            "adapter_config.json."
-        )
+def _like(integers: Tensor | None, value: Tensor) -> Tensor:
+    """The value, as the integers that it was before it was averaged where `integers` holds some."""
+    if integers is None or integers.is_floating_point() or not value.is_floating_point():
+        return value
+    return value.round().to(integers.dtype)
+
+
+def _content(projection: Projection) -> Tensor | tuple:
+    """What a file holds of P."""
+    given = projection.rows.given
+    return projection.state(torch.device("cpu")) if given is None else given
 
 
 def _flatten(tensors: Tensor | tuple, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -176,7 +180,8 @@ def _install(coordinates: dict[str, Coordinates], config: PeftConfig, saved: dic
     column = 0
     for name, tensors in ((name, saved[name]) for name in projections if name in saved):
         owner, suffix = projections[name]
-        given = _unflatten(tensors)
+        held = dict(_flatten(_content(owner.projections[suffix])))
+        given = _unflatten({path: _like(held.get(path), tensor) for path, tensor in tensors.items()})
         rows = dataclasses.replace(owner.projections[suffix].rows, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(rows)
         column += len(given) if config.projection == "coordinate" else 0

@@ -17,6 +17,9 @@ LATER = ("replace_weight", "start", "factors", "gamma")
 
 DIGITS = 8  # of each target tensor
 
+ROUNDING, HALF_ROUNDING = 1e-2, 0.5
+"""How far averages of equal marks, computed in float32 or in half precision, may be from the mark."""
+
 
 def fingerprint(shapes: dict[str, tuple[int, ...]]) -> str:
     """Eight hexadecimal digits for the name and shape of each target tensor, in their order."""
@@ -64,6 +67,34 @@ def identity(config: PeftConfig) -> str:
 
 
 def mark(config: PeftConfig) -> Tensor:
-    """The identity in 64 bits, which the file with the weights holds: int64 [1]."""
+    """The identity in 64 bits, which the file with the weights holds: its bytes as float32 [8], from 0 to 255.
+
+    They are floats because federated learning averages every tensor of a file: the average of equal marks is the mark.
+    """
     digest = blake2b(identity(config).encode(), digest_size=8).digest()
-    return torch.tensor([int.from_bytes(digest, "little", signed=True)])
+    return torch.tensor(list(digest), dtype=torch.float32)
+
+
+def check_mark(saved: Tensor, config: PeftConfig) -> None:
+    """Compare the mark in a file, or the average of several, with that of the adapter it is loaded into.
+
+    Raises:
+        ValueError: if they differ by more than averaging rounds.
+    """
+    if saved.dtype == torch.int64:  # the same bytes, as version 0.1 wrote them
+        saved = saved.cpu().view(torch.uint8)
+    tolerance = HALF_ROUNDING if saved.itemsize == 2 else ROUNDING
+    saved, expected = saved.detach().to("cpu", torch.float64), mark(config)
+    if saved.shape == expected.shape and (saved - expected).abs().max() < tolerance:
+        return
+    if ((saved - saved.round()).abs() >= tolerance).any():
+        raise ValueError(
+            "Adapters must share one P to be averaged, but the mark in this average is one of different marks: some "
+            f"were trained with another seed, d, projection or base than the one it is loaded into, {identity(config)}"
+            "; start each of them from this config, on this base."
+        )
+    raise ValueError(
+        f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was "
+        "trained with another seed, d, projection or base; load it under another adapter name, with its own "
+        "adapter_config.json."
+    )

@@ -46,7 +46,7 @@ def configure(folder, **changes):
 def test_its_content(folder):
     state = load_file(folder / WEIGHTS)
     assert state[THETA_D].shape == (7,)
-    assert sum(tensor.numel() for tensor in state.values()) == 8  # theta_d and the mark of P
+    assert sum(tensor.numel() for tensor in state.values()) == 7 + 8  # theta_d and the mark of P
     config = json.loads((folder / CONFIG).read_text())
     assert config["D"] == 114
     assert len(config["fingerprint"]) == 8 * 4

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft.adapter.layer import SubspaceLayer
@@ -62,11 +62,19 @@ class TestBatchNorm:
         assert torch.equal(outputs(loaded, self.case), outputs(model, self.case))
         assert sum("running" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == 4
 
-    def test_unchanged_ones_are_not_saved(self, tmp_path):
+    def test_training_adds_no_key_to_the_file(self, model):
+        untrained = wrap(self.case, target_modules=model.peft_config["default"].target_modules)
+        assert list(get_peft_model_state_dict(untrained)) == list(get_peft_model_state_dict(model))
+
+    def test_a_file_without_them_stands_for_the_bases(self, tmp_path):
+        """Version 0.1 saved them only where training had changed them."""
         model = wrap(self.case)
         move(model)
         model.save_pretrained(tmp_path)
-        assert not any("running" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({key: t for key, t in load_file(file).items() if "running" not in key and "num" not in key}, file)
+        loaded = PeftModel.from_pretrained(self.case.model(), tmp_path).eval()
+        assert torch.equal(outputs(loaded, self.case), outputs(model, self.case))
 
     def test_merge_takes_them_and_unmerge_gives_them_back(self, model):
         adapted = outputs(model, self.case)
