@@ -1,4 +1,4 @@
-"""The parameters of a model that train: whole, and under their names in the plain model, without wrappers."""
+"""The parameters and buffers that training changes: whole, and under their names in the plain model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, under their names without DDP, FSDP and torch.compile.
 
-    Wide dtypes come first, so that all tensors in a file are aligned.
-
     Raises:
         ValueError: if nothing trains, or DeepSpeed's ZeRO-3 has replaced the parameters by empty tensors.
     """
     model = unwrapped(model)
-    parameters = {WRAPPERS.sub("", name).lstrip("."): p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
             "A trajectory records parameters that train, this model has none; set requires_grad, or record the base "
@@ -52,7 +50,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"Parameters must not be sharded by DeepSpeed's ZeRO-3 to be recorded, `{name}` is; use ZeRO-2 or "
                 "FSDP."
             )
-    return dict(sorted(parameters.items(), key=lambda item: -item[1].dtype.itemsize))
+    return parameters
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers in the state dict, which training may change as it does batch norm's statistics, by these names."""
+    return {
+        _plain(f"{prefix}.{name}"): buffer
+        for prefix, module in unwrapped(model).named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _plain(name: str) -> str:
+    return WRAPPERS.sub("", name).lstrip(".")
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

@@ -45,7 +45,7 @@ def measure(run: Settings, folder: Path, d: int, test: Split) -> dict[str, Any]:
     accuracies = {"sampled": [], "reconstructed": []}
     for i in tqdm(range(len(trajectory)), desc=str(run), unit="sample"):
         weights = trajectory.sample(i)
-        reconstructed = reconstruct(basis, coefficients(basis, weights, origin), origin)
+        reconstructed = weights | reconstruct(basis, coefficients(basis, weights, origin), origin)
         for kind, tensors in (("sampled", weights), ("reconstructed", reconstructed)):
             network.load_state_dict(tensors)
             accuracies[kind].append((predict(network, test).argmax(1) == test.labels).double().mean().item())

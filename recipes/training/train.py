@@ -147,7 +147,8 @@ def burn_in(network: nn.Module, settings: Settings, training: Split) -> None:
 def mask(network: nn.Module, settings: Settings, trajectory: Path | None) -> Mask:
     """The mask of projection "coordinate": the lottery ticket at the end of the trajectory, or a random one."""
     if settings.trajectory:
-        return lottery_ticket(Trajectory(trajectory).sample(-1), settings.d)
+        sample = Trajectory(trajectory).sample(-1)
+        return lottery_ticket({name: sample[name] for name, _ in network.named_parameters()}, settings.d)
     return random_ticket(network, settings.d, settings.seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -16,6 +16,9 @@ from torch import Tensor
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+BUFFER_DTYPES = DTYPES | INTEGERS | {"BOOL": torch.bool, "C64": torch.complex64}
+BUFFERS = "buffers"  # the key of their names in the metadata of a file
 READ_BYTES = 2**26
 """Bytes that are read at once, of all samples together."""
 CHUNK_BYTES = 2**23
@@ -31,21 +34,29 @@ class Entry:
     start: int  # byte of the file
 
 
-def write_tensors(path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], chunks: Iterable[Tensor]) -> None:
+def write_tensors(
+    path: Path,
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    chunks: Iterable[Tensor],
+    buffers: Collection[str] = (),
+) -> None:
     """Write a safetensors file, of tensors that need not be in memory together; it gets its name once it is complete.
 
     Args:
         kinds: dtype and shape of each tensor.
         chunks: The entries of the tensors in that order; where a chunk ends does not matter.
+        buffers: The names of those that are buffers; the file lists them in its metadata.
 
     Raises:
-        ValueError: if a dtype is not in `DTYPES`.
+        ValueError: if a dtype is not in `DTYPES`, or that of a buffer not in `BUFFER_DTYPES`.
     """
-    codes, header, end = {dtype: code for code, dtype in DTYPES.items()}, {}, 0
+    codes, end = {dtype: code for code, dtype in BUFFER_DTYPES.items()}, 0
+    header = {"__metadata__": {BUFFERS: json.dumps(list(buffers))}} if buffers else {}
     for name, (dtype, shape) in kinds.items():
-        if dtype not in codes:
+        allowed = (BUFFER_DTYPES if name in buffers else DTYPES).values()
+        if dtype not in allowed:
             raise ValueError(
-                f"A tensor of a trajectory must be of {', '.join(map(str, codes))}, `{name}` is {dtype}; convert it."
+                f"A tensor of a trajectory must be of {', '.join(map(str, allowed))}, `{name}` is {dtype}; convert it."
             )
         start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -63,7 +74,7 @@ def write_tensors(path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, and where they are in it.
+    """The tensors of a safetensors file but its buffers, and where they are in it.
 
     Raises:
         ValueError: if the file is damaged or incomplete.
@@ -73,13 +84,16 @@ def read_header(path: Path) -> dict[str, Entry]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length <= size - 8 else {}
-        header.pop("__metadata__", None)
+        buffers = json.loads(header.pop("__metadata__", {}).get(BUFFERS, "[]"))
         entries, end = {}, 0
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            entries[name] = Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
-            complete = stop - start == prod(entries[name].shape) * entries[name].dtype.itemsize
+            dtype = (BUFFER_DTYPES if name in buffers else DTYPES)[entry["dtype"]]
+            entries[name] = Entry(dtype, tuple(entry["shape"]), 8 + length + start)
+            complete = stop - start == prod(entries[name].shape) * dtype.itemsize
             end = max(end, 8 + length + stop) if complete else size + 1
+        for name in buffers:
+            del entries[name]
     except (ValueError, KeyError, TypeError, AttributeError):
         entries, end = {}, -1
     if not entries or end != size:

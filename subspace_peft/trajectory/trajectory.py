@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..plain_model import gathered, is_main_process, trained_parameters, wait_for_all, whole
+from ..plain_model import gathered, is_main_process, saved_buffers, trained_parameters, wait_for_all, whole
 from .components import Components
 from .samples import DTYPES, Samples, read_header, write_tensors
 
@@ -50,6 +50,8 @@ class Trajectory:
     def add(self, model: nn.Module, step: int | None = None) -> Path | None:
         """Write one sample: every parameter of `model` that trains, under its name in the plain model.
 
+        Beside them lie the buffers of the state dict, such as batch norm's statistics, which enter no basis.
+
         Call it on every process. Sharded parameters are gathered one at a time (by FSDP of version 1 all at once), the
         main process writes, and all wait for it. A sample of the same step is replaced.
 
@@ -66,23 +68,26 @@ class Trajectory:
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ValueError(f"`step` must be an integer of at least 0, got {step!r}.")
         with gathered(model):
-            parameters = trained_parameters(model)
-            tensors = (whole(parameter) for parameter in parameters.values())
+            parameters, buffers = trained_parameters(model), saved_buffers(model)
+            # wide dtypes first, so that all tensors in the file are aligned
+            tensors = dict(sorted((parameters | buffers).items(), key=lambda item: -item[1].dtype.itemsize))
+            chunks = (whole(tensor) for tensor in tensors.values())
             if is_main_process():
-                path = self._write(parameters, tensors, step)
+                path = self._path_of(parameters, step)
+                kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+                write_tensors(path, kinds, chunks, buffers)
             else:
                 path = None
-                for _ in tensors:
+                for _ in chunks:
                     pass
         wait_for_all()  # otherwise a process that computes a basis next could miss this sample
         return path
 
-    def _write(self, parameters: dict[str, nn.Parameter], tensors: Iterable[Tensor], step: int | None) -> Path:
+    def _path_of(self, parameters: dict[str, nn.Parameter], step: int | None) -> Path:
         last = max(self.files(), default=-1)
         path = self.folder / f"{last + 1 if step is None else step:08d}.safetensors"
         self._check_model(parameters, path)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}, tensors)
         return path
 
     def _check_model(self, parameters: dict[str, nn.Parameter], path: Path) -> None:
@@ -114,7 +119,10 @@ class Trajectory:
         return len(self.steps)
 
     def sample(self, i: int) -> dict[str, Tensor]:
-        """The i-th sample that is used; -1 is the last."""
+        """The i-th sample that is used; -1 is the last: `model.load_state_dict(sample, strict=False)` goes there.
+
+        It holds the parameters that train, which are those of `shapes`, and the buffers as they were.
+        """
         path = self.files()[self.steps[i]]
         read_header(path)  # its error names the damaged file
         return load_file(path)
@@ -123,7 +131,7 @@ class Trajectory:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each recorded tensor."""
+        """The shape of each recorded parameter."""
         return self._components(None).samples.shapes
 
     def basis(

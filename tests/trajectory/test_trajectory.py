@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from subspace_peft import SubspaceConfig, Trajectory, coefficients, reconstruct
 from subspace_peft.adapter.walk import find_vectors
-from tests.cases import BY_NAME, wrap
+from tests.cases import BY_NAME, outputs, train, wrap
 from tests.models import MLP, Tied
 from tests.trajectory.walks import SHAPES, flat, walk, write
 
@@ -29,6 +29,62 @@ def test_tied_tensors_are_recorded_once(tmp_path):
     trajectory = Trajectory(tmp_path)
     trajectory.add(Tied())
     assert set(trajectory.sample(0)) == {"tokens.weight", "middle.weight", "middle.bias"}
+
+
+def trained_convnets(folder, steps=3):
+    """A trajectory of a net with batch norm, and its outputs in evaluation mode at each sample."""
+    case = BY_NAME["convnet"]
+    model, trajectory, expected = case.model().requires_grad_(True), Trajectory(folder), []
+    for _ in range(steps):
+        train(model, case, lr=0.1)
+        trajectory.add(model)
+        expected.append(outputs(model, case))
+    return trajectory, expected
+
+
+def test_a_fresh_net_with_a_sample_gives_the_outputs_of_that_step(tmp_path):
+    trajectory, expected = trained_convnets(tmp_path)
+    case = BY_NAME["convnet"]
+    for i, then in enumerate(expected):
+        fresh = case.model()
+        fresh.load_state_dict(trajectory.sample(i))
+        assert torch.equal(outputs(fresh, case), then)
+    assert trajectory.sample(0)["bn1.num_batches_tracked"] == 2
+
+
+def test_statistics_enter_no_basis(tmp_path):
+    trajectory, _ = trained_convnets(tmp_path)
+    parameters = {name: tuple(p.shape) for name, p in BY_NAME["convnet"].model().named_parameters()}
+    assert trajectory.shapes == parameters
+    basis = trajectory.basis(2)
+    assert set(basis) == set(parameters)
+    W = torch.stack([torch.cat([trajectory.sample(i)[n].flatten() for n in parameters]) for i in range(3)], 1).double()
+    W = W - W.mean(1, keepdim=True)
+    variances = torch.linalg.svdvals(W).square()[:3]
+    torch.testing.assert_close(trajectory.explained_variance_ratio, variances / variances.sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_samples_without_statistics_load(tmp_path):
+    """Version 0.1 recorded parameters alone; such a trajectory can be continued."""
+    trajectory, _ = trained_convnets(tmp_path)
+    first = trajectory.files()[0]
+    save_file({name: tensor for name, tensor in load_file(first).items() if name in trajectory.shapes}, first)
+    trajectory.add(BY_NAME["convnet"].model().requires_grad_(True))
+    assert len(trajectory) == 4
+    assert set(trajectory.basis(3)) == set(trajectory.sample(0)) < set(trajectory.sample(-1))
+
+
+def test_every_buffer_of_the_state_dict_is_recorded(tmp_path):
+    model = MLP()
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("phases", torch.tensor([1j, 2]))
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    trajectory = Trajectory(tmp_path)
+    trajectory.add(model)
+    assert set(trajectory.sample(0)) == set(model.state_dict())
+    for name in ("mask", "phases"):
+        assert torch.equal(trajectory.sample(0)[name], model.get_buffer(name))
+    assert trajectory.shapes == SHAPES
 
 
 def compiled(module):
