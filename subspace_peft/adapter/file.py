@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..coordinates import Coordinates
 from ..projections import Projection
 from . import statistics
+from .embeddings import keys_in_model, offer
 from .fingerprint import check_mark, mark
 from .given_projection import GIVEN, Given, stored_apart
 from .layer import SubspaceLayer
@@ -47,10 +48,7 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
                     kept[f"{root}P.{coordinates.name}{suffix}/{path}.{adapter}"] = tensor
         for suffix, tensor in (coordinates.start.saved() if coordinates.start else {}).items():
             kept[f"{root}start.{coordinates.name}/{suffix}.{adapter}"] = tensor
-    for key in [key for key in state_dict if key.rpartition(".")[0].endswith(".base_layer")]:
-        # If a target is called lm_head or embed_tokens, PEFT adds the base's embeddings to the file, which belong to
-        # the base. PEFT looks for them in this dictionary, which is a copy.
-        del state_dict[key]
+    offer(model, config, state_dict)
     return kept
 
 
@@ -67,13 +65,14 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     for keys, base in _statistics(model, adapter):
         remapped |= dict.fromkeys(keys, base.detach().clone())
         places |= {name: keys for key in keys for name in (plain(key), _renamed(plain(key), renaming))}
+    own = keys_in_model(model)
     saved: dict[str, Tensors] = {}  # name of a projected tensor -> its part of P
     starts: dict[str, Tensors] = {}  # name of a target tensor -> the start of its factors
     for key, value in state_dict.items():
         _, vectors, rest = key.rpartition(f"{VECTORS}.{PREFIX}")
         kind, _, name = rest.partition(".")
         if not vectors:
-            keys = _places_of(key, adapter, places)
+            keys = _places_of(key, adapter, places) or [own.get(plain(key), key)]
             remapped |= dict.fromkeys(keys, _like(remapped.get(keys[0]), value))
         elif rest == "theta_d":
             _check_theta_d(value, config)
@@ -114,10 +113,10 @@ def _statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Ten
 
 
 def _places_of(key: str, adapter: str, places: dict[str, list[str]]) -> list[str]:
-    """The keys in the model for a key of the file that is not of SubspaceVectors."""
+    """The keys in the model for a statistic of the file; none for a tensor of the base."""
     names = [f"{plain(name)}.{adapter}" for name in (key, key.removeprefix(ROOT))]
-    keys = next((places[name] for name in names if name in places), [key])
-    if keys == [key] and f".{PREFIX}" in f".{key}":
+    keys = next((places[name] for name in names if name in places), [])
+    if not keys and f".{PREFIX}" in f".{key}":
         raise ValueError(
             f"The adapter file must fit the model, which has no batch norm for `{key}`; load the base model that the "
             "adapter was trained on."

@@ -16,6 +16,7 @@ from torch import nn
 from . import file as adapter_file
 from . import statistics
 from .config import SubspaceConfig
+from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
@@ -256,13 +257,18 @@ class SubspaceModel(BaseTuner):
 
     # --------------------------------------------------------------------------------------------- the adapter's file
 
+    def __getattr__(self, name: str):
+        """As in PEFT, which asks for the embeddings to save them; but where a base raises an error it has none."""
+        attribute = super().__getattr__(name)
+        return partial(embeddings, self.model, name) if name in EMBEDDINGS else attribute
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         return adapter_file.select(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.removesuffix(f".{adapter_name}")
+        return key_in_file(key.removesuffix(f".{adapter_name}"))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -9,7 +9,7 @@ from tests.cases import BY_NAME, REPLACED_TARGETS, base_outputs, loss, move, out
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 
 
 def lora(name, rank=2, alpha=3.0):

@@ -88,7 +88,7 @@ def test_disabling_unmerges_every_layer_first():
 # ------------------------------------------------------------------------------------------------- of replaced weights
 
 
-@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 @pytest.mark.parametrize("name", ["convnet", "tied", "gpt2"])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_base_comes_back(start, name):

@@ -104,8 +104,6 @@ def test_outputs_are_those_of_origin_plus_P_theta_d(case):
     close(outputs(model, case), outputs(moved_base(case, model), case))
 
 
-# PEFT then adds the base's embeddings to the file, and `select` takes them out again: the test below checks the size.
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_saved_and_loaded_outputs_are_bit_equal(case, tmp_path):
     check_reloading(case, wrap(case), tmp_path)
 

@@ -13,7 +13,7 @@ from tests.cases import BY_NAME, REPLACED, REPLACED_TARGETS, loss, move, outputs
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 
 
 @pytest.mark.parametrize("factors", [2, 3])
