@@ -54,12 +54,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers in the state dict, which training may change as it does batch norm's statistics, by these names."""
+    """The buffers in the state dict, which training may change as it does batch norm's statistics, by these names.
+
+    Without those of modules inside an adapter's layer: training changes the adapter's own.
+    """
     return {
         _plain(f"{prefix}.{name}"): buffer
         for prefix, module in unwrapped(model).named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        if name not in module._non_persistent_buffers_set and "base_layer" not in prefix.split(".")
     }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig, Trajectory, coefficients, reconstruct
 from subspace_peft.adapter.walk import find_vectors
-from tests.cases import BY_NAME, outputs, train, wrap
+from tests.cases import BY_NAME, base_outputs, outputs, train, wrap
 from tests.models import MLP, Tied
 from tests.trajectory.walks import SHAPES, flat, walk, write
 
@@ -50,6 +50,18 @@ def test_a_fresh_net_with_a_sample_gives_the_outputs_of_that_step(tmp_path):
         fresh.load_state_dict(trajectory.sample(i))
         assert torch.equal(outputs(fresh, case), then)
     assert trajectory.sample(0)["bn1.num_batches_tracked"] == 2
+
+
+def test_a_sample_of_an_adapter_holds_its_statistics_and_leaves_the_bases_alone(tmp_path):
+    case, trajectory = BY_NAME["convnet"], Trajectory(tmp_path)
+    model = wrap(case)
+    train(model, case, lr=0.1)
+    trajectory.add(model)
+    fresh = wrap(case)
+    fresh.load_state_dict(trajectory.sample(0), strict=False)
+    assert torch.equal(outputs(fresh, case), outputs(model, case))
+    with fresh.disable_adapter():
+        assert torch.equal(outputs(fresh, case), base_outputs(case))
 
 
 def test_statistics_enter_no_basis(tmp_path):
