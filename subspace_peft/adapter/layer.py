@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..coordinates import Coordinates
 from . import merging, outside, statistics
 from .forward import adapted
-from .mixed_batch import mixed_batch
+from .mixed_batch import groups, mixed_batch
 from .modules import device_of, is_linear_in_parameters
 from .reading import Reads
 from .vectors import VECTORS, SubspaceVectors, ThetaD
@@ -45,6 +45,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         self.replaced_origins: dict[str, Tensor] = {}  # the parameters that merged adapters replace, by path
         self.base_statistics: dict[str, Tensor] = {}  # the base's, while those of an adapter are in use
         self.statistics_of: str | None = None  # the adapter whose statistics are in use
+        self.samples: list[str] | None = None  # the adapter of each sample, while a mixed batch runs
         self.reads = Reads()
         self.is_linear = is_linear_in_parameters(base_layer)
         self.in_features, self.out_features = _features(base_layer)
@@ -163,8 +164,16 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         return held
 
     def acting(self) -> list[str]:
-        """The adapters that move this module now and are not in its parameters already."""
-        return [] if self.disable_adapters or self.merged else self.held(self.active_adapters)
+        """The adapters that move this module now, all of them or samples, and are not in its parameters already."""
+        if self.disable_adapters or self.merged:
+            return []
+        if self.samples is not None:
+            return [adapter for adapter in dict.fromkeys(self.samples) if adapter in self.coordinates]
+        return self.held(self.active_adapters)
+
+    def is_mixed(self) -> bool:
+        """Whether the samples of the batch that runs move this module differently."""
+        return self.samples is not None and len(groups(self, self.samples)) > 1
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether LoRA can hold the adapter: all it does here is add to the weight of a linear module."""
@@ -228,6 +237,7 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
     # --------------------------------------------------------------------------------------------- running and merging
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        adapter_names = self.samples if adapter_names is None else adapter_names
         if adapter_names is not None:
             return mixed_batch(self, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -20,6 +19,7 @@ from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
+from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
@@ -223,24 +223,10 @@ class SubspaceModel(BaseTuner):
                 f"`adapter_names` must name adapters of the model or '__base__', got the non-existing adapter(s) "
                 f"{', '.join(sorted(unknown))}; add them first."
             )
-        beams = kwargs.get("num_beams") or 1
-        names = [name for name in names for _ in range(beams)]
-
-        def hand_over(layer, args, kwargs):
-            return args, {**kwargs, "adapter_names": names}
-
-        def hand_over_to_saved(module, args, kwargs):  # an adapter without a copy of the module uses the base's
-            held = [name if name in module._adapters else "__base__" for name in names]
-            return args, {**kwargs, "adapter_names": held}
-
-        saved = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))
-        hooks = [(layer, hand_over) for layer in self._layers()] + [(module, hand_over_to_saved) for module in saved]
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-        try:
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        layers = {n: m for n, m in self.model.named_modules(remove_duplicate=False) if isinstance(m, SubspaceLayer)}
+        with handing_over(self.model, layers, list(names), beams, args, kwargs):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

@@ -6,6 +6,8 @@ of all for its dtype. So what they read is made at the first operation that uses
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -114,6 +116,21 @@ class Moving:
             f"A parameter that an adapter moves must not be written to, `{self.path}` of {kind} is computed; write to "
             "that of its `base_layer`, the origin, or merge or unload the adapter first."
         )
+
+
+class MovingBySample(Moving):
+    """How a parameter moves that each sample of a batch moves differently: only shape, dtype and device are known."""
+
+    def entries(self) -> Tensor:
+        refuse_by_sample(self.layer)
+
+
+def refuse_by_sample(layer: BaseTunerLayer) -> NoReturn:
+    raise ValueError(
+        f"`adapter_names` needs modules that the model calls, but it reads {type(layer.base_layer).__name__}, which "
+        "the adapters of its samples move differently; run such a batch one adapter at a time, with set_adapter, or "
+        "leave the module out of `target_modules`."
+    )
 
 
 class Reads(dict[str, MovedTensor]):
