@@ -65,7 +65,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     for keys, base in _statistics(model, adapter):
         remapped |= dict.fromkeys(keys, base.detach().clone())
         places |= {name: keys for key in keys for name in (plain(key), _renamed(plain(key), renaming))}
-    own = keys_in_model(model)
+    own = {n: key for name, key in keys_in_model(model).items() for n in (name, _renamed(name, renaming))}
     saved: dict[str, Tensors] = {}  # name of a projected tensor -> its part of P
     starts: dict[str, Tensors] = {}  # name of a target tensor -> the start of its factors
     for key, value in state_dict.items():

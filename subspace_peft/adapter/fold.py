@@ -47,7 +47,7 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     config.given = Given(1, {name: increment.div_(length) for name, increment in increments.items()})
     for c in coordinates.values():
         rows = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments[c.name])
-        c.projections[""] = PROJECTIONS["basis"](rows)
+        c.projections[""], c.strength = PROJECTIONS["basis"](rows), 1.0  # it is in the increments
     theta_d = vectors.subspace_peft_theta_d[adapter_name]
     vectors.subspace_peft_theta_d[adapter_name] = nn.Parameter(theta_d.new_tensor([length]), theta_d.requires_grad)
     vectors.scales[adapter_name] = normalising_scale(config, coordinates)

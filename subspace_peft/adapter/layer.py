@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from ..coordinates import Coordinates
 from . import merging, outside, statistics
 from .forward import adapted
-from .mixed_batch import groups, mixed_batch
+from .mixed_batch import mixed_batch
 from .modules import device_of, is_linear_in_parameters
 from .reading import Reads
+from .strength import Strength
 from .vectors import VECTORS, SubspaceVectors, ThetaD
 
 
-class SubspaceLayer(nn.Module, BaseTunerLayer):
+class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
     """A target module whose parameters P theta_d moves.
 
     `forward`, `mixed_batch`, `merging`, `outside` and `statistics` hold what is done with the increments made here.
@@ -170,10 +171,6 @@ class SubspaceLayer(nn.Module, BaseTunerLayer):
         if self.samples is not None:
             return [adapter for adapter in dict.fromkeys(self.samples) if adapter in self.coordinates]
         return self.held(self.active_adapters)
-
-    def is_mixed(self) -> bool:
-        """Whether the samples of the batch that runs move this module differently."""
-        return self.samples is not None and len(groups(self, self.samples)) > 1
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether LoRA can hold the adapter: all it does here is add to the weight of a linear module."""

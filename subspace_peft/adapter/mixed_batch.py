@@ -26,6 +26,11 @@ def groups(layer: BaseTunerLayer, names: list[str]) -> dict[tuple[str, ...], lis
     return found
 
 
+def is_mixed(layer: BaseTunerLayer) -> bool:
+    """Whether the samples of the batch that runs move this module differently."""
+    return layer.samples is not None and len(groups(layer, layer.samples)) > 1
+
+
 def mixed_batch(layer: BaseTunerLayer, adapter_names: list[str], *args, **kwargs) -> Any:
     """The output of a SubspaceLayer, sample i with adapter `adapter_names[i]`; "__base__" stands for no adapter.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .mixed_batch import is_mixed
 from .modules import in_place_of
 from .reading import MovedTensor, MovingBySample, read, refuse_by_sample
 
@@ -28,7 +29,7 @@ def get(layer: BaseTunerLayer, name: str) -> Any:
     """The attribute of the base module as the acting adapters move it: a parameter, a method, a property."""
     base, adapters = layer.base_layer, layer.acting()
     if any(name in layer.coordinates[adapter] for adapter in adapters):
-        return read(layer, name, adapters) if not layer.is_mixed() else MovedTensor(MovingBySample(layer, name, {}))
+        return read(layer, name, adapters) if not is_mixed(layer) else MovedTensor(MovingBySample(layer, name, {}))
     if adapters and isinstance(getattr(type(base), name, None), property):
         with _moved_base(layer, adapters):
             return getattr(base, name)
@@ -45,7 +46,7 @@ def _run(layer: BaseTunerLayer, method: str, *args, **kwargs) -> Any:
 
 
 def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> AbstractContextManager:
-    if layer.is_mixed():
+    if is_mixed(layer):
         refuse_by_sample(layer)
     paths = dict.fromkeys(path for adapter in adapters for path in layer.coordinates[adapter])
     return in_place_of(layer.base_layer, {path: read(layer, path, adapters) for path in paths})

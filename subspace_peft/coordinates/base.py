@@ -28,6 +28,9 @@ class Coordinates(ABC):
     start: Start | None = None
     """The factors at z = 0; None where the projected tensor is the base's tensor itself."""
 
+    strength: float = 1.0
+    """What the increment is multiplied by."""
+
     @property
     def replaces(self) -> bool:
         """Whether the increment takes the place of the base's tensor rather than being added to it."""

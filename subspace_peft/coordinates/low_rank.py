@@ -32,7 +32,7 @@ class LowRank(Coordinates):
         return FactorShapes.of(shape, rank, factors).parts if len(shape) > 1 else {}
 
     def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The left factor times alpha / rank, [..., rows, rank], and the right one, [..., rank, columns].
+        """The left factor times alpha / rank and strength, [..., rows, rank], and the right one, [..., rank, columns].
 
         They are B and A, or of three factors U W and V.
         """
@@ -46,7 +46,8 @@ class LowRank(Coordinates):
         if inner:
             with full_precision(z):
                 left = left @ inner[0]
-        return left if self.start.scaling == 1 else left * self.start.scaling, right
+        scaling = self.start.scaling * self.strength
+        return left if scaling == 1 else left * scaling, right
 
     def increment(self, z):
         left, right = self.factors(z)
