@@ -91,7 +91,7 @@ def test_a_checkpoint_is_an_adapter(tmp_path):
     assert {"adapter_model.safetensors", "adapter_config.json"} < set(files)
     assert "model.safetensors" not in files
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "checkpoint-2/adapter_model.safetensors").values())
-    assert numbers == 7 + 1 + 3 * 8 + 3  # theta_d, the mark of P, the head
+    assert numbers == 7 + 8 + 3 * 8 + 3  # theta_d, the mark of P, the head
     loaded = PeftModel.from_pretrained(BERT.model(), tmp_path / "checkpoint-2").eval()
     assert torch.equal(outputs(loaded, BERT), outputs(run.model.eval(), BERT))
 

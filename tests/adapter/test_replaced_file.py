@@ -63,8 +63,8 @@ def test_the_file_is_as_small_as_the_start_allows(tmp_path):
         model.save_pretrained(tmp_path / start)
         sizes[start] = sum(t.numel() for t in load_file(tmp_path / start / "adapter_model.safetensors").values())
     count = len(unique_coordinates(replaced("llama"), "default"))
-    assert sizes["orthogonal"] == sizes["random"] == 9 + 1 + count
-    assert sizes["svd"] == 9 + 1 + replaced("llama").base_model.D
+    assert sizes["orthogonal"] == sizes["random"] == 9 + 8 + count
+    assert sizes["svd"] == 9 + 8 + replaced("llama").base_model.D
 
 
 def test_factors_of_another_kind_are_not_loaded():

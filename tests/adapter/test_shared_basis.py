@@ -25,7 +25,7 @@ def shared(tmp_path):
 
 def test_a_shared_basis_is_stored_once(shared, tmp_path):
     state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in state.values()) == 3 + 1  # theta_d and the mark
+    assert sum(tensor.numel() for tensor in state.values()) == 3 + 8  # theta_d and the mark
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["basis"] == str(tmp_path / "shared.safetensors")
     assert len(config["basis_digest"]) == 32
