@@ -102,6 +102,9 @@ class SubspaceConfig(PeftConfig):
         target_modules: The names of the modules, a regular expression, "all-linear", or "all" for every module that
             owns parameters.
         parameters (`list[str]`): Which parameters of each target, such as `["weight"]`. Default: all that it owns.
+        target_parameters (`list[str]`): Parameters by the last parts of their names, as in LoRA, such as
+            `["experts.down_proj"]`; alone, or beside `target_modules` and whatever `parameters` says. With `low_rank`
+            each matrix of a tensor [experts, ., .] has factors of its own.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: As in every PEFT method.
         renamed (`dict[str, str]`): For a base model whose modules had other names when the adapter was made: regular
             expressions for the new names, and what stood in the place of a match. The first that matches a name is
@@ -120,7 +123,8 @@ class SubspaceConfig(PeftConfig):
             number of entries, eight hexadecimal digits for the name and shape of each target tensor, a digest of a
             basis that is not saved with the adapter, and the version that wrote the config.
 
-    Wrapping fills these in, and d and the names that "all" stands for, in a copy of its own, `model.peft_config`.
+    Wrapping fills these in, and d, the names that "all" stands for, and in `target_parameters` the experts that
+    `target_modules` stands for, in a copy of its own, `model.peft_config`.
 
     Raises:
         ValueError: if a value is wrong for every model. A value that is wrong for one model raises ValueError when
@@ -141,6 +145,7 @@ class SubspaceConfig(PeftConfig):
     nnz_per_row: int | None = None
     target_modules: list[str] | str | None = None
     parameters: list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -251,8 +256,9 @@ class SubspaceConfig(PeftConfig):
                 f"`layers_pattern` needs `layers_to_transform`, got `layers_pattern` = {self.layers_pattern!r} alone; "
                 "set `layers_to_transform` too."
             )
-        if isinstance(self.parameters, str):
-            raise ValueError(f"`parameters` must be a list of names, got {self.parameters!r}; write it as a list.")
+        for name in ("parameters", "target_parameters"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a list of names, got {getattr(self, name)!r}; write it as a list.")
 
     def to_dict(self) -> dict:
         """The content of adapter_config.json, without a basis or mask: it is saved with the weights, or is a path."""

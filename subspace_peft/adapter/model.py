@@ -16,6 +16,7 @@ from . import file as adapter_file
 from . import statistics
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
+from .experts import routers, stacked_parameters
 from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
@@ -75,7 +76,7 @@ class SubspaceModel(BaseTuner):
         named, targets = self._find_targets(config, model)
         if targets:
             self._plan = Plan(config, targets, self._renaming)
-            config.target_modules = named.target_modules
+            config.target_modules, config.target_parameters = named.target_modules, named.target_parameters
         elif self._all_excluded(model, named):
             raise ValueError(
                 f"`exclude_modules` must leave a module that `target_modules` = {named.target_modules} names, "
@@ -94,8 +95,12 @@ class SubspaceModel(BaseTuner):
             named = copy.copy(config)
             if config.target_modules == ALL:
                 named.target_modules = {renaming(name) for name in expand_all(model)}
-            elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-                named.target_modules = {renaming(name) for name in expand_all_linear(model, config)}
+            all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+            if all_linear:
+                named.target_modules = {renaming(name) for name in expand_all_linear(model, config) | routers(model)}
+            if config.expected_fingerprint is None:  # the file of an adapter lists its experts; older ones have none
+                stacked = stacked_parameters(model, named, all_linear, renaming)
+                named.target_parameters = sorted({*(config.target_parameters or ()), *stacked}) or None
             targets = find_targets(model, named, partial(self._matches, named, renaming), renaming)
             readings.append((renaming, named, targets))
             if config.expected_fingerprint in (None, fingerprint(moved_shapes(config, targets))):
@@ -116,21 +121,19 @@ class SubspaceModel(BaseTuner):
         return bool(match) and not isinstance(match, _ExcludedModule)
 
     def _check_target_module_exists(self, config: SubspaceConfig, key: str):
-        """As in PEFT, but by the names that P is drawn from.
+        """As in PEFT, but by the names that P is drawn from, and every target matches.
 
-        A module that an earlier adapter wraps also matches for its submodules, which PEFT passes over.
+        So does a module that an earlier adapter wraps for its submodules, which PEFT passes over.
         """
         match = super()._check_target_module_exists(config, self._renaming(key))
-        return match or self._wraps_a_target(key) or match
+        return match or self._holds_a_target(key) or match
 
-    def _wraps_a_target(self, key: str) -> bool:
+    def _holds_a_target(self, key: str) -> bool:
         if self._plan is None:
             return False
-        layer = self.model.get_submodule(key)
-        if not isinstance(layer, SubspaceLayer):
-            return False
-        inside = {id(module) for module in layer.base_layer.modules()}
-        return any(id(target.parent) in inside for target in self._plan.targets)
+        module = self.model.get_submodule(key)
+        inside = {id(m) for m in module.base_layer.modules()} if isinstance(module, SubspaceLayer) else ()
+        return any(target.layer is module or id(target.parent) in inside for target in self._plan.targets)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Carry out the whole plan at PEFT's first call: a tied tensor moves modules that PEFT makes no call for."""
@@ -141,6 +144,17 @@ class SubspaceModel(BaseTuner):
         vectors = getattr(self.model, VECTORS)
         self._plan.apply(vectors, adapter_name)
         self._plan = None
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
+        """The names in `target_parameters`, whose modules are targets of the plan."""
+        return list(peft_config.target_parameters)
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        """As in LoRA: `target_parameters` alone are enough for a model without default `target_modules`."""
+        is_known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not is_known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)

@@ -41,12 +41,16 @@ class Plan:
         self.config, self.targets, self.renaming = config, targets, renaming
         self.shapes = moved_shapes(config, targets)  # the shape of each target tensor
         self.owners: dict[str, list[tuple[nn.Module, str]]] = {}  # the modules that hold it, and its path in each
+        self.stacked = {target.tensors[path] for target in targets for path in target.stacked}
         for target in targets:
             for path, name in target.tensors.items():
                 if name in self.shapes:
                     self.owners.setdefault(name, []).append((target.module, path))
         kind = COORDINATES[config.coordinates]  # what P moves for it: suffix -> shape
-        self.parts = {name: kind.parts(shape, config.rank, config.factors) for name, shape in self.shapes.items()}
+        self.parts = {
+            name: kind.parts(shape, config.rank, config.factors, name in self.stacked)
+            for name, shape in self.shapes.items()
+        }
         self._check_names()
         self._check_shapes()
         if config.replace_weight:
@@ -78,7 +82,7 @@ class Plan:
         if self.config.rank is None:
             return
         for name, shape in self.shapes.items():
-            limit = min(shape[0], prod(shape[1:]))
+            limit = min(shape[1:]) if name in self.stacked else min(shape[0], prod(shape[1:]))
             if self.config.rank > limit:
                 raise ValueError(
                     f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {list(shape)}, got "
@@ -122,7 +126,7 @@ class Plan:
         if name in config.starts:
             return config.starts[name]
         kind = STARTS[config.start] if config.replace_weight else Increment
-        shapes = FactorShapes.of(self.shapes[name], config.rank, config.factors)
+        shapes = FactorShapes.of(self.shapes[name], config.rank, config.factors, name in self.stacked)
         start = kind(name, shapes, config.alpha / config.rank, config.seed, config.projection_version)
         if config.expected_fingerprint is None or kind is not TruncatedSVD:  # the file of a saved adapter holds it
             module, path = self.owners[name][0]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layer import SubspaceLayer
+from .modules import is_linear_in_parameters
 
 
 ALL = "all"
@@ -32,6 +33,7 @@ class Target:
     module: nn.Module
     tensors: dict[str, str]  # path inside the module -> name of the tensor, from which P is drawn
     merged_elsewhere: frozenset[str]  # the paths whose tensor an earlier target holds too
+    stacked: frozenset[str]  # the paths of tensors [experts, ., .] that low-rank coordinates take matrix by matrix
 
     @property
     def layer(self) -> nn.Module:
@@ -120,10 +122,12 @@ def find_targets(
         rename: The name that P is drawn from for a tensor of this name.
 
     Raises:
-        ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them quantised.
+        ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them in a dtype
+            that cannot move; or if a name in `config.target_parameters` is that of no parameter.
     """
     modules = list(base_modules(model))
-    chosen = _chosen_paths(modules, config, matches)
+    named = _named_paths(modules, config, rename)
+    chosen = _chosen_paths(modules, config, matches, named)
     first_names = {}  # a tied tensor goes by the first of its names
     for name, _, _, module in modules:
         for path, parameter in own_parameters(module).items():
@@ -143,7 +147,8 @@ def find_targets(
                     merged_elsewhere.add(path)
                 held.add(id(p))
             names = {path: rename(first_names[id(p)]) for path, p in parameters.items()}
-            targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere)))
+            stacked = {path for path in named.get(name, ()) if path in parameters and _is_stack(module, path)}
+            targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere), frozenset(stacked)))
     return targets if theta else []
 
 
@@ -156,17 +161,57 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None and getattr(module, "running_var", None) is not None
 
 
-def _chosen_paths(modules, config: PeftConfig, matches: Callable[[str], bool]) -> dict[str, list[str]]:
-    """For each module that the config names, the paths of the parameters that are theta."""
+def _is_stack(module: nn.Module, path: str) -> bool:
+    """Whether the tensor is a matrix for each entry of its first dimension, and not the weight of a convolution."""
+    return own_parameters(module)[path].dim() == 3 and not is_linear_in_parameters(module)
+
+
+def _named_paths(modules, config: PeftConfig, rename: Callable[[str], str]) -> dict[str, list[str]]:
+    """For each module, the paths of the parameters that `target_parameters` names, by their last parts as in LoRA."""
+    asked, paths, found, known = set(config.target_parameters or ()), {}, set(), set()
+    if not asked:
+        return {}
+    for name, _, _, module in modules:
+        if _is_saved_whole(name, config):
+            continue
+        for path in own_parameters(module):
+            full = rename(f"{name}.{path}")
+            known.add(full)
+            if names := {target for target in asked if f".{full}".endswith(f".{target}")}:
+                paths.setdefault(name, []).append(path)
+                found |= names
+    unknown = sorted(asked - found)
+    if unknown and config.expected_fingerprint is None:
+        near = difflib.get_close_matches(unknown[0], sorted(known), 3, 0.3) or sorted(known)[:3]
+        raise ValueError(
+            f"`target_parameters` must name parameters by their last parts, and of a module inside the model: none is "
+            f"called `{unknown[0]}`; names near to it: {', '.join(near)}."
+        )
+    return paths
+
+
+def _chosen_paths(
+    modules, config: PeftConfig, matches: Callable[[str], bool], named: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """For each module that the config names, the paths of the parameters that are theta.
+
+    Args:
+        named: The paths that `target_parameters` names, whatever `parameters` says.
+    """
     chosen, empty, known = {}, [], set()
     for name, _, _, module in modules:
+        if name in named:  # a stack of weights or biases goes by those names too
+            known |= {*own_parameters(module), "weight", "bias"}
         if not matches(name):
+            if name in named:
+                chosen[name] = chosen.get(name, []) + named[name]
+                _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]})
             continue
         owned = own_parameters(module)
         known |= set(owned)
         paths = list(owned)
         if config.parameters is not None:
-            paths = [path for path in owned if path in config.parameters]
+            paths = [path for path in owned if path in config.parameters or path in named.get(name, ())]
         else:
             _check_computed(name, module, config, matches)
         if not paths:

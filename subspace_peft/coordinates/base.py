@@ -38,8 +38,14 @@ class Coordinates(ABC):
 
     @staticmethod
     @abstractmethod
-    def parts(shape: Sequence[int], rank: int | None, factors: int = 2) -> dict[str, tuple[int, ...]]:
-        """The tensors that P moves, suffix -> shape; empty if a tensor of this shape has no such coordinates."""
+    def parts(
+        shape: Sequence[int], rank: int | None, factors: int = 2, is_stacked: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """The tensors that P moves, suffix -> shape; empty if a tensor of this shape has no such coordinates.
+
+        Args:
+            is_stacked: Whether the tensor is a matrix for each entry of its first dimension.
+        """
 
     @abstractmethod
     def increment(self, z: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from .starts import OUTER, FactorShapes, Start
 class LowRank(Coordinates):
     """The tensor, read as a matrix of its first dimension by the rest, moves by a product of low-rank factors.
 
+    A stack of matrices, [experts, ., .], has factors for each matrix.
+
         B A   = alpha / rank (B_0 + P_B z)(A_0 + P_A z)
         U W V = alpha / rank (U_0 + gamma P_U z)(W_0 + P_W z)(V_0 + gamma P_V z)
 
@@ -28,13 +30,13 @@ class LowRank(Coordinates):
         self.start, self.gamma = start, gamma
 
     @staticmethod
-    def parts(shape, rank, factors=2):
-        return FactorShapes.of(shape, rank, factors).parts if len(shape) > 1 else {}
+    def parts(shape, rank, factors=2, is_stacked=False):
+        return FactorShapes.of(shape, rank, factors, is_stacked).parts if len(shape) > 1 else {}
 
     def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The left factor times alpha / rank and strength, [..., rows, rank], and the right one, [..., rank, columns].
 
-        They are B and A, or of three factors U W and V.
+        They are B and A, or of three factors U W and V; of a stack, for each of its matrices.
         """
         moved = []
         for (suffix, shape), origin in zip(self.start.shapes.parts.items(), self.start(z.device), strict=True):

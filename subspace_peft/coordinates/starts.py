@@ -21,23 +21,30 @@ OUTER = (".U", ".V")
 
 @dataclass(frozen=True)
 class FactorShapes:
-    """The shapes of the factors of one tensor, read as a matrix of its first dimension by the rest."""
+    """The shapes of the factors of one tensor, read as a matrix of its first dimension by the rest.
+
+    A stack of matrices has a stack of each factor.
+    """
 
     rows: int
     columns: int
     rank: int
     factors: int = 2  # 2: B A; 3: U W V with W [rank, rank]
+    stack: tuple[int, ...] = ()  # the dimensions before those of the matrices
 
     @classmethod
-    def of(cls, tensor: tuple[int, ...], rank: int, factors: int) -> FactorShapes:
-        return cls(tensor[0], prod(tensor[1:]), rank, factors)
+    def of(cls, tensor: tuple[int, ...], rank: int, factors: int, is_stacked: bool = False) -> FactorShapes:
+        stack, matrix = (tensor[:1], tensor[1:]) if is_stacked else ((), tensor)
+        return cls(matrix[0], prod(matrix[1:]), rank, factors, tuple(stack))
 
     @property
-    def parts(self) -> dict[str, tuple[int, int]]:
+    def parts(self) -> dict[str, tuple[int, ...]]:
         """Suffix -> shape of each factor, from left to right."""
         if self.factors == 2:
-            return {".B": (self.rows, self.rank), ".A": (self.rank, self.columns)}
-        return {".U": (self.rows, self.rank), ".W": (self.rank, self.rank), ".V": (self.rank, self.columns)}
+            shapes = {".B": (self.rows, self.rank), ".A": (self.rank, self.columns)}
+        else:
+            shapes = {".U": (self.rows, self.rank), ".W": (self.rank, self.rank), ".V": (self.rank, self.columns)}
+        return {suffix: (*self.stack, *shape) for suffix, shape in shapes.items()}
 
 
 class Start(ABC):
@@ -113,14 +120,14 @@ class Start(ABC):
     def philox(self, purpose: str) -> Philox:
         return Philox(self._seed, self.name, f"LowRank:{purpose}", self._version)
 
-    def orthonormal(self, purpose: str, rows: int, columns: int) -> Tensor:
-        """Orthonormal columns from the Haar measure (Mezzadri 2007): float64 [rows, columns] on the CPU."""
-        Q, R = torch.linalg.qr(self.normal(purpose, rows, columns))
-        return Q * R.diagonal().sign()
+    def orthonormal(self, purpose: str, *shape: int) -> Tensor:
+        """Orthonormal columns from the Haar measure (Mezzadri 2007): float64 [..., rows, columns] on the CPU."""
+        Q, R = torch.linalg.qr(self.normal(purpose, *shape))
+        return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
-    def normal(self, purpose: str, rows: int, columns: int) -> Tensor:
-        """Standard normals: float64 [rows, columns] on the CPU."""
-        return self.philox(purpose).normals(0, rows * columns)[0].double().view(rows, columns)
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normals of this shape: float64 on the CPU."""
+        return self.philox(purpose).normals(0, prod(shape))[0].double().view(shape)
 
 
 class Increment(Start):
@@ -133,11 +140,11 @@ class Increment(Start):
     replaces = False
 
     def draw(self, device):
-        rows, columns, rank = self.shapes.rows, self.shapes.columns, self.shapes.rank
+        rows, columns, rank, stack = self.shapes.rows, self.shapes.columns, self.shapes.rank, self.shapes.stack
         if self.shapes.factors == 2:
-            uniforms = self.philox("A").uniforms(0, rank * columns, device)
-            return None, (2 * uniforms - 1).view(rank, columns) / sqrt(columns)
-        U, V = self.orthonormal("U", rows, rank), self.orthonormal("V", columns, rank).mT.contiguous()
+            uniforms = self.philox("A").uniforms(0, prod(stack) * rank * columns, device)
+            return None, (2 * uniforms - 1).view(*stack, rank, columns) / sqrt(columns)
+        U, V = self.orthonormal("U", *stack, rows, rank), self.orthonormal("V", *stack, columns, rank).mT.contiguous()
         return U.float().to(device), None, V.float().to(device)
 
 

@@ -7,7 +7,7 @@ class Weight(Coordinates):
     """W = W_0 + strength P z, entry by entry."""
 
     @staticmethod
-    def parts(shape, rank, factors=2):
+    def parts(shape, rank, factors=2, is_stacked=False):
         return {"": tuple(shape)}
 
     def increment(self, z):
