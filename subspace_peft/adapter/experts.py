@@ -36,8 +36,10 @@ def routers(model: nn.Module) -> set[str]:
     counts = {id(parent): module.num_experts for _, parent, _, module in base_modules(model) if is_experts(module)}
     found = set()
     for name, parent, _, module in base_modules(model):
+        if (count := counts.get(id(parent))) is None:
+            continue
         weight = own_parameters(module).get("weight")
-        if weight is not None and weight.dim() == 2 and len(weight) == counts.get(id(parent)):
+        if weight is not None and weight.dim() == 2 and len(weight) == count:
             found.add(name)
     return found
 

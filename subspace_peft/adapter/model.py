@@ -24,7 +24,7 @@ from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
-from .targets import ALL, Target, expand_all, expand_all_linear, find_targets, near_names
+from .targets import ALL, Target, base_modules, expand_all, expand_all_linear, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import unique_coordinates
@@ -81,6 +81,11 @@ class SubspaceModel(BaseTuner):
             raise ValueError(
                 f"`exclude_modules` must leave a module that `target_modules` = {named.target_modules} names, "
                 f"{named.exclude_modules} leaves none; exclude fewer."
+            )
+        elif saved := [name for name, *_ in base_modules(model) if self._matches(named, self._renaming, name)]:
+            raise ValueError(
+                f"A target must not be one of `modules_to_save`, to which every module belongs whose name ends so: "
+                f"{named.modules_to_save} take `{saved[0]}`; write longer names, or leave one of the two out."
             )
         elif near := near_names(model, named):
             raise ValueError(

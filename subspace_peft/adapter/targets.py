@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,14 +10,16 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
+from .saved_whole import check_saved, is_saved_whole
 
 
 ALL = "all"
@@ -41,8 +42,11 @@ class Target:
         return self.parent._modules[self.child]
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every module as if the model had no adapter: its name, its parent, its name in the parent, the module.
+
+    Args:
+        saved: Whether those are among them that other adapters hold copies of, in `modules_to_save`.
 
     Raises:
         ValueError: if a module already has an adapter of another PEFT method.
@@ -51,6 +55,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     def visit(prefix: str, parent: nn.Module):
         for child, module in parent._modules.items():  # named_children leaves out a module's second name
             name = f"{prefix}.{child}" if prefix else child
+            if saved and isinstance(module, ModulesToSaveWrapper):
+                module = module.original_module
             if module is None or isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             if isinstance(module, SubspaceLayer):
@@ -125,11 +131,12 @@ def find_targets(
         ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them in a dtype
             that cannot move; or if a name in `config.target_parameters` is that of no parameter.
     """
-    modules = list(base_modules(model))
+    check_saved(model, config)
+    modules = [entry for entry in base_modules(model) if not is_saved_whole(entry[0], config)]
     named = _named_paths(modules, config, rename)
     chosen = _chosen_paths(modules, config, matches, named)
     first_names = {}  # a tied tensor goes by the first of its names
-    for name, _, _, module in modules:
+    for name, _, _, module in base_modules(model, saved=True):
         for path, parameter in own_parameters(module).items():
             first_names.setdefault(id(parameter), f"{name}.{path}")
     theta = {id(own_parameters(module)[path]) for name, _, _, module in modules for path in chosen.get(name, ())}
@@ -140,7 +147,7 @@ def find_targets(
             continue
         places.add((id(parent), child))
         parameters = {path: p for path, p in own_parameters(module).items() if id(p) in theta}
-        if parameters or (_keeps_statistics(module) and not _is_saved_whole(name, config)):
+        if parameters or _keeps_statistics(module):
             merged_elsewhere = set()
             for path, p in parameters.items():
                 if id(p) in held:
@@ -150,11 +157,6 @@ def find_targets(
             stacked = {path for path in named.get(name, ()) if path in parameters and _is_stack(module, path)}
             targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere), frozenset(stacked)))
     return targets if theta else []
-
-
-def _is_saved_whole(name: str, config: PeftConfig) -> bool:
-    """Whether the module is, or lies in, one of `modules_to_save`, whose copies have statistics of their own."""
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
@@ -172,8 +174,6 @@ def _named_paths(modules, config: PeftConfig, rename: Callable[[str], str]) -> d
     if not asked:
         return {}
     for name, _, _, module in modules:
-        if _is_saved_whole(name, config):
-            continue
         for path in own_parameters(module):
             full = rename(f"{name}.{path}")
             known.add(full)
@@ -246,6 +246,16 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
             "that to None or exclude the module."
         )
     for path, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"A target tensor must have a shape, but `{name}.{path}` of a {type(module).__name__} gets one at the "
+                "first forward; run the model once before it is wrapped."
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"A target tensor must be real: `{name}.{path}` is {parameter.dtype}; leave the module out with "
+                "`exclude_modules`, or hold real and imaginary part as one real parameter (torch.view_as_real)."
+            )
         if not parameter.is_floating_point():
             raise ValueError(
                 f"A target tensor must be of a floating dtype: `{name}.{path}` is {parameter.dtype}, a quantised "

@@ -107,6 +107,20 @@ def test_quantised_weights_are_refused():
     get_peft_model(model, settings(exclude_modules=["fc1"]))
 
 
+def test_complex_and_lazy_tensors_are_refused_by_name():
+    model = MLP()
+    model.fft = nn.Module()
+    model.fft.kernel = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with refused(model, "must be real: `fft.kernel` is torch.complex64"):
+        get_peft_model(model, settings())
+    get_peft_model(model, settings(exclude_modules=["fft"]))
+    for shorthand in ("all", "all-linear"):
+        with pytest.raises(
+            ValueError, match="`1.weight` of a LazyLinear gets one at the first forward; run the model"
+        ):
+            get_peft_model(nn.Sequential(MLP(), nn.LazyLinear(3)), settings(target_modules=shorthand))
+
+
 def test_a_root_that_owns_parameters_is_refused_by_all():
     class Root(nn.Module):
         def __init__(self):

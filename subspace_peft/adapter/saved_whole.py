@@ -1,0 +1,38 @@
+"""Saved whole: the modules of `modules_to_save`, which PEFT copies for each adapter and trains beside it."""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+
+from peft import PeftConfig
+from torch import nn
+
+from .layer import SubspaceLayer
+
+
+def is_saved_whole(name: str, config: PeftConfig) -> bool:
+    """Whether the module is, or lies in, one of `modules_to_save`: all of their copies trains.
+
+    PEFT copies each module whose name ends in one of the names, but takes them as expressions where it looks for
+    targets.
+    """
+    return any(
+        re.match(rf"(^|.*\.){saved}($|\..*)", name)
+        or any(outer.endswith(saved) for outer in accumulate(name.split("."), "{}.{}".format))
+        for saved in config.modules_to_save or ()
+    )
+
+
+def check_saved(model: nn.Module, config: PeftConfig) -> None:
+    """Check that no adapter of the model targets a module of `modules_to_save`.
+
+    Raises:
+        ValueError: if one does; PEFT would find out when half of the adapter is in its place.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SubspaceLayer) and any(name.endswith(saved) for saved in config.modules_to_save or ()):
+            raise ValueError(
+                f"`modules_to_save` must name modules that no adapter of the model targets, `{name}` is a target of "
+                f"{', '.join(map(repr, module.coordinates))}; leave it out, or target it too."
+            )
