@@ -9,6 +9,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
+from ..projections.base import unrecorded
 from ..projections.philox import Philox
 
 
@@ -110,7 +111,7 @@ class Start(ABC):
     def __call__(self, device: torch.device) -> Factors:
         if device not in self._drawn:
             self.saved()  # raises if the tensors that drawing needs were not read
-            with torch.inference_mode(False), torch.no_grad():
+            with unrecorded():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]
 

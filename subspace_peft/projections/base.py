@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,30 @@ class TensorRows:
 def full_precision(x: Tensor):
     """Turns autocast off, which would round theta_d and every step of a transform to half precision."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.jit.trace records the operations.
+
+    Neither records an autograd.Function with a jvp, or one that shares a constant with another, but both can record
+    what it does.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@contextmanager
+def unrecorded():
+    """Make constants of a graph of torch.jit.trace; it cannot record how the seed makes them."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # made in inference mode, they could not be used in training
+            yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def to_working_dtype(x: Tensor) -> Tensor:
@@ -156,7 +181,7 @@ class Projection(ABC):
             return entries if entries.requires_grad else entries.clone()
         if origin is None:
             return self._map(theta_d, False)
-        if torch.compiler.is_compiling():
+        if is_recorded():
             with full_precision(theta_d):
                 return origin + self.apply(theta_d).view((*theta_d.shape[:-1], *origin.shape))
         return _Move.apply(theta_d, origin, self)
@@ -201,8 +226,7 @@ class Projection(ABC):
 
     @torch.compiler.disable
     def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        # A tensor made in inference mode could not be used in training later.
-        with torch.inference_mode(False), torch.no_grad():
+        with unrecorded():
             given = self.rows.given
             drawn = tree_map(lambda x: x.to(device), given) if isinstance(given, tuple) else self.draw(device)
         if self.rows.cache:
@@ -212,7 +236,7 @@ class Projection(ABC):
         return drawn
 
     def _map(self, x: Tensor, transposed: bool) -> Tensor:
-        if torch.compiler.is_compiling():  # it cannot trace a Function with a jvp, but it can trace these operations
+        if is_recorded():
             with full_precision(x):
                 return self.adjoint(x) if transposed else self.apply(x)
         return Map.apply(x, self, transposed)

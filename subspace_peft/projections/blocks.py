@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .base import Projection, TensorRows, to_working_dtype
+from .base import Projection, TensorRows, is_recorded, to_working_dtype
 from .hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 
 
@@ -107,7 +107,7 @@ class Blocks(Projection):
         if z.dtype != c.dtype:
             c, kronecker_factors = c.to(z.dtype), [h.to(z.dtype) for h in kronecker_factors]
         v, batch = self._common(z, kronecker_factors, inner), z.shape[0]
-        if torch.compiler.is_compiling() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
+        if is_recorded() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
             return self._blocks(v, c, kronecker_factors).view(batch, -1)[:, : self.rows.n]
         out = z.new_empty(batch, self.rows.n)
         for row, y in zip(v.unsqueeze(1), out, strict=True):
@@ -124,7 +124,7 @@ class Blocks(Projection):
         c, kronecker_factors, inner = state
         if g.dtype != c.dtype:
             c, kronecker_factors = c.to(g.dtype), [h.to(g.dtype) for h in kronecker_factors]
-        if torch.compiler.is_compiling() or g.numel() <= ENTRIES_AT_A_TIME:
+        if is_recorded() or g.numel() <= ENTRIES_AT_A_TIME:
             v = self._blocks_adjoint(self._padded(g), c, kronecker_factors)
             return self._common_adjoint(v, kronecker_factors, inner)
         totals = []

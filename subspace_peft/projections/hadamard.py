@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .base import unrecorded
+
 
 MATRIX_SIZE = 256  # up to this size the transform of a vector is one product with H itself
 
@@ -28,7 +30,7 @@ def matrix(size: int, dtype: torch.dtype = torch.float32, device: torch.device |
 
 @lru_cache
 def _cached_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    with unrecorded():
         return matrix(size, dtype, device)
 
 

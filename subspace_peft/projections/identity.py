@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import JointCache, Projection, TensorRows
+from .base import JointCache, Projection, TensorRows, is_recorded
 
 
 class SplitCache(JointCache):
@@ -31,7 +31,7 @@ class SplitCache(JointCache):
         """The entries of one tensor; None if theta_d is not the parameter that trains, as inside torch.func."""
         if type(theta_d) is not nn.Parameter or not (theta_d.requires_grad and torch.is_grad_enabled()):
             return None
-        if torch.compiler.is_compiling():
+        if is_recorded():
             return None
         key = (id(theta_d), theta_d.data_ptr(), theta_d._version)  # every step of an optimiser changes it
         if key != self._key:

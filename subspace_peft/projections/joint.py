@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .base import JointCache, Map, Projection, to_working_dtype
+from .base import JointCache, Map, Projection, is_recorded, to_working_dtype
 
 
 MEMBER_ENTRIES = 2**17  # the largest tensor that joins others: above, the arithmetic takes longer than the calls
@@ -157,7 +157,7 @@ def _mode() -> tuple[bool, bool]:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return is_recorded() or torch._C._are_functorch_transforms_active()
 
 
 def cache_products(kind: type[Joint], projections: Sequence[Projection]) -> ProductCache | None:
