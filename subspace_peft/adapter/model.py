@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from ..plain_model import unwrapped
 from . import file as adapter_file
 from . import statistics
 from .config import SubspaceConfig
@@ -27,7 +28,7 @@ from .root import add_vectors, remove_vectors
 from .targets import ALL, Target, base_modules, expand_all, expand_all_linear, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
-from .walk import unique_coordinates
+from .walk import uncompiled, unique_coordinates
 
 
 class SubspaceModel(BaseTuner):
@@ -72,6 +73,7 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, config: SubspaceConfig, model: nn.Module) -> None:
         """Plan and check everything before a module or the config is touched."""
+        model = unwrapped(model)
         self._plan, self._renaming = None, UNCHANGED
         named, targets = self._find_targets(config, model)
         if targets:
@@ -269,7 +271,8 @@ class SubspaceModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        return adapter_file.select(model, config, adapter_name, state_dict)
+        selected = adapter_file.select(model, config, adapter_name, state_dict)
+        return {uncompiled(key): tensor for key, tensor in selected.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -277,4 +280,6 @@ class SubspaceModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        return adapter_file.remap(model, config, adapter_name, state_dict)
+        remapped = adapter_file.remap(model, config, adapter_name, state_dict)
+        keys = {uncompiled(key): key for key in model.state_dict()}
+        return {keys.get(uncompiled(key), key): tensor for key, tensor in remapped.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..plain_model import unwrapped
 from .layer import SubspaceLayer
 from .vectors import VECTORS, SubspaceVectors
 
@@ -76,7 +77,8 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 
 
 def add_vectors(model: nn.Module, vectors: SubspaceVectors) -> None:
-    """Make the vectors a module of the base model, but not one of its children."""
+    """Make the vectors a module of the base model, but not one of its children; of the one inside, if compiled."""
+    model = unwrapped(model)
     model.add_module(VECTORS, vectors)
     model.__class__ = _class_of_root(type(model))
     model.hides_vectors = False
@@ -85,6 +87,7 @@ def add_vectors(model: nn.Module, vectors: SubspaceVectors) -> None:
 
 
 def remove_vectors(model: nn.Module) -> None:
+    model = unwrapped(model)
     del model._modules[VECTORS], model.hides_vectors, model.vectors_of_layers
     model.__class__ = type(model).plain
     for key, hook in list(model._forward_pre_hooks.items()):

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
 from .saved_whole import check_saved, is_saved_whole
+from .walk import COMPILED
 
 
 ALL = "all"
@@ -54,7 +55,7 @@ def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, n
 
     def visit(prefix: str, parent: nn.Module):
         for child, module in parent._modules.items():  # named_children leaves out a module's second name
-            name = f"{prefix}.{child}" if prefix else child
+            name = prefix if child == COMPILED else f"{prefix}.{child}" if prefix else child
             if saved and isinstance(module, ModulesToSaveWrapper):
                 module = module.original_module
             if module is None or isinstance(module, AuxiliaryTrainingWrapper):
@@ -66,7 +67,8 @@ def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, n
                     f"A module can hold adapters of one PEFT type: `{name}` is already a {type(module).__name__}; "
                     "unload that adapter first."
                 )
-            yield name, parent, child, module
+            if name and COMPILED not in module._modules:  # a compiled module goes by the one inside
+                yield name, parent, child, module
             yield from visit(name, module)
 
     yield from visit("", model)
@@ -147,6 +149,10 @@ def find_targets(
             continue
         places.add((id(parent), child))
         parameters = {path: p for path, p in own_parameters(module).items() if id(p) in theta}
+        if parameters and child == COMPILED:
+            raise ValueError(
+                f"A target must not be compiled by itself, `{name}` is; compile it after the model is wrapped."
+            )
         if parameters or _keeps_statistics(module):
             merged_elsewhere = set()
             for path, p in parameters.items():

@@ -31,7 +31,7 @@ def undone_if_it_fails(model: nn.Module) -> Iterator[None]:
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad  # a lazy one has no requires_grad_
         raise
 
 

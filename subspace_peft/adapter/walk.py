@@ -11,6 +11,10 @@ from .layer import SubspaceLayer
 from .vectors import SubspaceVectors
 
 
+COMPILED = "_orig_mod"
+"""The child of what torch.compile makes of a module; names of tensors leave it out."""
+
+
 def find_vectors(model: nn.Module) -> SubspaceVectors:
     return next(module for module in model.modules() if isinstance(module, SubspaceVectors))
 
@@ -29,6 +33,11 @@ def unique_coordinates(model: nn.Module, adapter: str) -> dict[str, Coordinates]
         for _, layer in named_layers(model)
         for coordinates in layer.coordinates.get(adapter, {}).values()
     }
+
+
+def uncompiled(key: str) -> str:
+    """The key as it is where neither the model nor a module in it is compiled."""
+    return ".".join(part for part in key.split(".") if part != COMPILED)
 
 
 def plain(key: str) -> str:
