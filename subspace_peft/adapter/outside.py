@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,25 +32,38 @@ def get(layer: BaseTunerLayer, name: str) -> Any:
     if any(name in layer.coordinates[adapter] for adapter in adapters):
         return read(layer, name, adapters) if not is_mixed(layer) else MovedTensor(MovingBySample(layer, name, {}))
     if adapters and isinstance(getattr(type(base), name, None), property):
-        with _moved_base(layer, adapters):
+        with _moved_base(layer, adapters)():
             return getattr(base, name)
     value = getattr(base, name)
     if adapters and isinstance(value, types.MethodType) and value.__self__ is base:
-        run = functools.partial(_run, layer, name)
-        return run if torch.compiler.is_compiling() else functools.wraps(value)(run)
+        method = functools.partial(run, layer, name)
+        return method if torch.compiler.is_compiling() else functools.wraps(value)(method)
     return value
 
 
-def _run(layer: BaseTunerLayer, method: str, *args, **kwargs) -> Any:
-    with _moved_base(layer, layer.acting()):
-        return getattr(layer.base_layer, method)(*args, **kwargs)
+def run(layer: BaseTunerLayer, method: str, *args, **kwargs) -> Any:
+    """What a method of the base module returns with the moved tensors in place; each step, if it is a generator."""
+    moved_base = _moved_base(layer, layer.acting())
+    with moved_base():
+        result = getattr(layer.base_layer, method)(*args, **kwargs)
+    return _steps(result, moved_base) if isinstance(result, types.GeneratorType) else result
 
 
-def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> AbstractContextManager:
+def _steps(generator: Generator, moved_base: Callable[[], AbstractContextManager]) -> Generator:
+    while True:
+        with moved_base():
+            try:
+                value = next(generator)
+            except StopIteration:
+                return
+        yield value
+
+
+def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> Callable[[], AbstractContextManager]:
     if is_mixed(layer):
         refuse_by_sample(layer)
     paths = dict.fromkeys(path for adapter in adapters for path in layer.coordinates[adapter])
-    return in_place_of(layer.base_layer, {path: read(layer, path, adapters) for path in paths})
+    return functools.partial(in_place_of, layer.base_layer, {path: read(layer, path, adapters) for path in paths})
 
 
 def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:

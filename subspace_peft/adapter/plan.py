@@ -13,6 +13,7 @@ from ..coordinates import COORDINATES, Coordinates, LowRank
 from ..coordinates.factored import operation
 from ..coordinates.starts import STARTS, FactorShapes, Increment, Start, TruncatedSVD
 from ..projections import PROJECTIONS, Projection, TensorRows
+from .container import layer_around
 from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
@@ -160,7 +161,7 @@ class Plan:
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)
             if not isinstance(layer, SubspaceLayer):
-                layer = SubspaceLayer(target.module, vectors)
+                layer = layer_around(target.module, vectors)
             target.parent._modules[target.child] = layer
             if id(target.module) not in layers:  # a module under several names stays one
                 layers[id(target.module)] = layer

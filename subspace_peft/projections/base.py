@@ -51,17 +51,19 @@ def is_recorded() -> bool:
 
 @contextmanager
 def unrecorded():
-    """Make constants of a graph of torch.jit.trace; it cannot record how the seed makes them."""
+    """Make constants of a graph of torch.jit.trace, which cannot record how the seed makes them.
+
+    Tensors made in inference mode could not be used in training later.
+    """
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    if state is not None:
+        torch._C._set_tracing_state(None)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # made in inference mode, they could not be used in training
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        torch._C._set_tracing_state(state)
+        if state is not None:
+            torch._C._set_tracing_state(state)
 
 
 def to_working_dtype(x: Tensor) -> Tensor:
