@@ -17,7 +17,7 @@ from . import file as adapter_file
 from . import statistics
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
-from .experts import routers, stacked_parameters
+from .expansion import expanded
 from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
 from .layer import SubspaceLayer
@@ -25,7 +25,7 @@ from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
-from .targets import ALL, Target, base_modules, expand_all, expand_all_linear, find_targets, near_names
+from .targets import Target, base_modules, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import uncompiled, unique_coordinates
@@ -99,15 +99,7 @@ class SubspaceModel(BaseTuner):
         """The targets, and the config with their names, read by the first names that fit the fingerprint."""
         readings = []
         for renaming in renamings(config, model):
-            named = copy.copy(config)
-            if config.target_modules == ALL:
-                named.target_modules = {renaming(name) for name in expand_all(model)}
-            all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-            if all_linear:
-                named.target_modules = {renaming(name) for name in expand_all_linear(model, config) | routers(model)}
-            if config.expected_fingerprint is None:  # the file of an adapter lists its experts; older ones have none
-                stacked = stacked_parameters(model, named, all_linear, renaming)
-                named.target_parameters = sorted({*(config.target_parameters or ()), *stacked}) or None
+            named = expanded(config, model, renaming)
             targets = find_targets(model, named, partial(self._matches, named, renaming), renaming)
             readings.append((renaming, named, targets))
             if config.expected_fingerprint in (None, fingerprint(moved_shapes(config, targets))):

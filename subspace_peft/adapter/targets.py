@@ -8,22 +8,15 @@ from dataclasses import dataclass
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TaskType
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
 from .saved_whole import check_saved, is_saved_whole
 from .walk import COMPILED
-
-
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -79,42 +72,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def expand_all(model: nn.Module) -> set[str]:
-    """The names that target_modules="all" stands for: every module that owns parameters.
-
-    Raises:
-        ValueError: if the model itself owns one, since nothing can be put around it.
-    """
-    stray = [name for name, _ in model.named_parameters(recurse=False)]
-    if stray:
-        raise ValueError(
-            f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
-            "the model in another module, or name the target modules."
-        )
-    return {name for name, _, _, module in base_modules(model) if own_parameters(module)}
-
-
-def expand_all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
-    """The names that PEFT's "all-linear" stands for, the same whether or not the model already has an adapter.
-
-    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier, and what their
-    parameters are computed from, where these are parametrised.
-    """
-    heads = set()
-    if isinstance(model, PreTrainedModel):
-        heads = {model.get_output_embeddings()}
-        if heads == {None} and config.task_type == TaskType.SEQ_CLS:
-            heads = {next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)}
-    heads = {head.base_layer if isinstance(head, SubspaceLayer) else head for head in heads}
-    linears = {
-        name: module
-        for name, _, _, module in base_modules(model)
-        if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
-    }
-    return {*linears, *(computed for name, module in linears.items() for computed in _computed_from(name, module))}
-
-
-def _computed_from(name: str, module: nn.Module) -> list[str]:
+def computed_from(name: str, module: nn.Module) -> list[str]:
     """The names of the modules that hold what parameters of this one are computed from (torch's parametrize)."""
     lists = module.parametrizations if is_parametrized(module) else {}
     return [f"{name}.parametrizations.{parameter}" for parameter in lists]
@@ -237,7 +195,7 @@ def _chosen_paths(
 
 def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> None:
     """Check that a parametrised module is not trained without what its parameters are computed from."""
-    missing = [computed for computed in _computed_from(name, module) if not matches(computed)]
+    missing = [computed for computed in computed_from(name, module) if not matches(computed)]
     if missing and config.expected_fingerprint is None:
         raise ValueError(
             f"A parametrised target must be named with what its parameters are computed from, `{name}` is without "

@@ -1,0 +1,72 @@
+"""Expansion: the targets that the shorthands of a config stand for in one model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from peft import PeftConfig
+from peft.utils import TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .experts import routers, stacked_parameters
+from .layer import SubspaceLayer
+from .targets import base_modules, computed_from, own_parameters
+
+
+def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str]) -> PeftConfig:
+    """The config with names in the place of "all" and "all-linear", and the experts that they and other names mean.
+
+    A saved adapter lists its experts, and one of an earlier version has none.
+
+    Args:
+        rename: The name by which the config calls a tensor or module of this name.
+    """
+    config, is_all = copy.copy(config), config.target_modules == "all"
+    is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if is_all or is_all_linear:
+        names = _all(model) if is_all else _all_linear(model, config)
+        config.target_modules = {rename(name) for name in names}
+    if config.expected_fingerprint is None:
+        stacked = stacked_parameters(model, config, is_all_linear, rename)
+        config.target_parameters = sorted({*(config.target_parameters or ()), *stacked}) or None
+    return config
+
+
+def _all(model: nn.Module) -> set[str]:
+    """The names that target_modules="all" stands for: every module that owns parameters.
+
+    Raises:
+        ValueError: if the model itself owns one, since nothing can be put around it.
+    """
+    stray = [name for name, _ in model.named_parameters(recurse=False)]
+    if stray:
+        raise ValueError(
+            f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
+            "the model in another module, or name the target modules."
+        )
+    return {name for name, _, _, module in base_modules(model) if own_parameters(module)}
+
+
+def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
+    """The names that PEFT's "all-linear" stands for, the same whether or not the model already has an adapter.
+
+    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier, what their
+    parameters are computed from, where these are parametrised, and the routers of experts.
+    """
+    heads = set()
+    if isinstance(model, PreTrainedModel):
+        heads = {model.get_output_embeddings()}
+        if heads == {None} and config.task_type == TaskType.SEQ_CLS:
+            heads = {next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)}
+    heads = {head.base_layer if isinstance(head, SubspaceLayer) else head for head in heads}
+    linears = {
+        name: module
+        for name, _, _, module in base_modules(model)
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
+    }
+    computed = (other for name, module in linears.items() for other in computed_from(name, module))
+    return {*linears, *computed, *routers(model)}
