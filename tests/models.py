@@ -63,15 +63,28 @@ class Convs(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """An embedding with padding, a bag of embeddings, and transformers' Conv1D."""
+    """An embedding, a bag of embeddings, and transformers' Conv1D."""
 
     def __init__(self):
         super().__init__()
-        self.tokens, self.bag = nn.Embedding(11, 4, padding_idx=0), nn.EmbeddingBag(11, 4)
+        self.tokens, self.bag = nn.Embedding(11, 4), nn.EmbeddingBag(11, 4)
         self.mix = Conv1D(5, 4)
 
     def forward(self, ids):
         return self.mix(self.tokens(ids) + self.bag(ids).unsqueeze(1))
+
+
+class Padded(nn.Module):
+    """Rows of padding: the first, the last, and one in the middle of an embedding tied to the output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Embedding(11, 4, padding_idx=0), nn.EmbeddingBag(11, 4, padding_idx=-1)
+        self.middle, self.out = nn.Embedding(11, 4, padding_idx=2), nn.Linear(4, 11, bias=False)
+        self.out.weight = self.middle.weight
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.first(ids) + self.last(ids).unsqueeze(1) + self.middle(ids)))
 
 
 class Attention(nn.Module):
