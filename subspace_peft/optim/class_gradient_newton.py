@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .class_gradient import ClassGradients, class_gradients
-from .closure import check_closure, refuse_scaled_gradients, scalar
+from .closure import check_closure, refuse_scaled_gradients, scalar, trainable
 from .processes import mean_over_processes
 
 
@@ -47,7 +47,7 @@ class ClassGradientNewton(Optimizer):
     State, on the first parameter: `v` [C, n]; `curvature`, `mass` and `share`, [C] each; `examples`, how many so far.
 
     Args:
-        params: One group of tensors in float32 or float64, on one device.
+        params: One group of tensors in float32 or float64, on one device. Frozen ones are passed over.
         lr: The learning rate in the complement.
         average: In [0, 1); 0 uses the batch alone.
         damping: Added to each lambda_k, at least 0; 0 in the poster.
@@ -82,6 +82,7 @@ class ClassGradientNewton(Optimizer):
         super().__init__(params, settings)
 
     def add_param_group(self, param_group: dict) -> None:
+        param_group["params"] = trainable(param_group["params"])
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         others = [p.dtype for p in params if p.dtype not in (torch.float32, torch.float64)]

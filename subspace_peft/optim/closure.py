@@ -123,6 +123,15 @@ class Objective:
         return mean_over_processes(scalar(value, self.optimizer))
 
 
+def trainable(params: Tensor | Iterable) -> list:
+    """Those of the parameters that train, named ones as (name, parameter); all of them if none does.
+
+    torch's optimisers pass over frozen parameters too, as `parameters()` of an adapted model has them.
+    """
+    params = [params] if isinstance(params, Tensor) else list(params)
+    return [p for p in params if (p[1] if isinstance(p, tuple) else p).requires_grad] or params
+
+
 def check_closure(closure: Callable | None, optimizer: str) -> None:
     if not callable(closure):
         raise TypeError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bfgs import quasi_newton_step
-from .closure import Objective, refuse_scaled_gradients
+from .closure import Objective, refuse_scaled_gradients, trainable
 from .line_search import Armijo, LineSearch
 
 
@@ -33,7 +33,8 @@ class PBFGS(Optimizer):
     `stuck`, how many steps in a row found nothing along the negative gradient.
 
     Args:
-        params: theta_d alone: float32 or float64, of shape [d].
+        params: theta_d alone: float32 or float64, of shape [d]. Frozen parameters beside it are passed over, so that
+            `model.parameters()` of an adapted model will do.
         search: (alpha -> loss, loss, slope) -> Step or None.
         curvature: The source of g' in y = g' - g. "same_batch": the batch of g; the first trial is evaluated with
             gradients, and another evaluation follows if it fails. "next_batch": the next step, as in the paper, which
@@ -85,7 +86,7 @@ class PPlusBFGS(Optimizer):
     State: that of PBFGS for theta_d, and m of each weight as `momentum_buffer`.
 
     Args:
-        params: theta_d alone.
+        params: theta_d alone, as in PBFGS.
         weights: The tensors of the base that P moves; they require gradients.
         lift: x [d] -> P x, tensors shaped as `weights`. P has orthonormal columns.
         search, curvature: As in PBFGS; with "next_batch", y includes the effect of the step outside, as in the paper.
@@ -112,8 +113,7 @@ class PPlusBFGS(Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum}.")
         weights = list(weights)
-        params = list(params) if not isinstance(params, Tensor) else [params]
-        super().__init__(params, {"lr": 1.0, "curvature": curvature})
+        super().__init__(trainable(params), {"lr": 1.0, "curvature": curvature})
         (theta_d,) = self.param_groups[0]["params"]
         _check_lift(theta_d, weights, lift)
         Optimizer.add_param_group(self, {"params": weights, "lr": lr, "momentum": momentum})
@@ -168,7 +168,7 @@ def _check(curvature: str, lr: float) -> None:
 
 
 def _check_group(group: dict, groups: list[dict], name: str) -> None:
-    params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    params = group["params"] = trainable(group["params"])
     if not params:
         raise ValueError(
             f"{name} must be given theta_d alone, one vector in one group, got an empty group, such as transformers' "
@@ -177,8 +177,8 @@ def _check_group(group: dict, groups: list[dict], name: str) -> None:
     if groups or len(params) != 1:
         raise ValueError(
             f"{name} must be given theta_d alone, one vector in one group, got {len(params)} parameters in group "
-            f"{len(groups) + 1}; leave `modules_to_save` out, and name those modules in `target_modules` or train "
-            "them first."
+            f"{len(groups) + 1}, besides frozen ones; leave `modules_to_save` out, and name those modules in "
+            "`target_modules` or train them first."
         )
     theta_d = params[0][1] if isinstance(params[0], tuple) else params[0]
     if theta_d.ndim != 1:

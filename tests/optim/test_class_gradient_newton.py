@@ -153,6 +153,16 @@ def test_shares_count_all_examples_in_batches_of_any_size():
     torch.testing.assert_close(share, expected.double())
 
 
+def test_frozen_parameters_are_passed_over():
+    steps = []
+    for whole in (True, False):
+        model, (x, y) = network(), data()
+        model[0].requires_grad_(False)
+        optimizer = ClassGradientNewton((model if whole else model[2]).parameters(), lr=0.1)
+        steps.append(step_of(optimizer, closure(model, x, y)))
+    assert torch.equal(*steps)
+
+
 def test_one_class_alone():
     model, (x, y) = network(), data()
     optimizer = ClassGradientNewton(model.parameters(), lr=0.1)

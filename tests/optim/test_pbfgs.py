@@ -204,6 +204,23 @@ def test_parameters_that_are_not_one_vector(params, message):
         PBFGS(params)
 
 
+def test_frozen_parameters_are_passed_over():
+    """As torch's optimisers do: `parameters()` of an adapted model holds the frozen base."""
+    frozen, x = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False), vector(0.0, 0.0)
+    for params in ([frozen, x], [("base", frozen), ("theta_d", x)], [{"params": iter([x, frozen])}]):
+        optimizer = PBFGS(params)
+        assert [each is x for each in optimizer.param_groups[0]["params"]] == [True]
+        optimizer.step(Closure(x, quadratic_of_two))
+    assert torch.equal(frozen, torch.ones(2, 2))
+    assert x.any()
+    with pytest.raises(ValueError, match="got 2 parameters in group 1, besides frozen ones"):
+        PBFGS([frozen, x, vector(1.0)])
+
+
+def quadratic_of_two(x):
+    return (x - 1).square().sum()
+
+
 def test_arguments():
     with pytest.raises(ValueError, match="`curvature` must be one of same_batch, next_batch, got 'both'"):
         PBFGS([vector(1.0)], curvature="both")
