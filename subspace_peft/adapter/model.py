@@ -159,15 +159,15 @@ class SubspaceModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep theta_d in float32 whatever the base is, or cast it to the base's dtype if the user asks for that.
+        """Keep theta_d in float32 or the base's float64, or cast it to the base's dtype if the user asks for that.
 
         PEFT would also cast batch-norm statistics, which must have the dtype of the base's.
         """
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
-        dtype = torch.float32
-        if not autocast_adapter_dtype:
-            layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
-            dtype = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name]))).dtype
+        layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
+        dtype = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name]))).dtype
+        if autocast_adapter_dtype:
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if theta_d[adapter_name].dtype != dtype:
             theta_d[adapter_name] = theta_d[adapter_name].to(dtype)
 

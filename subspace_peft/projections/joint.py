@@ -86,12 +86,13 @@ class ProductCache(JointCache):
     def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
         """z; None where it cannot be held.
 
-        That is for what torch.func and wrappers put in the place of a parameter, in a graph that is traced, and on a
-        GPU, where the host would have to wait for the comparison.
+        That is for what torch.func and wrappers put in the place of a parameter, in a graph that is traced, on a GPU,
+        where the host would have to wait for the comparison, and in float64, because a tensor computed alone may have
+        its rows in float32, which would differ.
         """
         if type(theta_d) is not nn.Parameter or _is_traced():
             return None
-        if theta_d.device.type != "cpu":
+        if theta_d.device.type != "cpu" or theta_d.dtype == torch.float64:
             self._forget()
             return None
         trains = theta_d.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

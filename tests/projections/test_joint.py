@@ -181,8 +181,10 @@ def test_another_dtype_or_graph_is_seen():
     parts, joint_cache = members("fastjl")
     theta_d, fired = vector(), []
     square(parts, joint_cache, theta_d)
+    theta_d.data = theta_d.data.bfloat16()
+    assert joint_cache.normalised(theta_d, 0.5).dtype == torch.bfloat16
     theta_d.data = theta_d.data.double()
-    assert joint_cache.normalised(theta_d, 0.5).dtype == torch.float64
+    assert joint_cache.normalised(theta_d, 0.5) is None  # alone, as where torch.func computes it
     theta_d.data = theta_d.data.float()
     square(parts, joint_cache, theta_d)
     theta_d.data = theta_d.data.double()
