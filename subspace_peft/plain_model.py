@@ -45,7 +45,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "model before it is wrapped as a PeftModel."
         )
     for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id"):
+        if is_partitioned(parameter):
             raise ValueError(
                 f"Parameters must not be sharded by DeepSpeed's ZeRO-3 to be recorded, `{name}` is; use ZeRO-2 or "
                 "FSDP."
@@ -70,9 +70,19 @@ def _plain(name: str) -> str:
     return WRAPPERS.sub("", name).lstrip(".")
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps a part of it in each process, of which torch sees nothing but shape [0]."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_distributed(parameter: nn.Parameter) -> bool:
+    """Whether it is a DTensor, made by FSDP2 or by tensor parallelism."""
+    return hasattr(parameter, "full_tensor")
+
+
 def whole(parameter: nn.Parameter) -> Tensor:
     """All of a parameter that FSDP2 shards (a DTensor). Call it on every process."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return parameter.full_tensor() if is_distributed(parameter) else parameter
 
 
 def gathered(model: nn.Module) -> AbstractContextManager:

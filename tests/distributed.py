@@ -1,18 +1,21 @@
 """The program that test_distributed.py starts in two processes: training on parts of the same batches."""
 
 import json
+import os
 import tempfile
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from peft import get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from subspace_peft import Spectra, Trajectory
 from subspace_peft.spectra import matrices
-from tests.cases import BY_NAME, wrap
+from tests.cases import BY_NAME, settings, theta_d, wrap
 
 
 STEPS, BATCH = 4, 8
@@ -48,6 +51,45 @@ def sharded(accelerator: Accelerator) -> dict:
     for module in (model.base_model.model.fc1, model.base_model.model.fc2, model):
         fully_shard(module)
     return {"theta_d": train(model, accelerator.process_index, accelerator.num_processes)}
+
+
+def flattened(accelerator: Accelerator) -> dict:
+    """FSDP of version 1, whose units PEFT's policy chooses."""
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "SubspaceLayer"
+    model = wrap(BY_NAME["mlp"]).train()
+    model = in_fsdp(model, auto_wrap_policy=fsdp_auto_wrap_policy(model))
+    train(model, accelerator.process_index, accelerator.num_processes)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return {"theta_d": theta_d(model).tolist()}
+
+
+def in_fsdp(model: nn.Module, **options) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **options)
+
+
+def refused(accelerator: Accelerator) -> dict:
+    """The errors where a tensor should be whole and is sharded, and whether all is as before."""
+    plain, flat = BY_NAME["mlp"].model(), in_fsdp(BY_NAME["mlp"].model())
+    adapted, flat_adapted = wrap(BY_NAME["mlp"]), wrap(BY_NAME["mlp"])
+    fully_shard(plain)
+    fully_shard(adapted)
+    in_fsdp(flat_adapted)
+    attempts = {
+        "add to FSDP2": (plain, lambda: get_peft_model(plain, settings())),
+        "add to FSDP": (flat, lambda: get_peft_model(flat, settings(target_modules=["fc1"]))),
+        "merge in FSDP2": (adapted, adapted.merge_adapter),
+        "unload from FSDP2": (adapted, adapted.merge_and_unload),
+        "merge in FSDP": (flat_adapted, flat_adapted.merge_adapter),
+    }
+    results = {}
+    for name, (model, attempt) in attempts.items():
+        before, message = str(model), None
+        try:
+            attempt()
+        except ValueError as error:
+            message = str(error)
+        results[name] = message if str(model) == before else "the model has changed"
+    return results
 
 
 def recorded(accelerator: Accelerator) -> dict:
@@ -91,9 +133,12 @@ def watched(accelerator: Accelerator) -> dict:
     return results
 
 
+KINDS = (replicated, sharded, flattened, refused, recorded, watched)
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    results = {kind.__name__: kind(accelerator) for kind in (replicated, sharded, recorded, watched)}
+    results = {kind.__name__: kind(accelerator) for kind in KINDS}
     if accelerator.is_main_process:
         print("RESULTS " + json.dumps({"processes": accelerator.num_processes, **results}))
     accelerator.end_training()

@@ -11,14 +11,33 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..plain_model import is_distributed
+
+
+def check_whole(layer: BaseTunerLayer) -> None:
+    """Check that the parameters which adapters move are whole.
+
+    Raises:
+        ValueError: if FSDP or DeepSpeed holds a part of one in each process.
+    """
+    for path, coordinates in (moved for paths in layer.coordinates.values() for moved in paths.items()):
+        parameter = getattr(layer.base_layer, path)
+        if is_distributed(parameter) or tuple(parameter.shape) != coordinates.shape:
+            raise ValueError(
+                f"A tensor must be whole to merge an adapter into it or out of it, `{coordinates.name}` is sharded; "
+                "save the adapter, and merge it in one process into the base that it was trained on."
+            )
+
 
 def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     """Add the increments of these adapters.
 
     Raises:
-        ValueError: if more than one merged adapter would replace a weight; with `safe` also if a merged parameter
-            would not be finite. The adapter at fault is not merged then, and those before it stay merged.
+        ValueError: if more than one merged adapter would replace a weight, or a parameter is sharded; with `safe` also
+            if a merged parameter would not be finite. The adapter at fault is not merged then, and those before it
+            stay merged.
     """
+    check_whole(layer)
     layer.held([*layer.merged_adapters, *adapters])
     origins = {adapter: _replaced_origins(layer, adapter) for adapter in adapters}  # before any parameter changes
     for adapter in adapters:
@@ -37,7 +56,12 @@ def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
 
 
 def unmerge(layer: BaseTunerLayer) -> None:
-    """Take away the increments of all merged adapters."""
+    """Take away the increments of all merged adapters.
+
+    Raises:
+        ValueError: if a parameter is sharded.
+    """
+    check_whole(layer)
     while layer.merged_adapters:
         adapter = layer.merged_adapters.pop()
         for parameter, increment in _owned_increments(layer, adapter):

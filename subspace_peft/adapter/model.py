@@ -14,7 +14,7 @@ from torch import nn
 
 from ..plain_model import unwrapped
 from . import file as adapter_file
-from . import statistics
+from . import merging, statistics
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .expansion import expanded
@@ -240,6 +240,12 @@ class SubspaceModel(BaseTuner):
         layers = {n: m for n, m in self.model.named_modules(remove_duplicate=False) if isinstance(m, SubspaceLayer)}
         with handing_over(self.model, layers, list(names), beams, args, kwargs):
             yield
+
+    def _check_merge_allowed(self) -> None:
+        """As in PEFT, and that no tensor is sharded, before the first is merged."""
+        super()._check_merge_allowed()
+        for layer in self._layers():
+            merging.check_whole(layer)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

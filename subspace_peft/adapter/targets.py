@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..plain_model import is_distributed, is_partitioned
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
 from .saved_whole import check_saved, is_saved_whole
@@ -88,11 +89,16 @@ def find_targets(
         rename: The name that P is drawn from for a tensor of this name.
 
     Raises:
-        ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them in a dtype
-            that cannot move; or if a name in `config.target_parameters` is that of no parameter.
+        ValueError: if a named module owns no parameters, or none of `config.parameters`, or holds them sharded or in a
+            dtype that cannot move; or if a name in `config.target_parameters` is that of no parameter.
     """
     check_saved(model, config)
     modules = [entry for entry in base_modules(model) if not is_saved_whole(entry[0], config)]
+    if any(child == "_fsdp_wrapped_module" for _, _, child, _ in modules):
+        raise ValueError(
+            "A target tensor must be whole when an adapter is added, but the model is in FSDP, which flattens its "
+            "tensors; add the adapter first, FSDP afterwards."
+        )
     named = _named_paths(modules, config, rename)
     chosen = _chosen_paths(modules, config, matches, named)
     first_names = {}  # a tied tensor goes by the first of its names
@@ -210,6 +216,7 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
             "that to None or exclude the module."
         )
     for path, parameter in parameters.items():
+        _check_whole(f"{name}.{path}", parameter)
         if is_lazy(parameter):
             raise ValueError(
                 f"A target tensor must have a shape, but `{name}.{path}` of a {type(module).__name__} gets one at the "
@@ -225,6 +232,20 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
                 f"A target tensor must be of a floating dtype: `{name}.{path}` is {parameter.dtype}, a quantised "
                 "weight; load the model unquantised, or leave the module out with `exclude_modules`."
             )
+
+
+def _check_whole(name: str, parameter: nn.Parameter) -> None:
+    if is_partitioned(parameter):
+        raise ValueError(
+            f"A target tensor must be whole when an adapter is added: `{name}` is partitioned by DeepSpeed's ZeRO-3, "
+            "as in every model loaded after TrainingArguments with ZeRO-3; use ZeRO-2, which keeps the frozen weights "
+            "whole, or FSDP2."
+        )
+    if is_distributed(parameter):
+        raise ValueError(
+            f"A target tensor must be whole when an adapter is added: `{name}` is a DTensor; add the adapter before "
+            "FSDP2's fully_shard, and load the model without `tp_plan`."
+        )
 
 
 def _check_parameters(config: PeftConfig, known: set[str]) -> None:

@@ -157,6 +157,15 @@ def test_an_embedding_that_rewrites_its_weight_is_refused():
     assert type(model[0]) is nn.Embedding
 
 
+def test_tensors_that_zero_3_has_partitioned_are_refused():
+    """DeepSpeed gives each parameter an id, and leaves torch an empty tensor."""
+    model = BY_NAME["mlp"].model()
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_shape, parameter.data = 0, parameter.shape, torch.empty(0)
+    with refused(model, "must be whole .*: `fc1.weight` is partitioned by DeepSpeed's ZeRO-3, .*; use ZeRO-2"):
+        get_peft_model(model, settings())
+
+
 @torch.no_grad()
 def test_a_second_adapter_inside_what_the_first_wraps():
     """PEFT passes over the submodules of a wrapped module; here each is found by its name in the base model."""
