@@ -66,7 +66,7 @@ class SubspaceConfig(PeftConfig):
         theta = origin + P theta_d
 
     The origin is the base model as it is when it is wrapped. P [D, d] is fixed. At theta_d = 0 the model equals its
-    base, unless `replace_weight` is set.
+    base, unless `replace_weight` is set. The row of an embedding's `padding_idx` stays, unless a given P moves it.
 
     Args:
         d (`int`): The dimension of the subspace, from 1 to D. Leave it out for `identity` (d = D), `coordinate` (d is
@@ -120,8 +120,8 @@ class SubspaceConfig(PeftConfig):
             entry of theta with `fastfood` and `fastjl`. If not, P is drawn again at each use, which is slower.
         init_weights (`bool`): True starts theta_d at zero. False starts it at random, for tests.
         D (`int`), fingerprint, basis_digest, subspace_peft_version (`str`): Filled in when a model is wrapped: the
-            number of entries, eight hexadecimal digits for the name and shape of each target tensor, a digest of a
-            basis that is not saved with the adapter, and the version that wrote the config.
+            number of entries, eight hexadecimal digits for the name, shape and padding of each target tensor, a
+            digest of a basis that is not saved with the adapter, and the version that wrote the config.
 
     Wrapping fills these in, and d, the names that "all" stands for, and in `target_parameters` the experts that
     `target_modules` stands for, in a copy of its own, `model.peft_config`.

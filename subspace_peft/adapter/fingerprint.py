@@ -9,6 +9,8 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from ..coordinates.base import Shape
+
 
 IDENTITY = ("fingerprint", "D", "d", "projection", "coordinates", "rank", "alpha", "seed", "normalization")
 IDENTITY += ("nnz_per_row", "projection_version")
@@ -21,22 +23,21 @@ ROUNDING, HALF_ROUNDING = 1e-2, 0.5
 """How far averages of equal marks, computed in float32 or in half precision, may be from the mark."""
 
 
-def fingerprint(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Eight hexadecimal digits for the name and shape of each target tensor, in their order."""
+def fingerprint(shapes: dict[str, Shape]) -> str:
+    """Eight hexadecimal digits for the name, shape and padding of each target tensor, in their order."""
     return "".join(
-        blake2b(f"{name} {list(shape)}".encode(), digest_size=DIGITS // 2).hexdigest()
-        for name, shape in shapes.items()
+        blake2b(f"{name} {shape}".encode(), digest_size=DIGITS // 2).hexdigest() for name, shape in shapes.items()
     )
 
 
-def in_order_of(expected: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def in_order_of(expected: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
     """The target tensors in the order of this fingerprint, if they are the same: a model can list its modules anew."""
     places = {expected[at : at + DIGITS]: at for at in range(0, len(expected), DIGITS)}
     ordered = dict(sorted(shapes.items(), key=lambda item: places.get(fingerprint(dict([item])), len(expected))))
     return ordered if fingerprint(ordered) == expected else shapes
 
 
-def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_fingerprint(expected: str, shapes: dict[str, Shape]) -> None:
     """Compare the target tensors with those of the base model that the adapter was trained on.
 
     Raises:
@@ -50,7 +51,7 @@ def check_fingerprint(expected: str, shapes: dict[str, tuple[int, ...]]) -> None
     names, count = list(shapes), len(expected) // DIGITS
     if first // DIGITS < len(names):
         name = names[first // DIGITS]
-        difference = f"the first target tensor that differs is `{name}` of shape {list(shapes[name])}"
+        difference = f"the first target tensor that differs is `{name}` of shape {shapes[name]}"
     else:
         difference = f"this model ends after `{names[-1]}`, the adapter's base had {count - len(names)} more"
     raise ValueError(

@@ -9,7 +9,9 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from ..coordinates.base import Shape
 from ..projections import PROJECTIONS, TensorRows
+from .fingerprint import fingerprint
 from .given_projection import Given
 from .scale import normalising_scale
 from .walk import find_vectors, named_layers, unique_coordinates
@@ -45,7 +47,10 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     config.projection, config.d, config.normalization, config.nnz_per_row = "basis", 1, "columns", None
     config.basis = config.mask = config.save_projection = config.basis_digest = config.expected_basis_digest = None
     config.given = Given(1, {name: increment.div_(length) for name, increment in increments.items()})
+    config.D = sum(map(len, increments.values()))  # a given P has rows for padding too
+    config.fingerprint = fingerprint({c.name: Shape(c.shape) for c in coordinates.values()})
     for c in coordinates.values():
+        c.padding = None
         rows = TensorRows(name=c.name, n=len(increments[c.name]), d=1, given=increments[c.name])
         c.projections[""], c.strength = PROJECTIONS["basis"](rows), 1.0  # it is in the increments
     theta_d = vectors.subspace_peft_theta_d[adapter_name]

@@ -28,6 +28,13 @@ def is_linear_in_parameters(module: nn.Module) -> bool:
     return type(module).forward in LINEAR_IN_PARAMETERS
 
 
+def padding_row(module: nn.Module, path: str) -> int | None:
+    """The row of a parameter that the module never trains: that of an embedding's `padding_idx`."""
+    if path != "weight" or not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
+        return None
+    return module.padding_idx % len(module.weight)
+
+
 def device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
@@ -40,6 +47,8 @@ def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
     exchange the parameters, without effect where FSDP has set instance attributes of its own.
     """
     hidden = []
+    if getattr(module, "sparse", False):  # an embedding; torch cannot pass sparse gradients on to a dense theta_d
+        tensors = {**tensors, "sparse": False}
     for path, tensor in tensors.items():
         prefix, _, name = path.rpartition(".")
         owner = module.get_submodule(prefix).__dict__

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..coordinates import COORDINATES, Coordinates, LowRank
+from ..coordinates.base import Shape, without_row
 from ..coordinates.factored import operation
 from ..coordinates.starts import STARTS, FactorShapes, Increment, Start, TruncatedSVD
 from ..projections import PROJECTIONS, Projection, TensorRows
@@ -17,18 +18,50 @@ from .container import layer_around
 from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
+from .modules import padding_row
 from .renaming import UNCHANGED, Renaming
 from .scale import normalising_scale
 from .targets import Target
 from .vectors import SubspaceVectors
 
 
-def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, tuple[int, ...]]:
-    """The shape of each target tensor that the config's coordinates move, in the order of theta."""
-    parts = COORDINATES[config.coordinates].parts
-    shapes = {name: tuple(getattr(t.module, path).shape) for t in targets for path, name in t.tensors.items()}
-    shapes = {name: shape for name, shape in shapes.items() if parts(shape, config.rank, config.factors)}
-    return in_order_of(config.expected_fingerprint, shapes) if config.expected_fingerprint else shapes
+def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, Shape]:
+    """The shape of each target tensor that the config's coordinates move, in the order of theta.
+
+    A row of padding moves only in a given P, which has rows for whole tensors, and in adapters of older versions.
+
+    Raises:
+        ValueError: if the modules that hold a tensor say that different rows are padding.
+    """
+    wholes = {name: tuple(getattr(t.module, path).shape) for t in targets for path, name in t.tensors.items()}
+    expected, padding = config.expected_fingerprint, {} if config.projection in GIVEN else _padding(targets)
+    readings = []
+    for rows in (padding, {}):
+        shapes = {name: Shape(whole, rows.get(name)) for name, whole in wholes.items()}
+        shapes = {name: shape for name, shape in shapes.items() if prod(shape.moving) and _parts(config, shape)}
+        readings.append(in_order_of(expected, shapes) if expected else shapes)
+    return next((shapes for shapes in readings if fingerprint(shapes) == expected), readings[0])
+
+
+def _padding(targets: list[Target]) -> dict[str, int]:
+    """The row of each target tensor that is padding."""
+    rows: dict[str, set[int]] = {}
+    for target in targets:
+        for path, name in target.tensors.items():
+            if (row := padding_row(target.module, path)) is not None:
+                rows.setdefault(name, set()).add(row)
+    for name, several in rows.items():
+        if len(several) > 1:
+            raise ValueError(
+                f"A target tensor must have one row of padding, `{name}` is tied and its modules have padding_idx "
+                f"{sorted(several)}; set them to the same row, or leave the tensor out with `exclude_modules`."
+            )
+    return {name: min(one) for name, one in rows.items()}
+
+
+def _parts(config: PeftConfig, shape: Shape, is_stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    """What P moves for a tensor of this shape: suffix -> shape."""
+    return COORDINATES[config.coordinates].parts(shape.moving, config.rank, config.factors, is_stacked)
 
 
 class Plan:
@@ -47,11 +80,7 @@ class Plan:
             for path, name in target.tensors.items():
                 if name in self.shapes:
                     self.owners.setdefault(name, []).append((target.module, path))
-        kind = COORDINATES[config.coordinates]  # what P moves for it: suffix -> shape
-        self.parts = {
-            name: kind.parts(shape, config.rank, config.factors, name in self.stacked)
-            for name, shape in self.shapes.items()
-        }
+        self.parts = {name: _parts(config, shape, name in self.stacked) for name, shape in self.shapes.items()}
         self._check_names()
         self._check_shapes()
         if config.replace_weight:
@@ -83,10 +112,11 @@ class Plan:
         if self.config.rank is None:
             return
         for name, shape in self.shapes.items():
-            limit = min(shape[1:]) if name in self.stacked else min(shape[0], prod(shape[1:]))
+            rows, *columns = shape.moving[1:] if name in self.stacked else shape.moving
+            limit = min(rows, prod(columns))
             if self.config.rank > limit:
                 raise ValueError(
-                    f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {list(shape)}, got "
+                    f"`rank` must be at most the smaller dimension, {limit} for `{name}` of shape {shape}, got "
                     f"{self.config.rank}; lower `rank` or exclude that module."
                 )
 
@@ -96,6 +126,7 @@ class Plan:
                 if path != "weight" or operation(module) is None:
                     groups = getattr(module, "groups", 1)
                     kind = f"{type(module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
+                    kind += " with scale_grad_by_freq" if getattr(module, "scale_grad_by_freq", False) else ""
                     raise ValueError(
                         "`replace_weight` must be given modules that run as two smaller ones (Linear, Conv1D, Conv1d "
                         f"to Conv3d without groups, Embedding), but `{name}` is of {kind}; leave that module out, or "
@@ -127,13 +158,30 @@ class Plan:
         if name in config.starts:
             return config.starts[name]
         kind = STARTS[config.start] if config.replace_weight else Increment
-        shapes = FactorShapes.of(self.shapes[name], config.rank, config.factors, name in self.stacked)
+        shapes = FactorShapes.of(self.shapes[name].moving, config.rank, config.factors, name in self.stacked)
         start = kind(name, shapes, config.alpha / config.rank, config.seed, config.projection_version)
         if config.expected_fingerprint is None or kind is not TruncatedSVD:  # the file of a saved adapter holds it
             module, path = self.owners[name][0]
             with align_module_device(module):
-                start.measure(getattr(module, path))
+                weight = getattr(module, path)
+                start.measure(self._moving_rows(name, weight) if config.replace_weight else weight)
         return start
+
+    def _moving_rows(self, name: str, weight: Tensor) -> Tensor:
+        """The rows of a weight that move.
+
+        Raises:
+            ValueError: if the row of padding is not zero, since that of a product is.
+        """
+        row = self.shapes[name].padding
+        if row is None:
+            return weight
+        if self.config.expected_fingerprint is None and weight[row].any():
+            raise ValueError(
+                f"A row of padding must be zero to be replaced, row {row} of `{name}` is not; set it to zero, leave "
+                "that module out, or add an increment with replace_weight=False."
+            )
+        return without_row(weight, row)
 
     # ---------------------------------------------------------------------------------------------------- carrying out
 
@@ -205,8 +253,8 @@ class Plan:
 
     def _coordinates_of(self, name: str, projections: dict[str, Projection]) -> Coordinates:
         config = self.config
-        kind = COORDINATES[config.coordinates]
+        kind, shape = COORDINATES[config.coordinates], self.shapes[name]
         if kind is not LowRank:
-            return kind(name, self.shapes[name], projections)
+            return kind(name, shape.whole, projections, shape.padding)
         gamma = 1.0 if config.gamma is None else config.gamma
-        return LowRank(name, self.shapes[name], projections, self.starts[name], gamma)
+        return LowRank(name, shape.whole, projections, self.starts[name], gamma, shape.padding)

@@ -158,6 +158,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ctx.moving.layer.reads.pop(ctx.moving.path, None)  # its graph may be freed after this
+        grad = grad.to_dense() if grad.is_sparse else grad
         with torch.enable_grad():
             moved = ctx.moving(*ctx.inputs)
         wanted = [x for x, needed in zip(ctx.inputs, ctx.needs_input_grad[1:], strict=True) if needed]

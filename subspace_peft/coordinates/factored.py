@@ -32,12 +32,13 @@ def _conv(module, x, left, right, bias):
 
 
 def _embedding(module, x, left, right, bias):
-    rows = F.embedding(x, left, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+    rows = F.embedding(x, left, module.padding_idx)
     with full_precision(rows):  # autocast does not round the output of an embedding either
         out = F.linear(rows, right.mT)
     if module.padding_idx is None:
         return out
-    return torch.where((x == module.padding_idx).unsqueeze(-1), out.detach(), out)  # padding trains no factor
+    # A padding row that moves, as a given basis may say, still has no gradient: nn.Embedding gives it none.
+    return torch.where((x == module.padding_idx).unsqueeze(-1), out.detach(), out)
 
 
 OPERATIONS: dict[Callable, Operation] = {
@@ -52,8 +53,13 @@ OPERATIONS: dict[Callable, Operation] = {
 
 
 def operation(module: nn.Module) -> Operation | None:
-    """The way to run `module` through two factors in turn; None if it has none."""
-    return OPERATIONS.get(type(module).forward) if getattr(module, "groups", 1) == 1 else None
+    """The way to run `module` through two factors in turn; None if it has none.
+
+    `scale_grad_by_freq` scales the gradient of the weight, which is not there then.
+    """
+    if getattr(module, "groups", 1) > 1 or getattr(module, "scale_grad_by_freq", False):
+        return None
+    return OPERATIONS.get(type(module).forward)
 
 
 def run(module: nn.Module, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

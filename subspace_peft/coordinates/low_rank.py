@@ -19,14 +19,16 @@ class LowRank(Coordinates):
 
     The start says whether the product is added to the tensor or replaces it.
 
+    A padding row of zeros is put into the left factor, so that the row of the product is zero too.
+
     Args:
         start: The factors at z = 0.
         gamma: How far U and V move when W moves by 1; for three factors only. It is the discrepant learning rate of
             the compressed network of Qu (2023).
     """
 
-    def __init__(self, name, shape, projections, start: Start, gamma: float = 1.0):
-        super().__init__(name, shape, projections)
+    def __init__(self, name, shape, projections, start: Start, gamma: float = 1.0, padding: int | None = None):
+        super().__init__(name, shape, projections, padding)
         self.start, self.gamma = start, gamma
 
     @staticmethod
@@ -49,7 +51,8 @@ class LowRank(Coordinates):
             with full_precision(z):
                 left = left @ inner[0]
         scaling = self.start.scaling * self.strength
-        return left if scaling == 1 else left * scaling, right
+        left = left if scaling == 1 else left * scaling
+        return self.with_padding(left), right
 
     def increment(self, z):
         left, right = self.factors(z)

@@ -1,6 +1,6 @@
 """Weight: the target tensor itself moves."""
 
-from .base import Coordinates
+from .base import Coordinates, Shape, with_row, without_row
 
 
 class Weight(Coordinates):
@@ -11,10 +11,15 @@ class Weight(Coordinates):
         return {"": tuple(shape)}
 
     def increment(self, z):
-        return self.projections[""](self._scaled(z)).reshape((*z.shape[:-1], *self.shape))
+        rows = self.projections[""](self._scaled(z))
+        return self.with_padding(rows.reshape((*z.shape[:-1], *Shape(self.shape, self.padding).moving)))
 
     def moved_from(self, origin, z):
-        return self.projections[""](self._scaled(z), origin)
+        z = self._scaled(z)
+        if self.padding is None:
+            return self.projections[""](z, origin)
+        moved = self.projections[""](z, without_row(origin, self.padding))
+        return with_row(moved, origin[self.padding : self.padding + 1], self.padding)
 
     def _scaled(self, z):
         return z if self.strength == 1 else z * self.strength

@@ -5,9 +5,10 @@ import torch
 
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.fingerprint import check_fingerprint, check_mark, fingerprint, mark
+from subspace_peft.coordinates.base import Shape
 
 
-SHAPES = {"a.weight": (2, 3), "a.bias": (2,), "b.weight": (4, 2)}
+SHAPES = {"a.weight": Shape((2, 3)), "a.bias": Shape((2,)), "b.weight": Shape((4, 2))}
 CONFIG = SubspaceConfig(d=3)
 
 
@@ -22,9 +23,12 @@ def test_eight_digits_for_each_tensor_in_order():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a.bias": (3,)}, "differs is `a.bias` of shape \\[3\\] \\(of 3 target tensors there and 3 here\\)"),
+        ({"a.bias": Shape((3,))}, "differs is `a.bias` of shape \\[3\\] \\(of 3 target tensors there and 3 here\\)"),
         ({"b.weight": None}, "this model ends after `a.bias`, the adapter's base had 1 more \\(of 3 .* and 2 here\\)"),
-        ({"c.weight": (1,)}, "differs is `c.weight` of shape \\[1\\] \\(of 3 target tensors there and 4 here\\)"),
+        (
+            {"c.weight": Shape((1,))},
+            "differs is `c.weight` of shape \\[1\\] \\(of 3 target tensors there and 4 here\\)",
+        ),
     ],
     ids=["shape", "fewer", "more"],
 )
@@ -32,6 +36,14 @@ def test_the_first_tensor_that_differs_is_named(changes, message):
     shapes = {name: shape for name, shape in {**SHAPES, **changes}.items() if shape is not None}
     with pytest.raises(ValueError, match=message):
         check_fingerprint(fingerprint(SHAPES), shapes)
+
+
+def test_a_row_of_padding_counts():
+    padded = {**SHAPES, "b.weight": Shape((4, 2), padding=1)}
+    assert fingerprint(padded)[:16] == fingerprint(SHAPES)[:16]
+    for base in ({**SHAPES, "b.weight": Shape((4, 2), padding=0)}, SHAPES):
+        with pytest.raises(ValueError, match=r"differs is `b.weight` of shape \[4, 2\]( with padding 0)? \("):
+            check_fingerprint(fingerprint(padded), base)
 
 
 def test_the_mark_of_older_files_stays():

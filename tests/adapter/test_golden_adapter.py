@@ -62,7 +62,9 @@ def write(name: str) -> None:
     )
     model.save_pretrained(FOLDER / name)
     os.remove(FOLDER / name / "README.md")
-    save_file({"outputs": model(inputs(name)), "base": base(name)(inputs(name))}, FOLDER / name / "outputs.safetensors")
+    save_file(
+        {"outputs": model(inputs(name)), "base": base(name)(inputs(name))}, FOLDER / name / "outputs.safetensors"
+    )
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

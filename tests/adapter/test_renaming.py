@@ -42,9 +42,9 @@ def on_renamed(model: nn.Module, folder, **kwargs) -> PeftModel:
 @pytest.mark.parametrize("name", ADAPTERS)
 @torch.no_grad()
 def test_a_golden_adapter_has_the_same_P_on_the_renamed_base(name):
-    model = PeftModel.from_pretrained(base(), FOLDER / name).eval()
-    renamed = on_renamed(base(), FOLDER / name)
-    assert torch.equal(renamed(inputs()), model(inputs()))
+    model = PeftModel.from_pretrained(base(name), FOLDER / name).eval()
+    renamed = on_renamed(base(name), FOLDER / name)
+    assert torch.equal(renamed(inputs(name)), model(inputs(name)))
     assert renamed.peft_config["default"].fingerprint == model.peft_config["default"].fingerprint
 
 
