@@ -68,6 +68,28 @@ def test_they_train_on_a_base_in_half_precision(options, changes):
     assert not torch.equal(outputs(model, case()), before)
 
 
+class Reader(nn.Module):
+    """Reads the weight of an embedding itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(11, 4, padding_idx=3)
+
+    def forward(self, ids):
+        return nn.functional.embedding(ids, self.tokens.weight, sparse=True)
+
+
+def test_a_sparse_gradient_of_a_weight_that_is_read_is_the_plain_models():
+    reader = Case("reader", Reader, tokens(3, 9))
+    model = double(reader)
+    layer = model.base_model.model.tokens
+    weight = layer.moved(["default"])["weight"]
+    loss(lambda ids: nn.functional.embedding(ids, weight), batch(reader)).backward()
+    expected, theta_d(model).grad = theta_d(model).grad, None
+    loss(model, batch(reader)).backward()
+    torch.testing.assert_close(theta_d(model).grad, expected, rtol=0, atol=1e-12)
+
+
 def test_they_stay_sparse_where_no_adapter_acts():
     model = wrap(case(sparse=True), target_modules=["tokens"])
     model(batch(case()))
