@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 
 import torch
@@ -141,4 +142,6 @@ if __name__ == "__main__":
     results = {kind.__name__: kind(accelerator) for kind in KINDS}
     if accelerator.is_main_process:
         print("RESULTS " + json.dumps({"processes": accelerator.num_processes, **results}))
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads abort some processes when the interpreter takes them down
