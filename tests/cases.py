@@ -42,6 +42,16 @@ def tokens(*shape: int, below: int = 11) -> Callable[[], Tensor]:
     return lambda: torch.randint(3, below, shape)
 
 
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The same model at each call, in evaluation mode."""
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():  # biases and norms that are zero or one would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, and the inputs it runs on."""
@@ -54,12 +64,7 @@ class Case:
 
     def model(self) -> nn.Module:
         """The same model at each call, in evaluation mode."""
-        torch.manual_seed(0)
-        model = self.build().eval()
-        with torch.no_grad():  # biases and norms that are zero or one would hide mistakes
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
+        return seeded(self.build)
 
     def batch(self) -> Tensor:
         torch.manual_seed(1)

@@ -1,0 +1,171 @@
+"""Conformance: the adapted model is the moved model, whichever way it is asked."""
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.cases import CASES, Case, assert_same_state, move, settings, theta_d, tree
+from tests.oracle import Batch, Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
+
+
+ROUNDING = {"outputs in training": 2e-5, "gradient": 1e-4, "outputs": 2e-5}  # of float32, relative
+AS_LORA = 3  # times LoRA's own distance from what it is in float64
+LORA_REFUSES = ("conv1d", "out_proj")  # state-space models read the weights of these, torch's attention that of one
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix."""
+
+    case: Case | Architecture
+    targets: str
+    coordinates: str
+    dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        return f"{self.case!r}-{self.targets}-{self.coordinates}-{str(self.dtype).removeprefix('torch.')}"
+
+
+NO_LINEAR = ("norms", "convs", "recurrent")
+MATRIX = [
+    Cell(case, targets, coordinates, dtype)
+    for case in [*CASES, *ARCHITECTURES]
+    for targets in (("all",) if repr(case) in NO_LINEAR else ("all", "all-linear"))
+    for coordinates in (("weight",) if repr(case) == "norms" else ("weight", "low_rank"))
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+class Life:
+    """An adapter that starts at zero, is moved, and is trained for one step without an optimiser."""
+
+    def __init__(self, cell: Cell):
+        self.plain = cell.case.model().to(cell.dtype).requires_grad_(False)
+        self.batch = in_dtype(cell.case.batch(), cell.dtype)
+        self.base = self.outputs(_without_fast_path(copy.deepcopy(self.plain)))
+        changes = {}
+        if cell.coordinates == "low_rank":
+            matrices = [parameter for parameter in self.plain.parameters() if parameter.dim() > 1]
+            rank = min(2, *(min(len(matrix), matrix[0].numel()) for matrix in matrices))
+            changes = {"coordinates": "low_rank", "rank": rank}
+        config = settings(d=6, projection="sparse", target_modules=cell.targets, **changes)
+        self.model = get_peft_model(copy.deepcopy(self.plain), config).eval()
+        self.start = self.outputs(self.model)
+        move(self.model)
+        moves = increments(self.model)
+        self.oracle = Oracle(self.plain, moves, theta_d(self.model))
+        self.expected = self.oracle.says(self.batch)
+        self.said = says(self.model, self.batch, lambda loss: torch.autograd.grad(loss, theta_d(self.model))[0])
+        self.tolerance = ROUNDING
+        if cell.dtype != torch.float32:
+            sizes = {name: increment(theta_d(self.model).double()).norm() for name, increment in moves.items()}
+            self.tolerance = {
+                key: AS_LORA * value for key, value in loras_distances(self.plain, self.batch, sizes).items()
+            }
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> Tensor:
+        return flat_outputs(model, self.batch)
+
+    def assert_moved(self, said: dict[str, Tensor]) -> None:
+        found = distances(said, {key: self.expected[key] for key in said})
+        assert not {
+            key: f"{far:.1e} > {self.tolerance[key]:.1e}"
+            for key, far in found.items()
+            if not far <= self.tolerance[key]
+        }
+
+
+def _without_fast_path(model: nn.Module) -> nn.Module:
+    """The fast path of nn.TransformerEncoderLayer, which a hook turns off, rounds otherwise."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_hook(lambda *args: None)
+    return model
+
+
+def loras_distances(plain: nn.Module, batch: Batch, sizes: dict[str, Tensor]) -> dict[str, float]:
+    """How far LoRA, with increments of these sizes, is from what it is in float64; without linear layers, the base."""
+    model = copy.deepcopy(plain)
+    targets = [
+        re.escape(name)
+        for name, module in plain.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and f"{name}.weight" in sizes and not name.endswith(LORA_REFUSES)
+    ]
+    with warnings.catch_warnings(action="ignore"):
+        if targets:
+            config = LoraConfig(r=2, target_modules="|".join(targets), init_lora_weights=False)
+            model = get_peft_model(model, config).base_model.model
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer) and f"{name}.weight" in sizes:
+                layer.scale_layer(sizes[f"{name}.weight"].item() / layer.get_delta_weight("default").norm().item())
+        exact = in_float64(model)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad or not targets]
+        for each in (model, exact):
+            for name in trained:
+                each.get_parameter(name).requires_grad_()
+        return distances(
+            says(model, batch, partial(gradients, model, trained)),
+            says(exact, in_dtype(batch, torch.float64), partial(gradients, exact, trained)),
+        )
+
+
+def gradients(model: nn.Module, names: list[str], loss: Tensor) -> Tensor:
+    parameters = [model.get_parameter(name) for name in names]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+
+
+@pytest.fixture(scope="module", params=MATRIX, ids=repr)
+def life(request) -> Life:
+    return Life(request.param)
+
+
+def test_theta_d_of_zero_is_the_base_bit_for_bit(life):
+    assert torch.equal(life.start, life.base)
+
+
+def test_outputs_and_gradient_are_those_of_the_moved_model(life):
+    life.assert_moved(life.said)
+
+
+def test_a_disabled_adapter_leaves_the_base_bit_for_bit(life):
+    with life.model.disable_adapter():
+        assert torch.equal(life.outputs(life.model), life.base)
+    assert torch.equal(life.outputs(life.model), life.said["outputs"])
+
+
+def test_a_reloaded_adapter_says_the_same_and_unloaded_leaves_the_base_bit_for_bit(life, tmp_path):
+    life.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(life.plain), tmp_path).eval()
+    assert torch.equal(life.outputs(loaded), life.said["outputs"])
+    unloaded = loaded.unload()
+    assert tree(unloaded) == tree(life.plain)
+    assert_same_state(unloaded, life.plain.state_dict())
+    assert torch.equal(life.outputs(_without_fast_path(unloaded)), life.base)
+
+
+def test_a_merged_adapter_is_the_moved_model(life):
+    """The last one, because it ends the life: a copy for each test would take as long as all of them."""
+    life.model.merge_adapter()
+    life.assert_moved({"outputs": life.outputs(life.model)})
+    life.model.unmerge_adapter()
+    life.assert_moved({"outputs": life.outputs(life.model)})
+    merged = life.model.merge_and_unload()
+    assert tree(merged) == tree(life.plain)
+    life.assert_moved({"outputs": life.outputs(merged)})
+    if life.tolerance is ROUNDING:
+        for name, tensor in life.oracle.model.state_dict().items():
+            torch.testing.assert_close(merged.state_dict()[name].to(tensor.dtype), tensor, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,119 @@
+"""Oracle: a plain float64 model whose tensors are origin + P theta_d, its outputs and its gradient P^T g."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subspace_peft.adapter.walk import find_vectors, unique_coordinates
+from subspace_peft.coordinates import Coordinates, LowRank
+
+
+Batch = Tensor | dict[str, Tensor]
+Increment = Callable[[Tensor], Tensor]
+"""theta_d -> the increment to one tensor, in float64."""
+
+
+def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    if isinstance(batch, dict):
+        return {name: in_dtype(tensor, dtype) for name, tensor in batch.items()}
+    return batch.to(dtype) if batch.is_floating_point() else batch
+
+
+def flat_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Every floating-point output of the model, after the same seed: float64, one dimension."""
+    torch.manual_seed(2)
+    outputs = model(**batch) if isinstance(batch, dict) else model(batch)
+    return torch.cat([tensor.double().flatten() for tensor in _floats(outputs)])
+
+
+def _floats(outputs: object) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor) and outputs.is_floating_point():
+        yield outputs
+    elif isinstance(outputs, dict | list | tuple):
+        for value in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _floats(value)
+
+
+def loss(outputs: Tensor) -> Tensor:
+    """A loss to which every output contributes with another weight."""
+    probe = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return (outputs * probe).sum() / outputs.numel() ** 0.5
+
+
+@torch.no_grad()
+def increments(model: nn.Module, adapter: str = "default") -> dict[str, Increment]:
+    """How each target tensor moves, from the columns of P, which unit vectors read off."""
+    vectors = find_vectors(model)
+    units = torch.eye(len(vectors.subspace_peft_theta_d[adapter]), dtype=torch.float64) * vectors.scales[adapter]
+    return {name: _increment(c, units) for name, c in unique_coordinates(model, adapter).items()}
+
+
+def _increment(coordinates: Coordinates, units: Tensor) -> Increment:
+    P = {suffix: projection(units).T for suffix, projection in coordinates.projections.items()}
+    if not isinstance(coordinates, LowRank):
+        return lambda theta_d: (P[""] @ theta_d).view(coordinates.shape)
+    shapes, scaling = coordinates.start.shapes.parts, coordinates.start.scaling
+    A_0 = coordinates.start(units.device)[1].double()
+
+    def product(theta_d: Tensor) -> Tensor:
+        B, A = ((P[suffix] @ theta_d).view(shapes[suffix]) for suffix in (".B", ".A"))
+        return scaling * (B @ (A_0 + A)).view(coordinates.shape)
+
+    return product
+
+
+def in_float64(plain: nn.Module) -> nn.Module:
+    """A copy of the model. Grouped products of experts have no float64, so its experts run one after the other."""
+    model = copy.deepcopy(plain).double()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
+            module.set_experts_implementation("eager")
+    return model
+
+
+class Oracle:
+    """The moved model.
+
+    Args:
+        plain: The base before it was wrapped, which has never run: some models keep what they computed from weights.
+        increments: How each tensor moves.
+        theta_d: How far.
+    """
+
+    def __init__(self, plain: nn.Module, increments: dict[str, Increment], theta_d: Tensor):
+        self.increments, self.theta_d = increments, theta_d.detach().double()
+        self.model = in_float64(plain)
+        with torch.no_grad():
+            for name, increment in increments.items():
+                self.model.get_parameter(name).add_(increment(self.theta_d))
+
+    def says(self, batch: Batch) -> dict[str, Tensor]:
+        for name in self.increments:
+            self.model.get_parameter(name).requires_grad_()
+        return says(self.model, in_dtype(batch, torch.float64), self.gradient)
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """P^T g, where the increment is linear; else the transposed derivative of the increment times g."""
+        parameters = [self.model.get_parameter(name) for name in self.increments]
+        g = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        theta_d = self.theta_d.clone().requires_grad_()
+        return torch.autograd.grad([increment(theta_d) for increment in self.increments.values()], theta_d, g)[0]
+
+
+def says(model: nn.Module, batch: Batch, gradient: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What a model says in training mode, and after it in evaluation mode. It is left in that mode."""
+    training = flat_outputs(model.train(), batch)
+    gradients = gradient(loss(training))
+    with torch.no_grad():
+        evaluation = flat_outputs(model.eval(), batch)
+    return {"outputs in training": training.detach(), "gradient": gradients, "outputs": evaluation}
+
+
+def distances(said: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """|said - expected| / |expected|."""
+    return {name: ((said[name] - exact).norm() / exact.norm()).item() for name, exact in expected.items()}
