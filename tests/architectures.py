@@ -98,7 +98,11 @@ GROUPED = TEXT | {"num_key_value_heads": 1, "head_dim": 8}
 ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
 DECODER = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
 SEQ2SEQ = TOKENS | ENCODER | DECODER | {"d_model": 16, "max_position_embeddings": 32}
-T5 = TOKENS | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = (
+    TOKENS
+    | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    | {"decoder_start_token_id": 0}
+)
 EXPERTS = GROUPED | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
 STATES = TOKENS | {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 3, "expand": 2}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4}
@@ -181,7 +185,7 @@ ARCHITECTURES = [
     A("Lfm2ForCausalLM", tokens, GROUPED | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
     # mixture of experts, the last three with state-space layers
     A("MixtralForCausalLM", tokens, EXPERTS | {"num_local_experts": 3}),
-    A("Qwen3MoeForCausalLM", tokens, EXPERTS | {"num_experts": 3}),
+    A("Qwen3MoeForCausalLM", tokens, EXPERTS | {"num_experts": 5}),
     A("GptOssForCausalLM", tokens, EXPERTS | {"num_local_experts": 3}),
     A(
         "SwitchTransformersForConditionalGeneration",

@@ -77,7 +77,7 @@ def in_float64(plain: nn.Module) -> nn.Module:
 
 
 class Oracle:
-    """The moved model.
+    """The moved model, in float64 or rounded to the dtype of the base.
 
     Args:
         plain: The base before it was wrapped, which has never run: some models keep what they computed from weights.
@@ -85,35 +85,43 @@ class Oracle:
         theta_d: How far.
     """
 
-    def __init__(self, plain: nn.Module, increments: dict[str, Increment], theta_d: Tensor):
+    def __init__(self, plain: nn.Module, increments: dict[str, Increment], theta_d: Tensor, rounded: bool = False):
         self.increments, self.theta_d = increments, theta_d.detach().double()
-        self.model = in_float64(plain)
+        self.model = copy.deepcopy(plain) if rounded else in_float64(plain)
         with torch.no_grad():
             for name, increment in increments.items():
-                self.model.get_parameter(name).add_(increment(self.theta_d))
+                parameter = self.model.get_parameter(name).requires_grad_()
+                parameter.copy_(parameter.double() + increment(self.theta_d))
 
     def says(self, batch: Batch) -> dict[str, Tensor]:
-        for name in self.increments:
-            self.model.get_parameter(name).requires_grad_()
-        return says(self.model, in_dtype(batch, torch.float64), self.gradient)
+        return says(self.model, batch, self.gradient)
 
     def gradient(self, loss: Tensor) -> Tensor:
         """P^T g, where the increment is linear; else the transposed derivative of the increment times g."""
         parameters = [self.model.get_parameter(name) for name in self.increments]
         g = torch.autograd.grad(loss, parameters, materialize_grads=True)
         theta_d = self.theta_d.clone().requires_grad_()
-        return torch.autograd.grad([increment(theta_d) for increment in self.increments.values()], theta_d, g)[0]
+        moved = [increment(theta_d) for increment in self.increments.values()]
+        return torch.autograd.grad(moved, theta_d, [tensor.double() for tensor in g])[0]
 
 
-def says(model: nn.Module, batch: Batch, gradient: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What a model says in training mode, and after it in evaluation mode. It is left in that mode."""
-    training = flat_outputs(model.train(), batch)
-    gradients = gradient(loss(training))
+def says(model: nn.Module, batch: Batch, gradient: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """What a model says in training mode, and after it in evaluation mode, in which it is left.
+
+    Args:
+        gradient: That of a loss.
+    """
+    said = {}
+    with torch.set_grad_enabled(gradient is not None):
+        training = flat_outputs(model.train(), batch)
+    said["outputs in training"] = training.detach()
+    if gradient is not None:
+        said["gradient"] = gradient(loss(training))
     with torch.no_grad():
-        evaluation = flat_outputs(model.eval(), batch)
-    return {"outputs in training": training.detach(), "gradient": gradients, "outputs": evaluation}
+        said["outputs"] = flat_outputs(model.eval(), batch)
+    return said
 
 
 def distances(said: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """|said - expected| / |expected|."""
-    return {name: ((said[name] - exact).norm() / exact.norm()).item() for name, exact in expected.items()}
+    return {name: ((tensor - expected[name]).norm() / expected[name].norm()).item() for name, tensor in said.items()}

@@ -265,12 +265,22 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module, with the increments in it, or with its own statistics again."""
+        """The base module, with the increments in it, or with its own statistics again; what it contains likewise."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         elif not self.merged:
             statistics.switch(self, None)
+        unload_inside(self.base_layer, merge, safe_merge, adapter_names)
         return self.base_layer
+
+
+def unload_inside(module: nn.Module, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Put the base modules of the layers inside this module in their places, where PEFT does not look."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, SubspaceLayer):
+                unmerged = merge and not child.merged  # a module under several names comes more than once
+                setattr(parent, name, child.unload_and_optionally_merge_module(unmerged, safe_merge, adapter_names))
 
 
 def _features(module: nn.Module) -> tuple[int | None, int | None]:

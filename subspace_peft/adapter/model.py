@@ -20,7 +20,7 @@ from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .expansion import expanded
 from .fingerprint import fingerprint, identity
 from .given_projection import GIVEN
-from .layer import SubspaceLayer
+from .layer import SubspaceLayer, unload_inside
 from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
@@ -249,13 +249,7 @@ class SubspaceModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look inside a tuner layer, but a target that owns parameters may have targets as children.
-        while nested := [
-            (m, name, c) for m in model.modules() for name, c in m.named_children() if isinstance(c, SubspaceLayer)
-        ]:
-            for parent, name, layer in nested:
-                unmerged = merge and not layer.merged  # a module under several names comes more than once
-                setattr(parent, name, layer.unload_and_optionally_merge_module(unmerged, safe_merge, adapter_names))
+        unload_inside(model, merge, safe_merge, adapter_names)
         if hasattr(model, VECTORS):
             remove_vectors(model)
         return model
