@@ -54,15 +54,15 @@ def increments(model: nn.Module, adapter: str = "default") -> dict[str, Incremen
 
 
 def _increment(coordinates: Coordinates, units: Tensor) -> Increment:
-    P = {suffix: projection(units).T for suffix, projection in coordinates.projections.items()}
     if not isinstance(coordinates, LowRank):
-        return lambda theta_d: (P[""] @ theta_d).view(coordinates.shape)
-    shapes, scaling = coordinates.start.shapes.parts, coordinates.start.scaling
-    A_0 = coordinates.start(units.device)[1].double()
+        columns = coordinates.increment(units)
+        return lambda theta_d: torch.tensordot(theta_d, columns, 1)
+    B, A = coordinates.factors(units)
+    A_0 = coordinates.factors(torch.zeros_like(units[0]))[1]
 
     def product(theta_d: Tensor) -> Tensor:
-        B, A = ((P[suffix] @ theta_d).view(shapes[suffix]) for suffix in (".B", ".A"))
-        return scaling * (B @ (A_0 + A)).view(coordinates.shape)
+        left, right = torch.tensordot(theta_d, B, 1), A_0 + torch.tensordot(theta_d, A - A_0, 1)
+        return (left @ right).reshape(coordinates.shape)
 
     return product
 

@@ -1,6 +1,7 @@
 """Conformance: the adapted model is the moved model, whichever way it is asked."""
 
 import copy
+import functools
 import re
 import warnings
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from subspace_peft.projections.sparse import Sparse
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import CASES, Case, assert_same_state, move, settings, theta_d, tree
-from tests.oracle import Batch, Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
+from tests.oracle import Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
 
 
 ROUNDING = {"outputs in training": 2e-5, "gradient": 1e-4, "outputs": 2e-5}  # of float32, relative
+SIZE = 0.05  # of the entries of theta_d, and so of the increments: the rows of P have norm 1
 AS_LORA = 3  # times LoRA's own distance in bfloat16; that of the gradient also as for a plain model of rounded weights
 LORA_REFUSES = ("conv1d", "out_proj")  # state-space models read the weights of these, torch's attention that of one
 
@@ -63,14 +66,14 @@ class Life:
         config = settings(d=6, projection="sparse", target_modules=cell.targets, **changes)
         self.model = get_peft_model(copy.deepcopy(self.plain), config).eval()
         self.start = self.outputs(self.model)
-        move(self.model)
+        move(self.model, size=SIZE)
         moves = increments(self.model)
         self.oracle = Oracle(self.plain, moves, theta_d(self.model))
         self.expected = self.oracle.says(in_dtype(self.batch, torch.float64))
         self.said = says(self.model, self.batch, lambda loss: torch.autograd.grad(loss, theta_d(self.model))[0])
         self.tolerance = ROUNDING
         if cell.dtype != torch.float32:
-            lora = loras_distances(self.plain, self.batch, self.oracle)
+            lora = loras_distances(cell.case, cell.dtype)
             rounded = Oracle(self.plain, moves, theta_d(self.model), rounded=True).says(self.batch)
             gradient = max(distances(rounded, self.expected)["gradient"], lora["outputs in training"])
             self.tolerance = {key: AS_LORA * value for key, value in (lora | {"gradient": gradient}).items()}
@@ -96,24 +99,44 @@ def _without_fast_path(model: nn.Module) -> nn.Module:
     return model
 
 
-def loras_distances(plain: nn.Module, batch: Batch, oracle: Oracle) -> dict[str, float]:
-    """How far LoRA, with increments as large, is from what it is in float64; without linear layers, the base."""
-    model = copy.deepcopy(plain)
-    sizes = {name: increment(oracle.theta_d).norm().item() for name, increment in oracle.increments.items()}
+@functools.cache
+def loras_distances(case: Case | Architecture, dtype: torch.dtype) -> dict[str, float]:
+    """How far LoRA of all linear layers is from what it is in float64, or the base of a model without any.
+
+    LoRA's increments are as large as ours.
+    """
+    model, batch = case.model().to(dtype), in_dtype(case.batch(), dtype)
     targets = [
         re.escape(name)
-        for name, module in plain.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and f"{name}.weight" in sizes and not name.endswith(LORA_REFUSES)
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and not name.endswith(LORA_REFUSES)
     ]
     with warnings.catch_warnings(action="ignore"):
         if targets:
             config = LoraConfig(r=2, target_modules="|".join(targets), init_lora_weights=False)
             model = get_peft_model(model, config).base_model.model
-        for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer) and f"{name}.weight" in sizes:
-                layer.scale_layer(sizes[f"{name}.weight"] / layer.get_delta_weight("default").norm().item())
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                increment = layer.get_delta_weight("default")
+                layer.scale_layer(SIZE * increment.numel() ** 0.5 / increment.norm().item())
         exact = says(in_float64(model), in_dtype(batch, torch.float64))
         return distances(says(model, batch), exact)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """The rows of P of one tensor are the same in every cell: drawing them anew would take a third of the time."""
+    draw, drawn = Sparse.draw, {}
+
+    def draw_once(self, device):
+        key = self.rows.name, self.rows.n, device
+        if key not in drawn:
+            drawn[key] = draw(self, device)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sparse, "draw", draw_once)
+        yield
 
 
 @pytest.fixture(scope="module", params=MATRIX, ids=repr)
