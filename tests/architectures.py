@@ -23,8 +23,8 @@ def both_tokens() -> Inputs:
     return tokens() | {"decoder_input_ids": torch.randint(3, 30, (3, 4))}
 
 
-def pixels() -> Inputs:
-    return {"pixel_values": torch.randn(3, 3, 32, 32)}
+def pixels(batch: int = 3) -> Inputs:
+    return {"pixel_values": torch.randn(batch, 3, 32, 32)}
 
 
 def pixels_and_tokens() -> Inputs:
@@ -243,7 +243,7 @@ ARCHITECTURES = [
     ),
     A(
         "LevitForImageClassification",
-        pixels,
+        lambda: pixels(16),  # batch norm of pooled features
         IMAGE
         | {"hidden_sizes": [16, 16], "depths": [1, 1], "num_attention_heads": [2, 2], "key_dim": [8, 8]}
         | {"attention_ratio": [2, 2], "mlp_ratio": [2, 2], "down_ops": [["Subsample", 8, 2, 4, 2, 2], [""]]},

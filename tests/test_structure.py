@@ -30,6 +30,7 @@ PARTS = {  # a folder or file of the package -> what all its files may import; "
 }
 FILES = {  # what single files may import besides
     "coordinates.factored": {"transformers.pytorch_utils"},  # Conv1D
+    "adapter.caches": {"transformers"},  # PreTrainedModel
     "adapter.given_projection": {".trajectory", "safetensors"},  # a basis may be a file or a folder of samples
     "adapter.expansion": {"transformers"},  # PreTrainedModel
     "adapter.renaming": {"transformers"},  # what its models' modules were called

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .caches import has_cache, renew
+
 
 LINEAR_IN_PARAMETERS = {
     *(kind.forward for kind in (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)),
@@ -59,7 +61,10 @@ def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
         flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
         hidden.append((module.__dict__, "_flat_weights", module._flat_weights))
         module.__dict__["_flat_weights"] = flat
+    keeps_values = has_cache(module)
     try:
+        if keeps_values:
+            renew(module)
         yield
     finally:
         for owner, name, before in hidden:
@@ -67,3 +72,5 @@ def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
                 del owner[name]
             else:
                 owner[name] = before
+        if keeps_values:
+            renew(module)

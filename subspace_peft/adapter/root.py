@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..plain_model import unwrapped
+from .caches import has_cache, renew
 from .layer import SubspaceLayer
 from .vectors import VECTORS, SubspaceVectors
 
@@ -82,29 +83,38 @@ def add_vectors(model: nn.Module, vectors: SubspaceVectors) -> None:
     model.add_module(VECTORS, vectors)
     model.__class__ = _class_of_root(type(model))
     model.hides_vectors = False
-    model.vectors_of_layers = [vectors]  # in a list: it is no second module of that name
-    model.register_forward_pre_hook(_own_vectors)
+    _know_modules(model, vectors)
+    model.register_forward_pre_hook(_before_forward)
 
 
 def remove_vectors(model: nn.Module) -> None:
     model = unwrapped(model)
-    del model._modules[VECTORS], model.hides_vectors, model.vectors_of_layers
+    for module in model.modules_with_cache:
+        renew(module)
+    del model._modules[VECTORS], model.hides_vectors, model.vectors_of_layers, model.modules_with_cache
     model.__class__ = type(model).plain
     for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _own_vectors:
+        if hook is _before_forward:
             del model._forward_pre_hooks[key]
 
 
-def _own_vectors(root: nn.Module, args: Any) -> None:
-    """Hand the root's vectors to its layers, where the root is a copy made module by module.
+def _know_modules(root: nn.Module, vectors: SubspaceVectors) -> None:
+    """Keep what each forward needs, in lists: they are no second modules of these names."""
+    root.vectors_of_layers = [vectors]
+    root.modules_with_cache = [module for module in root.modules() if has_cache(module)]
+
+
+def _before_forward(root: nn.Module, args: Any) -> None:
+    """Renew what modules keep; hand the root's vectors to its layers, where the root is a copy made module by module.
 
     Such copies, of meta-learning and of nn.DataParallel, know only modules; the reference of a layer to its vectors
     would remain that to the original's.
     """
     vectors = root._modules[VECTORS]
-    if root.vectors_of_layers[0] is vectors:
-        return
-    for module in root.modules():
-        if isinstance(module, SubspaceLayer):
-            object.__setattr__(module, "vectors", vectors)
-    root.vectors_of_layers = [vectors]
+    if root.vectors_of_layers[0] is not vectors:
+        for module in root.modules():
+            if isinstance(module, SubspaceLayer):
+                object.__setattr__(module, "vectors", vectors)
+        _know_modules(root, vectors)
+    for module in root.modules_with_cache:
+        renew(module)
