@@ -132,7 +132,6 @@ ARCHITECTURES = [
     A("MobileBertForMaskedLM", tokens, TEXT | EMBEDDING | {"intra_bottleneck_size": 8}),
     A("ModernBertForMaskedLM", tokens, TEXT | {"cls_token_id": 1, "sep_token_id": 2}),
     A("XLNetLMHeadModel", tokens, TOKENS | {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}),
-    A("ConvBertForMaskedLM", tokens, TEXT | {"embedding_size": 16, "conv_kernel_size": 3}),
     A(
         "LayoutLMv3ForTokenClassification",
         tokens,
@@ -146,6 +145,13 @@ ARCHITECTURES = [
         {"vocab_size": 30, "max_position_embeddings": 8, "num_latents": 4, "d_latents": 16, "d_model": 16}
         | {"num_self_attends_per_block": 1, "num_self_attention_heads": 2, "num_cross_attention_heads": 2}
         | {"qk_channels": 16, "v_channels": 16},
+    ),
+    A(
+        "ReformerModelWithLMHead",
+        tokens,
+        TEXT
+        | {"is_decoder": True, "attn_layers": ["local", "local"], "local_attn_chunk_length": 4}
+        | {"axial_pos_shape": [2, 4], "axial_pos_embds_dim": [8, 8], "attention_head_size": 8},
     ),
     # text decoders
     A("LlamaForCausalLM", tokens, GROUPED),
@@ -163,7 +169,6 @@ ARCHITECTURES = [
     # encoder-decoders
     A("T5ForConditionalGeneration", both_tokens, T5),
     A("BartForConditionalGeneration", both_tokens, SEQ2SEQ),
-    A("MBartForConditionalGeneration", both_tokens, SEQ2SEQ),
     A(
         "ProphetNetForConditionalGeneration",
         both_tokens,
@@ -174,7 +179,6 @@ ARCHITECTURES = [
     ),
     # state-space models
     A("MambaForCausalLM", tokens, STATES),
-    A("FalconMambaForCausalLM", tokens, STATES),
     A("Mamba2ForCausalLM", tokens, STATES | {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
     A("RwkvForCausalLM", tokens, TEXT | {"attention_hidden_size": 16, "context_length": 32, "rescale_every": 0}),
     A(
@@ -184,14 +188,15 @@ ARCHITECTURES = [
     ),
     A("FalconH1ForCausalLM", tokens, GROUPED | MAMBA2 | {"mamba_d_ssm": 32}),
     A("Lfm2ForCausalLM", tokens, GROUPED | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
-    # mixture of experts, the last three with state-space layers
+    # mixture of experts, the last two with state-space layers
     A("MixtralForCausalLM", tokens, EXPERTS | {"num_local_experts": 3}),
     A("Qwen3MoeForCausalLM", tokens, EXPERTS | {"num_experts": 3}),
     A("GptOssForCausalLM", tokens, EXPERTS | {"num_local_experts": 3}),
     A(
         "SwitchTransformersForConditionalGeneration",
         both_tokens,
-        T5 | {"num_experts": 3, "expert_capacity": 16, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        T5
+        | {"num_decoder_layers": 2, "num_experts": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     ),
     A(
         "DeepseekV3ForCausalLM",
@@ -209,26 +214,15 @@ ARCHITECTURES = [
         | {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
     ),
     A(
-        "GraniteMoeHybridForCausalLM",
-        tokens,
-        EXPERTS | MAMBA2 | {"num_local_experts": 3, "layer_types": ["mamba", "attention"]},
-    ),
-    A(
         "Qwen3NextForCausalLM",
         tokens,
         EXPERTS
-        | {
-            "num_experts": 3,
-            "shared_expert_intermediate_size": 16,
-            "linear_key_head_dim": 8,
-            "linear_num_key_heads": 1,
-        }
-        | {"linear_value_head_dim": 8, "linear_num_value_heads": 2}
+        | {"num_experts": 3, "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8}
+        | {"linear_num_key_heads": 1, "linear_value_head_dim": 8, "linear_num_value_heads": 2}
         | {"layer_types": ["linear_attention", "full_attention"]},
     ),
     # vision transformers and convnets
     A("ViTForImageClassification", pixels, VIT),
-    A("DeiTForImageClassification", pixels, VIT),
     A("BeitForImageClassification", pixels, VIT | {"use_relative_position_bias": True}),
     A("Dinov2ForImageClassification", pixels, VIT),
     A("SwinForImageClassification", pixels, WINDOWS),
