@@ -84,7 +84,9 @@ def set_on_base(layer: BaseTunerLayer, name: str, value: Any) -> None:
     base = layer.base_layer
     if not any(name in coordinates for coordinates in layer.coordinates.values()):
         setattr(base, name, value)
-    elif value is not getattr(base, name) and value is not layer.reads.get(name):
+        return
+    of_the_base = value.source.parameter if isinstance(value, MovedTensor) else value  # as tied tensors are
+    if of_the_base is not getattr(base, name):
         raise ValueError(
             f"A parameter that an adapter moves must stay the same, `{name}` of {type(base).__name__} was given "
             "another; tie, resize or replace it before the model is wrapped, or unload the adapter first."

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class MovedTensor(Tensor):
@@ -27,24 +27,39 @@ class MovedTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, source: Moving):
+    def __new__(cls, source: Moving | Part):
         like = source.parameter
         return Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
         )
 
-    def __init__(self, source: Moving):
+    def __init__(self, source: Moving | Part):
         self.source = source
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:
             return cls(args[0].source)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
-                raise RuntimeError(value.source.refusal())
-        args, kwargs = tree_map_only(cls, lambda moved: moved.source.entries(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        moved = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for value in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
+                    if isinstance(value, cls):
+                        raise RuntimeError(value.source.refusal())
+        args, kwargs = tree_map_only(cls, lambda value: value.source.entries(), (args, kwargs))
+        result = func(*args, **kwargs)
+        if not func.is_view:
+            return result
+        return tree_map_only(Tensor, lambda part: cls(Part(moved[0].source, part)), result)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(self.source.refusal())
 
     def plain(self) -> Tensor:
         """The same as a tensor in memory: for what looks at memory rather than run operations."""
@@ -55,6 +70,9 @@ class MovedTensor(Tensor):
 
     def __array__(self, *args, **kwargs):
         return self.plain().__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args, **kwargs):
+        return self.plain().__dlpack__(*args, **kwargs)
 
     def tolist(self):
         return self.plain().tolist()
@@ -116,6 +134,16 @@ class Moving:
             f"A parameter that an adapter moves must not be written to, `{self.path}` of {kind} is computed; write to "
             "that of its `base_layer`, the origin, or merge or unload the adapter first."
         )
+
+
+class Part:
+    """A view of what was moved, such as a row or the transposed tensor; it can not be written to either."""
+
+    def __init__(self, whole: Moving | Part, parameter: Tensor):
+        self.refusal, self.parameter = whole.refusal, parameter
+
+    def entries(self) -> Tensor:
+        return self.parameter
 
 
 class MovingBySample(Moving):

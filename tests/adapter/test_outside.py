@@ -213,6 +213,12 @@ def test_what_is_read_must_not_be_written_to():
             lambda: layer.weight.data.mul_(2),
             lambda: nn.init.normal_(layer.weight),
             lambda: layer.weight.copy_(before),
+            lambda: layer.weight.data[0].zero_(),
+            lambda: layer.weight[:2, 1].fill_(1),
+            lambda: layer.weight.chunk(2)[1].mul_(2),
+            lambda: torch._foreach_mul_([layer.weight], 2),
+            lambda: torch.add(before, 1, out=layer.weight.detach()),
+            lambda: setattr(layer.weight, "data", before),
             layer.reset_parameters,
         ):
             with pytest.raises(RuntimeError, match="must not be written to, `weight` of Linear is computed"):
@@ -225,7 +231,11 @@ def test_assignments_reach_the_base_module_or_are_refused():
     layer = model.base_model.model.qkv
     with pytest.raises(ValueError, match="must stay the same, `weight` of Linear was given another"):
         layer.weight = nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="must stay the same, `weight` of Linear was given another"):
+        layer.weight = None
     layer.weight = layer.weight  # tying what is tied
+    with torch.no_grad():
+        layer.weight = layer.weight
     layer.weight = layer.base_layer.weight
     layer.bias = None
     assert layer.base_layer.bias is None
