@@ -83,11 +83,11 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
             super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict) -> SubspaceLayer:
-        """A copy of the layer alone owns its theta_d; in that of a model the copy of the base model does."""
-        is_alone = not memo
+        """In a copy of the whole model the base model owns theta_d; in one of a part of it, the first layer."""
+        is_first = id(self.vectors) not in memo
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        if is_alone:
+        if is_first:
             twin.add_module(VECTORS, twin.vectors)
         return twin
 

@@ -22,6 +22,7 @@ from .vectors import VECTORS, SubspaceVectors
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 READERS = ("__len__", "__iter__", "__getitem__", "__contains__", "keys", "items", "values")
+WRITERS = ("__delitem__", "insert", "clear")
 
 
 class Root(nn.Module):
@@ -29,6 +30,13 @@ class Root(nn.Module):
 
     def named_children(self):
         return (_without_vectors(self) if self.hides_vectors else super()).named_children()
+
+    def get_parameter(self, target):
+        """As in torch: of a layer its base module's, which transformers' tie_weights ties to itself."""
+        path, _, name = target.rpartition(".")
+        if isinstance(layer := self.get_submodule(path), SubspaceLayer) and name in layer.base_layer._parameters:
+            target = f"{path}.base_layer.{name}"
+        return super().get_parameter(target)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -51,12 +59,13 @@ class Root(nn.Module):
 @functools.cache
 def _class_of_root(plain: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    readers = {
-        name: _reader(name)
-        for name in READERS
+    methods = {
+        name: make(name)
+        for make, of_containers in ((_reader, READERS), (_writer, WRITERS))
+        for name in of_containers
         if any(getattr(plain, name, None) is getattr(container, name, 0) for container in CONTAINERS)
     }
-    return type(plain.__name__, (Root, plain), {**names, **readers, "plain": plain})
+    return type(plain.__name__, (Root, plain), {**names, **methods, "plain": plain})
 
 
 def _reader(name: str):
@@ -64,6 +73,17 @@ def _reader(name: str):
         return getattr(type(self).plain, name)(_without_vectors(self), *args)
 
     return read
+
+
+def _writer(name: str):
+    def write(self, *args):
+        vectors = self._modules.pop(VECTORS)
+        try:
+            return getattr(type(self).plain, name)(self, *args)
+        finally:
+            self._modules[VECTORS] = vectors
+
+    return write
 
 
 def _without_vectors(root: nn.Module) -> nn.Module:
@@ -84,6 +104,10 @@ def add_vectors(model: nn.Module, vectors: SubspaceVectors) -> None:
     model.__class__ = _class_of_root(type(model))
     model.hides_vectors = False
     _know_modules(model, vectors)
+    # First: a copy of the model has them before its layers, the first of which would own them otherwise.
+    attributes = dict(model.__dict__)
+    model.__dict__.clear()
+    model.__dict__.update({"vectors_of_layers": attributes.pop("vectors_of_layers"), **attributes})
     model.register_forward_pre_hook(_before_forward)
 
 

@@ -37,6 +37,27 @@ def test_a_sequential_is_sliced_indexed_and_iterated_as_before():
     assert isinstance(net[3], nn.Tanh)
 
 
+def test_children_are_removed_and_inserted_as_before():
+    net, model = adapted()
+    plain, x = copy.deepcopy(model).merge_and_unload(), CASE.batch()
+    for change in (
+        lambda children: children.insert(1, nn.Tanh()),
+        lambda children: children.__delitem__(-1),
+        lambda children: children.pop(2),
+        lambda children: children.__delitem__(slice(1, None)),
+    ):
+        change(net)
+        change(plain)
+        assert len(net) == len(plain)
+        torch.testing.assert_close(model(x), plain(x))
+    assert theta_d(model).numel() == 7
+    container = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    get_peft_model(container, settings(d=2))
+    container.clear()
+    assert not container
+    assert theta_d(container).numel() == 2
+
+
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
 def test_other_containers_too(kind):
     parts = {"a": nn.Linear(2, 2), "b": nn.ReLU()}
@@ -165,3 +186,16 @@ def test_a_copy_of_one_layer_runs_with_a_theta_d_of_its_own():
     move(model, size=1.0)
     assert torch.equal(twin(x), before)
     assert any(p.shape == (7,) and p.requires_grad for p in twin.parameters())
+
+
+@pytest.mark.parametrize("part", [lambda net: net[:], lambda net: nn.ModuleList([net[2], net[0]])])
+def test_a_copy_of_a_part_of_the_model_has_one_theta_d_of_its_own(part):
+    net, model = adapted()
+    twin = copy.deepcopy(part(net))
+    (own,) = (p for p in twin.parameters() if p.requires_grad)
+    assert own is not theta_d(model)
+    before = {layer: layer.weight.detach().clone() for layer in (*twin, *net) if isinstance(layer, SubspaceLayer)}
+    with torch.no_grad():
+        own.mul_(2)
+    for layer, weight in before.items():
+        assert torch.equal(layer.weight, weight) == (layer in set(net))

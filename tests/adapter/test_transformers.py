@@ -53,6 +53,18 @@ def test_from_pretrained_of_an_adapter_folder(base_folder, tmp_path):
     assert torch.equal(outputs(loaded, LLAMA), outputs(model, LLAMA))
 
 
+@pytest.mark.parametrize("wrapped", [lambda model: model.get_base_model(), lambda model: model])
+def test_tie_weights_after_wrapping_changes_nothing(wrapped):
+    model = wrap(GPT2)
+    move(model)
+    expected, shapes = outputs(model, GPT2), {name: p.shape for name, p in model.named_parameters()}
+    wrapped(model).tie_weights()
+    assert torch.equal(outputs(model, GPT2), expected)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    wte = model.get_base_model().transformer.wte
+    assert model.get_base_model().get_parameter("transformer.wte.weight") is wte.base_layer.weight
+
+
 @pytest.mark.parametrize("projection", ["basis", "coordinate"])
 def test_transformers_leaves_a_given_projection_behind(projection, tmp_path):
     """transformers reads the file without asking the method, which is then a clear error."""
