@@ -1,4 +1,6 @@
-"""Statistics: the running means and variances of batch norms, one set for the base and one for each adapter.
+"""Statistics: what modules gather in training mode, one set for the base and one for each adapter.
+
+These are the running means and variances of batch norms, and the singular vectors of spectral norms.
 
 The set in use is the buffers of the base module themselves, so whoever resets, averages or removes them acts on that
 of the active adapter; the other sets are kept by the layer. Each function takes a SubspaceLayer.
@@ -17,17 +19,22 @@ from torch import Tensor, nn
 from .vectors import PREFIX
 
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v")
 BUFFERS = tuple(PREFIX + name for name in STATISTICS)
 """The attributes of a layer in which the adapters' statistics are: dictionaries by the adapter's name."""
 
 
+def kept_by(module: nn.Module) -> list[str]:
+    """The names of the statistics that a module keeps."""
+    return [name for name in STATISTICS if isinstance(module._buffers.get(name), Tensor)]
+
+
 def add_buffers(layer: BaseTunerLayer) -> None:
     """Give a new layer its BUFFERS; an empty dictionary stands for a statistic that the base module does not keep."""
+    kept = kept_by(layer.base_layer)
     for name, attribute in zip(STATISTICS, BUFFERS, strict=True):
-        is_kept = isinstance(getattr(layer.base_layer, name, None), Tensor)
-        setattr(layer, attribute, BufferDict(persistent=True) if is_kept else {})
-    if isinstance(getattr(layer, BUFFERS[0]), BufferDict):
+        setattr(layer, attribute, BufferDict(persistent=True) if name in kept else {})
+    if kept:
         layer.register_state_dict_pre_hook(_keep_those_in_use)
         layer.register_state_dict_post_hook(_give_the_bases)
         layer.register_load_state_dict_pre_hook(_begin_loading)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..plain_model import is_distributed, is_partitioned
+from . import statistics
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
 from .saved_whole import check_saved, is_saved_whole
@@ -117,7 +118,7 @@ def find_targets(
             raise ValueError(
                 f"A target must not be compiled by itself, `{name}` is; compile it after the model is wrapped."
             )
-        if parameters or _keeps_statistics(module):
+        if parameters or statistics.kept_by(module):
             merged_elsewhere = set()
             for path, p in parameters.items():
                 if id(p) in held:
@@ -127,10 +128,6 @@ def find_targets(
             stacked = {path for path in named.get(name, ()) if path in parameters and _is_stack(module, path)}
             targets.append(Target(parent, child, module, names, frozenset(merged_elsewhere), frozenset(stacked)))
     return targets if theta else []
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return getattr(module, "running_mean", None) is not None and getattr(module, "running_var", None) is not None
 
 
 def _is_stack(module: nn.Module, path: str) -> bool:

@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,7 @@ from subspace_peft.projections.sparse import Sparse
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import CASES, Case, assert_same_state, move, settings, theta_d, tree
 from tests.oracle import Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
+from tests.torch_modules import TORCH_MODULES
 
 
 ROUNDING = {"outputs in training": 2e-5, "gradient": 1e-4, "outputs": 2e-5}  # of float32, relative
@@ -25,7 +27,9 @@ AS_LORA = 3  # times LoRA's own distance in bfloat16; that of the gradient also 
 LORA_REFUSES = ("conv1d", "out_proj")  # state-space models read the weights of these, torch's attention that of one
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Model .*tie:UserWarning", "ignore:Setting .save_embedding_layers", "ignore:LSTM with projections"
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,26 @@ class Cell:
         return f"{self.case!r}-{self.targets}-{self.coordinates}-{str(self.dtype).removeprefix('torch.')}"
 
 
+def targets_of(case: Case | Architecture) -> tuple[str, ...]:
+    has_linear = repr(case) not in NO_LINEAR and _has(case, lambda module: isinstance(module, nn.Linear))
+    return ("all", "all-linear") if has_linear else ("all",)
+
+
+def coordinates_of(case: Case | Architecture) -> tuple[str, ...]:
+    has_matrix = repr(case) != "norms" and _has(case, lambda module: any(p.dim() > 1 for p in module.parameters()))
+    return ("weight", "low_rank") if has_matrix else ("weight",)
+
+
+def _has(case: Case | Architecture, what: Callable[[nn.Module], bool]) -> bool:
+    return case not in TORCH_MODULES or any(what(module) for module in case.model().modules())
+
+
 NO_LINEAR = ("norms", "convs", "recurrent", "ReformerModelWithLMHead")  # or none that trains: reversible layers
 MATRIX = [
     Cell(case, targets, coordinates, dtype)
-    for case in [*CASES, *ARCHITECTURES]
-    for targets in (("all",) if repr(case) in NO_LINEAR else ("all", "all-linear"))
-    for coordinates in (("weight",) if repr(case) == "norms" else ("weight", "low_rank"))
+    for case in [*CASES, *TORCH_MODULES, *ARCHITECTURES]
+    for targets in targets_of(case)
+    for coordinates in coordinates_of(case)
     for dtype in (torch.float32, torch.bfloat16)
 ]
 
@@ -73,7 +91,8 @@ class Life:
         self.said = says(self.model, self.batch, lambda loss: torch.autograd.grad(loss, theta_d(self.model))[0])
         self.tolerance = ROUNDING
         if cell.dtype != torch.float32:
-            lora = loras_distances(cell.case, cell.dtype)
+            least = torch.finfo(cell.dtype).eps / 4
+            lora = {key: max(far, least) for key, far in loras_distances(cell.case, cell.dtype).items()}
             rounded = Oracle(self.plain, moves, theta_d(self.model), rounded=True).says(self.batch)
             gradient = max(distances(rounded, self.expected)["gradient"], lora["outputs in training"])
             self.tolerance = {key: AS_LORA * value for key, value in (lora | {"gradient": gradient}).items()}
