@@ -31,6 +31,10 @@ from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import uncompiled, unique_coordinates
 
 
+OF_THE_ROOT = f"model.{VECTORS}"
+"""The name in SubspaceModel of the vectors, which are a module of the base model."""
+
+
 class SubspaceModel(BaseTuner):
     """A model that trains theta_d, d parameters, in place of the D entries of theta = origin + P theta_d.
 
@@ -53,7 +57,14 @@ class SubspaceModel(BaseTuner):
         yield from super().named_children()
         vectors = getattr(self.model, VECTORS, None)
         if vectors is not None and self.model.hides_vectors:
-            yield f"model.{VECTORS}", vectors
+            yield OF_THE_ROOT, vectors
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch, also where the vectors are put back, as SyncBatchNorm.convert_sync_batchnorm does."""
+        if name == OF_THE_ROOT:
+            self.model.add_module(VECTORS, module)
+        else:
+            super().add_module(name, module)
 
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None

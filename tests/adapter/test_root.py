@@ -9,7 +9,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from subspace_peft.adapter.layer import SubspaceLayer
-from tests.cases import BY_NAME, move, outputs, run, settings, theta_d, train, wrap
+from tests.cases import BY_NAME, assert_same_state, move, outputs, run, settings, tensors, theta_d, train, wrap
 
 
 CASE = BY_NAME["sequential"]
@@ -95,6 +95,17 @@ def test_the_vectors_are_converted_and_listed_with_the_model():
         module.float()
         assert theta_d(model).dtype == torch.float32
         assert not theta_d(model).is_meta
+
+
+def test_batch_norms_are_converted_to_synchronised_ones():
+    case = BY_NAME["convnet"]
+    model = wrap(case)
+    move(model, size=0.3)
+    expected, before = outputs(model, case), tensors(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    assert_same_state(converted, before)
+    assert torch.equal(outputs(converted, case), expected)
 
 
 def test_an_injected_adapter_shows_its_vectors_among_the_children():
