@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -103,7 +103,7 @@ class Moving:
     def __init__(self, layer: BaseTunerLayer, path: str, zs: dict[str, Tensor]):
         self.layer, self.path, self.zs = layer, path, zs
         self.parameter = getattr(layer.base_layer, path)
-        self.version = _version(self.parameter)
+        self.state = _state(self.parameter)
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
@@ -120,10 +120,10 @@ class Moving:
         """Whether this is how the parameter moves by these zs."""
         return (
             parameter is self.parameter
-            and _version(parameter) == self.version
+            and _state(parameter) == self.state
             and list(zs) == list(self.zs)
             and all(
-                one is other or torch.equal(one, other)
+                one is other or (one.dtype == other.dtype and torch.equal(one, other))
                 for one, other in zip(zs.values(), self.zs.values(), strict=True)
             )
         )
@@ -195,7 +195,7 @@ class _Read(torch.autograd.Function):
 
 
 def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
-    """A parameter as these adapters move it; the same tensor again while theta_d and the graph are the same.
+    """A parameter as these adapters move it; the same tensor again while z, a tensor of its own, and the graph are.
 
     Where a graph is traced or transformed by torch.func it is a plain tensor.
     """
@@ -208,12 +208,15 @@ def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
         return MovedTensor(Moving(layer, path, zs))
     last = layer.reads.get(path)
     if last is None or not last.source.is_of(parameter, zs):
-        last = layer.reads[path] = _Read.apply(Moving(layer, path, zs), parameter, *zs.values())
+        last = _Read.apply(Moving(layer, path, zs), parameter, *zs.values())
+        if not any(isinstance(z, nn.Parameter) for z in zs.values()):  # theta_d itself may change in place
+            layer.reads[path] = last
     return last
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+def _state(parameter: Tensor) -> tuple:
+    """What changes when a parameter is converted or written to."""
+    return parameter.dtype, parameter.device, 0 if parameter.is_inference() else parameter._version
 
 
 def _is_traced() -> bool:
