@@ -14,10 +14,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from subspace_peft import SubspaceConfig
 from subspace_peft.projections.sparse import Sparse
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import CASES, Case, assert_same_state, move, settings, theta_d, tree
-from tests.oracle import Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
+from tests.oracle import Batch, Oracle, distances, flat_outputs, in_dtype, in_float64, increments, says
 from tests.torch_modules import TORCH_MODULES
 
 
@@ -69,53 +70,65 @@ MATRIX = [
 ]
 
 
-class Life:
-    """An adapter that starts at zero, is moved, and runs in training mode once."""
+@dataclass(frozen=True)
+class Base:
+    """A plain model, which never runs, its inputs, and the outputs of a copy."""
 
-    def __init__(self, cell: Cell):
-        self.plain = cell.case.model().to(cell.dtype).requires_grad_(False)
-        self.batch = in_dtype(cell.case.batch(), cell.dtype)
-        self.base = self.outputs(_without_fast_path(copy.deepcopy(self.plain)))
-        changes = {}
-        if cell.coordinates == "low_rank":
-            matrices = [parameter for parameter in self.plain.parameters() if parameter.dim() > 1]
-            rank = min(2, *(min(len(matrix), matrix[0].numel()) for matrix in matrices))
-            changes = {"coordinates": "low_rank", "rank": rank}
-        config = settings(d=6, projection="sparse", target_modules=cell.targets, **changes)
-        self.model = get_peft_model(copy.deepcopy(self.plain), config).eval()
-        self.start = self.outputs(self.model)
-        move(self.model, size=SIZE)
-        moves = increments(self.model)
-        self.oracle = Oracle(self.plain, moves, theta_d(self.model))
-        self.expected = self.oracle.says(in_dtype(self.batch, torch.float64))
-        self.said = says(self.model, self.batch, lambda loss: torch.autograd.grad(loss, theta_d(self.model))[0])
-        self.tolerance = ROUNDING
-        if cell.dtype != torch.float32:
-            least = torch.finfo(cell.dtype).eps / 4
-            lora = {key: max(far, least) for key, far in loras_distances(cell.case, cell.dtype).items()}
-            rounded = Oracle(self.plain, moves, theta_d(self.model), rounded=True).says(self.batch)
-            gradient = max(distances(rounded, self.expected)["gradient"], lora["outputs in training"])
-            self.tolerance = {key: AS_LORA * value for key, value in (lora | {"gradient": gradient}).items()}
-
-    @torch.no_grad()
-    def outputs(self, model: nn.Module) -> Tensor:
-        return flat_outputs(model, self.batch)
-
-    def assert_moved(self, said: dict[str, Tensor]) -> None:
-        found = distances(said, {key: self.expected[key] for key in said})
-        assert not {
-            key: f"{far:.1e} > {self.tolerance[key]:.1e}"
-            for key, far in found.items()
-            if not far <= self.tolerance[key]
-        }
+    plain: nn.Module
+    batch: Batch
+    outputs: Tensor
 
 
-def _without_fast_path(model: nn.Module) -> nn.Module:
+@functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def base_of(case: Case | Architecture, dtype: torch.dtype) -> Base:
+    plain, batch = case.model().to(dtype).requires_grad_(False), in_dtype(case.batch(), dtype)
+    return Base(plain, batch, flat_outputs(without_fast_path(copy.deepcopy(plain)), batch))
+
+
+def without_fast_path(model: nn.Module) -> nn.Module:
     """The fast path of nn.TransformerEncoderLayer, which a hook turns off, rounds otherwise."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_hook(lambda *args: None)
     return model
+
+
+class Life:
+    """An adapter that starts at zero, is moved, and runs in training mode once."""
+
+    def __init__(self, cell: Cell):
+        self.base = base_of(cell.case, cell.dtype)
+        self.model = get_peft_model(copy.deepcopy(self.base.plain), self._config(cell)).eval()
+        self.start = self.outputs(self.model)
+        move(self.model, size=SIZE)
+        moves, vector = increments(self.model), theta_d(self.model)
+        self.oracle = Oracle(self.base.plain, moves, vector)
+        self.expected = self.oracle.says(in_dtype(self.base.batch, torch.float64))
+        self.said = says(self.model, self.base.batch, lambda loss: torch.autograd.grad(loss, vector)[0])
+        self.tolerance = ROUNDING
+        if cell.dtype != torch.float32:
+            least = torch.finfo(cell.dtype).eps / 4
+            lora = {key: max(far, least) for key, far in loras_distances(cell.case, cell.dtype).items()}
+            rounded = Oracle(self.base.plain, moves, vector, rounded=True).says(self.base.batch)
+            gradient = max(distances(rounded, self.expected)["gradient"], lora["outputs in training"])
+            self.tolerance = {key: AS_LORA * value for key, value in (lora | {"gradient": gradient}).items()}
+
+    def _config(self, cell: Cell) -> SubspaceConfig:
+        changes = {}
+        if cell.coordinates == "low_rank":
+            matrices = [parameter for parameter in self.base.plain.parameters() if parameter.dim() > 1]
+            rank = min(2, *(min(len(matrix), matrix[0].numel()) for matrix in matrices))
+            changes = {"coordinates": "low_rank", "rank": rank}
+        return settings(d=6, projection="sparse", target_modules=cell.targets, **changes)
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> Tensor:
+        return flat_outputs(model, self.base.batch)
+
+    def assert_moved(self, said: dict[str, Tensor]) -> None:
+        far = distances(said, self.expected)
+        assert not {key: (far[key], self.tolerance[key]) for key in said if not far[key] <= self.tolerance[key]}
 
 
 @functools.cache
@@ -124,7 +137,8 @@ def loras_distances(case: Case | Architecture, dtype: torch.dtype) -> dict[str, 
 
     LoRA's increments are as large as ours.
     """
-    model, batch = case.model().to(dtype), in_dtype(case.batch(), dtype)
+    base = base_of(case, dtype)
+    model, batch = copy.deepcopy(base.plain), base.batch
     targets = [
         re.escape(name)
         for name, module in model.named_modules()
@@ -164,7 +178,7 @@ def life(request) -> Life:
 
 
 def test_theta_d_of_zero_is_the_base_bit_for_bit(life):
-    assert torch.equal(life.start, life.base)
+    assert torch.equal(life.start, life.base.outputs)
 
 
 def test_outputs_and_gradient_are_those_of_the_moved_model(life):
@@ -173,18 +187,18 @@ def test_outputs_and_gradient_are_those_of_the_moved_model(life):
 
 def test_a_disabled_adapter_leaves_the_base_bit_for_bit(life):
     with life.model.disable_adapter():
-        assert torch.equal(life.outputs(life.model), life.base)
+        assert torch.equal(life.outputs(life.model), life.base.outputs)
     assert torch.equal(life.outputs(life.model), life.said["outputs"])
 
 
 def test_a_reloaded_adapter_says_the_same_and_unloaded_leaves_the_base_bit_for_bit(life, tmp_path):
     life.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(life.plain), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(life.base.plain), tmp_path).eval()
     assert torch.equal(life.outputs(loaded), life.said["outputs"])
     unloaded = loaded.unload()
-    assert tree(unloaded) == tree(life.plain)
-    assert_same_state(unloaded, life.plain.state_dict())
-    assert torch.equal(life.outputs(_without_fast_path(unloaded)), life.base)
+    assert tree(unloaded) == tree(life.base.plain)
+    assert_same_state(unloaded, life.base.plain.state_dict())
+    assert torch.equal(life.outputs(without_fast_path(unloaded)), life.base.outputs)
 
 
 def test_a_merged_adapter_is_the_moved_model(life):
@@ -194,7 +208,7 @@ def test_a_merged_adapter_is_the_moved_model(life):
     life.model.unmerge_adapter()
     life.assert_moved({"outputs": life.outputs(life.model)})
     merged = life.model.merge_and_unload()
-    assert tree(merged) == tree(life.plain)
+    assert tree(merged) == tree(life.base.plain)
     life.assert_moved({"outputs": life.outputs(merged)})
     if life.tolerance is ROUNDING:
         for name, tensor in life.oracle.model.state_dict().items():
