@@ -33,10 +33,11 @@ FILES = {  # what single files may import besides
     "adapter.caches": {"transformers"},  # PreTrainedModel
     "adapter.given_projection": {".trajectory", "safetensors"},  # a basis may be a file or a folder of samples
     "adapter.expansion": {"transformers"},  # PreTrainedModel
+    "adapter.quantised": {"bitsandbytes"},  # of what bitsandbytes packed, in a base that it quantised
     "adapter.renaming": {"transformers"},  # what its models' modules were called
     "trajectory.callback": {".recording"},
     "spectra.callback": {".recording"},
-    "spectra.matrices": {".adapter.layer", "peft"},
+    "spectra.matrices": {".adapter.layer", ".adapter.quantised", "peft"},
     "spectra.record": {"safetensors"},
 }
 LAYERS = ["lab", "tasks", "training", "reports"]  # of recipes/: each may import those before it

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..coordinates.factored import Factored, smaller
 from .layer import SubspaceLayer
+from .quantised import is_quantised
 from .walk import find_vectors, named_layers, plain
 
 
@@ -53,6 +54,11 @@ def _checked(model: PeftModel, adapter: str) -> dict[str, SubspaceLayer]:
         raise ValueError(
             f"The adapter to compress must be the only active one, got {model.active_adapters}; call "
             f"set_adapter({adapter!r}), or merge the others into the base first."
+        )
+    if quantised := [name for name, parameter in model.get_base_model().named_parameters() if is_quantised(parameter)]:
+        raise ValueError(
+            f"A model must be unquantised to be compressed, `{plain(quantised[0])}` is not; load the adapter onto the "
+            "unquantised base, which it fits, and compress that."
         )
     layers = {name: layer for name, layer in named_layers(model.get_base_model()) if layer.coordinates.get(adapter)}
     for name, layer in layers.items():

@@ -2,7 +2,7 @@
 
 - Any module runs with the moved tensors in place of its parameters.
 - A module in half precision whose operation is linear in its parameters: op(x, W_0) + op(x, P theta_d), because
-  W_0 + P theta_d would round P theta_d away.
+  W_0 + P theta_d would round P theta_d away. So does a quantised Linear, whose W_0 nobody can add to.
 - Low-rank coordinates: x runs through the two factors in turn, without their product, if the module has such an
   operation.
 """
@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..coordinates import LowRank, factored
+from . import quantised
 from .modules import in_place_of
 
 
@@ -35,12 +36,14 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
 
 
 def _adds_to_output(layer: BaseTunerLayer) -> bool:
-    return layer.is_linear and layer.base_layer.weight.dtype in (torch.float16, torch.bfloat16)
+    base = layer.base_layer
+    is_half = layer.is_linear and base.weight.dtype in (torch.float16, torch.bfloat16)
+    return is_half or quantised.is_quantised_linear(base)
 
 
 def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
     coordinates = layer.coordinates[adapter].get("weight")
-    return isinstance(coordinates, LowRank) and factored.operation(layer.base_layer) is not None
+    return isinstance(coordinates, LowRank) and factored.operation(quantised.operator(layer.base_layer)) is not None
 
 
 def _sum_of_outputs(
@@ -52,22 +55,24 @@ def _sum_of_outputs(
         forward: The operation of the base module.
         low_rank: Those of the adapters whose increments run through their factors.
     """
-    base = layer.base_layer
+    base, operator = layer.base_layer, quantised.operator(layer.base_layer)
     x = args[0] if args else next(iter(kwargs.values()))
     factors = {}
     for adapter in low_rank:
         z = layer.normalised(adapter)
-        z = z.to(torch.promote_types(z.dtype, base.weight.dtype))
+        z = z.to(torch.promote_types(z.dtype, operator.weight.dtype))
         factors[adapter] = layer.coordinates[adapter]["weight"].factors(z)
     replacing = next((adapter for adapter in low_rank if layer.coordinates[adapter]["weight"].replaces), None)
     if replacing is None:
-        output = forward(*args, **kwargs)
+        output = forward(*args, **kwargs) if operator is base else quantised.output_of(base, forward, x)
     else:
-        output = factored.run(base, x, *factors.pop(replacing), getattr(base, "bias", None))
+        output = factored.run(operator, x, *factors.pop(replacing), getattr(base, "bias", None))
     for left, right in factors.values():
-        output = output + factored.run(base, x, left, right).to(output.dtype)
+        output = output + factored.run(operator, x, left, right).to(output.dtype)
     formed = [adapter for adapter in adapters if adapter not in low_rank]
-    if formed:
+    if formed and operator is not base:
+        output = output + quantised.run(x, layer.increments(formed)).to(output.dtype)
+    elif formed:
         increments = layer.increments(formed)
         tensors = {
             path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)

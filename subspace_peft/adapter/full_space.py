@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .quantised import is_quantised
 from .walk import find_vectors, named_layers
 
 
@@ -47,9 +48,10 @@ def full_space(model: nn.Module, adapter_name: str = "default") -> tuple[list[nn
     }
     weights = [weight for _, weight in owners.values()]
     for name, (_, weight) in owners.items():
-        if weight.dtype not in (torch.float32, torch.float64):
+        if is_quantised(weight) or weight.dtype not in (torch.float32, torch.float64):
+            kind = "quantised" if is_quantised(weight) else weight.dtype
             raise ValueError(
-                f"The base must be in float32 or float64 to train, `{name}` is {weight.dtype}; convert it."
+                f"The base must be in float32 or float64 to train, `{name}` is {kind}; convert it, or load it so."
             )
     scale = find_vectors(model).scales[adapter_name]
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..coordinates import Coordinates
-from . import merging, outside, statistics
+from . import merging, outside, quantised, statistics
 from .forward import adapted
 from .mixed_batch import mixed_batch
-from .modules import device_of, is_linear_in_parameters
+from .modules import device_of, features, is_linear_in_parameters
 from .reading import Reads
 from .strength import Strength
 from .vectors import VECTORS, SubspaceVectors, ThetaD
@@ -46,10 +45,11 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         self.replaced_origins: dict[str, Tensor] = {}  # the parameters that merged adapters replace, by path
         self.base_statistics: dict[str, Tensor] = {}  # the base's, while those of an adapter are in use
         self.statistics_of: str | None = None  # the adapter whose statistics are in use
+        self.quantised_base: list[nn.Module] = []  # the base module, while a plain one with merged adapters is there
         self.samples: list[str] | None = None  # the adapter of each sample, while a mixed batch runs
         self.reads = Reads()
-        self.is_linear = is_linear_in_parameters(base_layer)
-        self.in_features, self.out_features = _features(base_layer)
+        self.is_linear = is_linear_in_parameters(base_layer) or quantised.is_quantised_linear(base_layer)
+        self.in_features, self.out_features = features(base_layer)
         self.base_layer = base_layer  # last: what is set after it and is not the layer's own is set on it
         statistics.add_buffers(self)
         self.register_forward_pre_hook(_no_fast_path)
@@ -186,8 +186,9 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         return self.vectors.normalised(adapter).to(device_of(self.base_layer))
 
     def origin(self, path: str) -> Tensor:
-        """The base's own parameter, also while an adapter that replaces it is merged."""
-        return self.replaced_origins[path] if path in self.replaced_origins else getattr(self.base_layer, path)
+        """The base's own parameter, also while an adapter that replaces it is merged; dequantised."""
+        origin = self.replaced_origins[path] if path in self.replaced_origins else getattr(self.base_layer, path)
+        return quantised.entries(self) if quantised.is_quantised(origin) else origin
 
     def _increment(self, path: str, coordinates: Coordinates, z: Tensor) -> Tensor:
         increment = coordinates.increment(z)
@@ -217,7 +218,7 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
 
     def move(self, path: str, origin: Tensor, zs: dict[str, Tensor]) -> Tensor:
         """origin + P theta_d of one parameter, in its dtype, from the normalised theta_d of adapters that move it."""
-        moved = origin
+        moved = origin = quantised.entries(self) if quantised.is_quantised(origin) else origin
         for adapter, z in zs.items():
             coordinates = self.coordinates[adapter][path]
             z = z.to(torch.promote_types(z.dtype, moved.dtype))
@@ -281,16 +282,6 @@ def unload_inside(module: nn.Module, merge: bool, safe_merge: bool, adapter_name
             if isinstance(child, SubspaceLayer):
                 unmerged = merge and not child.merged  # a module under several names comes more than once
                 setattr(parent, name, child.unload_and_optionally_merge_module(unmerged, safe_merge, adapter_names))
-
-
-def _features(module: nn.Module) -> tuple[int | None, int | None]:
-    """PEFT's numbers of inputs and outputs, where it knows the kind of module."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT's list; every module is supported here
-        try:
-            return _get_in_out_features(module)
-        except (ValueError, AttributeError):  # keys or values of another size; another library's class of a known name
-            return None, None
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:

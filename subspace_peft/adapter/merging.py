@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..plain_model import is_distributed
+from . import quantised
 
 
 def check_whole(layer: BaseTunerLayer) -> None:
@@ -22,7 +23,7 @@ def check_whole(layer: BaseTunerLayer) -> None:
     """
     for path, coordinates in (moved for paths in layer.coordinates.values() for moved in paths.items()):
         parameter = getattr(layer.base_layer, path)
-        if is_distributed(parameter) or tuple(parameter.shape) != coordinates.shape:
+        if is_distributed(parameter) or quantised.shape_of(layer.base_layer, path) != coordinates.shape:
             raise ValueError(
                 f"A tensor must be whole to merge an adapter into it or out of it, `{coordinates.name}` is sharded; "
                 "save the adapter, and merge it in one process into the base that it was trained on."
@@ -30,7 +31,7 @@ def check_whole(layer: BaseTunerLayer) -> None:
 
 
 def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
-    """Add the increments of these adapters.
+    """Add the increments of these adapters; a plain Linear takes the place of a quantised one for it.
 
     Raises:
         ValueError: if more than one merged adapter would replace a weight, or a parameter is sharded; with `safe` also
@@ -39,6 +40,15 @@ def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     """
     check_whole(layer)
     layer.held([*layer.merged_adapters, *adapters])
+    quantised.dequantise(layer)
+    try:
+        _add(layer, adapters, safe)
+    finally:
+        if not layer.merged_adapters:
+            quantised.restore(layer)
+
+
+def _add(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     origins = {adapter: _replaced_origins(layer, adapter) for adapter in adapters}  # before any parameter changes
     for adapter in adapters:
         layer.replaced_origins |= origins[adapter]
@@ -69,6 +79,7 @@ def unmerge(layer: BaseTunerLayer) -> None:
     for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
         getattr(layer.base_layer, path).data = origin
     layer.replaced_origins = {}
+    quantised.restore(layer)
 
 
 def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:

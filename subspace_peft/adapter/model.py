@@ -23,6 +23,7 @@ from .given_projection import GIVEN
 from .layer import SubspaceLayer, unload_inside
 from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
+from .quantised import float_dtype, is_quantised
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
 from .targets import Target, base_modules, find_targets, near_names
@@ -150,7 +151,7 @@ class SubspaceModel(BaseTuner):
         if self._plan is None:
             return
         if not hasattr(self.model, VECTORS):
-            add_vectors(self.model, SubspaceVectors(adapter_name))
+            add_vectors(self.model, SubspaceVectors(adapter_name, float_dtype(self.model)))
         vectors = getattr(self.model, VECTORS)
         self._plan.apply(vectors, adapter_name)
         self._plan = None
@@ -176,7 +177,8 @@ class SubspaceModel(BaseTuner):
         """
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
-        dtype = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name]))).dtype
+        parameter = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name])))
+        dtype = layer.vectors.float_dtype if is_quantised(parameter) else parameter.dtype
         if autocast_adapter_dtype:
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if theta_d[adapter_name].dtype != dtype:

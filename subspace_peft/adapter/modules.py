@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,6 +37,16 @@ def padding_row(module: nn.Module, path: str) -> int | None:
     if path != "weight" or not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
         return None
     return module.padding_idx % len(module.weight)
+
+
+def features(module: nn.Module) -> tuple[int | None, int | None]:
+    """PEFT's numbers of inputs and outputs, where it knows the kind of module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT's list; every module is supported here
+        try:
+            return _get_in_out_features(module)
+        except (ValueError, AttributeError):  # keys or values of another size; another library's class of a known name
+            return None, None
 
 
 def device_of(module: nn.Module) -> torch.device:

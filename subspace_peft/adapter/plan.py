@@ -19,6 +19,7 @@ from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
 from .modules import padding_row
+from .quantised import dequantised, is_quantised, operator, shape_of
 from .renaming import UNCHANGED, Renaming
 from .scale import normalising_scale
 from .targets import Target
@@ -33,7 +34,7 @@ def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, Shape]:
     Raises:
         ValueError: if the modules that hold a tensor say that different rows are padding.
     """
-    wholes = {name: tuple(getattr(t.module, path).shape) for t in targets for path, name in t.tensors.items()}
+    wholes = {name: shape_of(t.module, path) for t in targets for path, name in t.tensors.items()}
     expected, padding = config.expected_fingerprint, {} if config.projection in GIVEN else _padding(targets)
     readings = []
     for rows in (padding, {}):
@@ -123,7 +124,7 @@ class Plan:
     def _check_replaced(self) -> None:
         for name, owners in self.owners.items():
             for module, path in owners:
-                if path != "weight" or operation(module) is None:
+                if path != "weight" or operation(operator(module)) is None:
                     groups = getattr(module, "groups", 1)
                     kind = f"{type(module).__name__}" + (f" of {groups} groups" if groups > 1 else "")
                     kind += " with scale_grad_by_freq" if getattr(module, "scale_grad_by_freq", False) else ""
@@ -164,6 +165,7 @@ class Plan:
             module, path = self.owners[name][0]
             with align_module_device(module):
                 weight = getattr(module, path)
+                weight = dequantised(module) if is_quantised(weight) else weight
                 start.measure(self._moving_rows(name, weight) if config.replace_weight else weight)
         return start
 

@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import quantised
+
 
 class MovedTensor(Tensor):
     """origin + P theta_d of one parameter, computed when its entries are first used.
@@ -28,9 +30,9 @@ class MovedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, source: Moving | Part):
-        like = source.parameter
+        like = source.like
         return Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=source.parameter.device
         )
 
     def __init__(self, source: Moving | Part):
@@ -103,6 +105,7 @@ class Moving:
     def __init__(self, layer: BaseTunerLayer, path: str, zs: dict[str, Tensor]):
         self.layer, self.path, self.zs = layer, path, zs
         self.parameter = getattr(layer.base_layer, path)
+        self.like = quantised.like(layer) if quantised.is_quantised(self.parameter) else self.parameter
         self.state = _state(self.parameter)
         self._entries: Tensor | None = None
 
@@ -140,7 +143,7 @@ class Part:
     """A view of what was moved, such as a row or the transposed tensor; it can not be written to either."""
 
     def __init__(self, whole: Moving | Part, parameter: Tensor):
-        self.refusal, self.parameter = whole.refusal, parameter
+        self.refusal, self.parameter, self.like = whole.refusal, parameter, parameter
 
     def entries(self) -> Tensor:
         return self.parameter

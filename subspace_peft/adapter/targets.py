@@ -17,6 +17,7 @@ from ..plain_model import is_distributed, is_partitioned
 from . import statistics
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
+from .quantised import is_quantised, is_quantised_linear
 from .saved_whole import check_saved, is_saved_whole
 from .walk import COMPILED
 
@@ -224,10 +225,12 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
                 f"A target tensor must be real: `{name}.{path}` is {parameter.dtype}; leave the module out with "
                 "`exclude_modules`, or hold real and imaginary part as one real parameter (torch.view_as_real)."
             )
-        if not parameter.is_floating_point():
+        is_runnable = path == "weight" and is_quantised_linear(module)
+        if (is_quantised(parameter) and not is_runnable) or not (is_runnable or parameter.is_floating_point()):
             raise ValueError(
-                f"A target tensor must be of a floating dtype: `{name}.{path}` is {parameter.dtype}, a quantised "
-                "weight; load the model unquantised, or leave the module out with `exclude_modules`."
+                f"A quantised target must be a Linear of bitsandbytes or torchao: `{name}.{path}` is a "
+                f"{type(parameter).__name__} of {parameter.dtype} in a {type(module).__name__}; load the model with "
+                "that module unquantised, or leave it out with `exclude_modules`."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -67,8 +68,9 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
     adapter_layer_names = ("subspace_peft_theta_d",)
     other_param_names = adapter_layer_names  # PEFT leaves these out of the base's state dict
 
-    def __init__(self, adapter: str):
+    def __init__(self, adapter: str, float_dtype: torch.dtype = torch.float32):
         super().__init__(nn.Identity(), adapter)
+        self.float_dtype = float_dtype
 
     def init_modules(self, adapter_name: str) -> None:
         self.subspace_peft_theta_d = ThetaD()

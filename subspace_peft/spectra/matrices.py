@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter.layer import SubspaceLayer
+from ..adapter.quantised import dequantised, is_quantised, is_quantised_linear
 from ..plain_model import WRAPPERS, unwrapped, whole
 
 
@@ -37,13 +38,20 @@ def matrices(model: nn.Module | Mapping[str, Tensor], names: Names = None) -> It
         ValueError: if no matrix has such a name, or an adapter has no `get_delta_weight`.
     """
     entries = _weights(model) if isinstance(model, nn.Module) else {name: (w, None) for name, w in model.items()}
-    entries = {name: entry for name, entry in entries.items() if entry[0].ndim >= 2 and entry[0].is_floating_point()}
+    entries = {name: entry for name, entry in entries.items() if _is_matrix(entry[0])}
     for name in _chosen(list(entries), names):
         tensor, increment = entries[name]
-        tensor = whole(tensor.detach())
+        tensor = dequantised(tensor) if isinstance(tensor, nn.Module) else whole(tensor.detach())
         if increment is not None:
             tensor = tensor + increment().to(tensor.device)
         yield name, tensor.reshape(len(tensor), -1)
+
+
+def _is_matrix(entry: Tensor | nn.Module) -> bool:
+    """Whether it is a floating tensor of two dimensions or more, or a module with a quantised weight."""
+    if isinstance(entry, nn.Module):
+        return True
+    return entry.ndim >= 2 and entry.is_floating_point() and not is_quantised(entry)
 
 
 def _chosen(known: list[str], names: Names) -> list[str]:
@@ -64,9 +72,9 @@ def _chosen(known: list[str], names: Names) -> list[str]:
     return chosen
 
 
-def _weights(model: nn.Module) -> dict[str, tuple[Tensor, Increment | None]]:
-    """The parameters by their plain names, and what adapters add to them."""
-    weights: dict[str, tuple[Tensor, Increment | None]] = {}
+def _weights(model: nn.Module) -> dict[str, tuple[Tensor | nn.Module, Increment | None]]:
+    """The parameters by their plain names, or the modules of quantised ones, and what adapters add to them."""
+    weights: dict[str, tuple[Tensor | nn.Module, Increment | None]] = {}
     increments: dict[str, Increment] = {}
     seen = set()
 
@@ -85,7 +93,8 @@ def _weights(model: nn.Module) -> dict[str, tuple[Tensor, Increment | None]]:
             key = (id(parameter), path in increments)  # a tied tensor may be moved under only one of its names
             if parameter is not None and key not in seen:
                 seen.add(key)
-                weights[path] = (parameter, increments.get(path))
+                is_stored = name == "weight" and is_quantised_linear(module)
+                weights[path] = (module if is_stored else parameter, increments.get(path))
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, WRAPPERS.sub("", f"{prefix}{name}.").lstrip("."))

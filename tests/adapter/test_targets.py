@@ -102,7 +102,7 @@ def test_errors_come_before_anything_is_touched(changes, message):
 def test_quantised_weights_are_refused():
     model = MLP()
     model.fc1.weight = nn.Parameter(torch.ones(10, 6, dtype=torch.int8), requires_grad=False)
-    with refused(model, "`fc1.weight` is torch.int8, a quantised weight"):
+    with refused(model, "`fc1.weight` is a Parameter of torch.int8 in a Linear"):
         get_peft_model(model, settings())
     get_peft_model(model, settings(exclude_modules=["fc1"]))
 
