@@ -58,6 +58,9 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
     def subspace_peft_theta_d(self) -> ThetaD:
         return self.vectors.subspace_peft_theta_d
 
+    quantization_backend = property(lambda layer: quantised.backend_of(layer.base_layer))
+    """What PEFT knows of how the base module is quantised, for the status of a model."""
+
     # ---------------------------------------------------------------------------- what others do with its base module
 
     def __getattr__(self, name: str) -> Any:

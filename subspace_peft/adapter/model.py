@@ -14,7 +14,7 @@ from torch import nn
 
 from ..plain_model import unwrapped
 from . import file as adapter_file
-from . import merging, statistics
+from . import merging, quantised, statistics
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .expansion import expanded
@@ -23,7 +23,6 @@ from .given_projection import GIVEN
 from .layer import SubspaceLayer, unload_inside
 from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
-from .quantised import float_dtype, is_quantised
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
 from .targets import Target, base_modules, find_targets, near_names
@@ -151,7 +150,8 @@ class SubspaceModel(BaseTuner):
         if self._plan is None:
             return
         if not hasattr(self.model, VECTORS):
-            add_vectors(self.model, SubspaceVectors(adapter_name, float_dtype(self.model)))
+            quantised.keep_unpacked(self.model)
+            add_vectors(self.model, SubspaceVectors(adapter_name, quantised.float_dtype(self.model)))
         vectors = getattr(self.model, VECTORS)
         self._plan.apply(vectors, adapter_name)
         self._plan = None
@@ -178,7 +178,7 @@ class SubspaceModel(BaseTuner):
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         layer = next(layer for layer in self._layers() if layer.coordinates.get(adapter_name))
         parameter = getattr(layer.base_layer, next(iter(layer.coordinates[adapter_name])))
-        dtype = layer.vectors.float_dtype if is_quantised(parameter) else parameter.dtype
+        dtype = layer.vectors.float_dtype if quantised.is_quantised(parameter) else parameter.dtype
         if autocast_adapter_dtype:
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if theta_d[adapter_name].dtype != dtype:
@@ -265,6 +265,8 @@ class SubspaceModel(BaseTuner):
         unload_inside(model, merge, safe_merge, adapter_names)
         if hasattr(model, VECTORS):
             remove_vectors(model)
+        if merge:
+            quantised.forget(model)
         return model
 
     # --------------------------------------------------------------------------------------------- the adapter's file

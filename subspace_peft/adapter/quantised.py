@@ -8,8 +8,8 @@ that take a layer take a SubspaceLayer whose base module is quantised.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -67,27 +67,30 @@ def dequantised(module: nn.Module) -> Tensor:
     weight, backend = module.weight, backend_of(module)
     if get_bnb_param_type(weight) and weight.is_floating_point() and weight.shape == shape_of(module, "weight"):
         return weight.detach()  # bitsandbytes quantises it when it is moved to a device, or at every use
-    if _is_packed(weight):
-        return _unpacked(weight)
     return backend.get_base_weight(module).detach()
 
 
-def _is_packed(weight: Tensor) -> bool:
-    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a CPU, and unpack those that it has packed.
 
-
-def _unpacked(weight: Tensor) -> Tensor:
-    """The weight of a Linear4bit that bitsandbytes has packed for a CPU, at an evaluation without gradients.
-
-    PEFT reads it as if it were not packed, and what bitsandbytes unpacks has its scales in another order.
+    It does so at evaluations without gradients where the CPU has AVX512-BF16. Packing rounds the scales, a packed
+    weight gives its input no gradient, and reading a state dict leaves the scales in the wrong order.
     """
-    from bitsandbytes import functional
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                _unpack(module.weight, state)
 
-    state = copy.copy(weight.quant_state)
-    scales, state.original_nested = state.absmax.T.reshape(-1).float(), False
-    packed, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax = scales
-    return functional.dequantize_4bit(packed, state)
+
+def _unpack(weight: Tensor, state: Any) -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False  # it would quantise the scales again
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.quant_state.absmax = scales
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -111,10 +114,9 @@ def run(x: Tensor, increments: dict[str, Tensor]) -> Tensor:
 def output_of(module: nn.Module, forward: Callable, x: Tensor) -> Tensor:
     """forward(x) of a quantised module, with a gradient to x where its library gives none.
 
-    torchao gives none through quantised activations, bitsandbytes none where it packed the weight for a CPU.
+    torchao gives none where it quantises x too.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_packed(module.weight)):
-        output = forward(x)
+    output = forward(x)
     if not torch.is_grad_enabled() or not x.requires_grad or output.requires_grad:
         return output
     return _Through.apply(x, output, module)
@@ -154,6 +156,13 @@ def plain(layer: BaseTunerLayer, weight: Tensor) -> nn.Linear:
     if base.bias is not None:
         linear.bias = nn.Parameter(base.bias.detach().to(weight.dtype, copy=True), requires_grad=False)
     return linear
+
+
+def forget(model: nn.Module) -> None:
+    """Make a model of transformers one that was never quantised, once it has no quantised tensor any more."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not any(is_quantised(parameter) for parameter in model.parameters()):
+        quantizer.remove_quantization_config(model)
 
 
 def dequantise(layer: BaseTunerLayer) -> None:
