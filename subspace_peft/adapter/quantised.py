@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import get_bnb_param_type
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +27,7 @@ def is_quantised(tensor: Tensor | None) -> bool:
     kind = type(tensor)
     if kind in (Tensor, nn.Parameter):  # also where torch.compile cannot follow the rest
         return False
-    return bool(get_bnb_param_type(tensor)) or kind.__module__.startswith("torchao.")
+    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -65,7 +64,8 @@ def shape_of(module: nn.Module, path: str) -> tuple[int, ...]:
 def dequantised(module: nn.Module) -> Tensor:
     """The weight [rows, columns] that the module computes with, in the dtype that its library gives it."""
     weight, backend = module.weight, backend_of(module)
-    if get_bnb_param_type(weight) and weight.is_floating_point() and weight.shape == shape_of(module, "weight"):
+    is_stored_whole = weight.is_floating_point() and tuple(weight.shape) == shape_of(module, "weight")
+    if is_stored_whole and backend.backend_name.startswith("bnb"):
         return weight.detach()  # bitsandbytes quantises it when it is moved to a device, or at every use
     return backend.get_base_weight(module).detach()
 

@@ -215,6 +215,18 @@ def test_spectra_are_those_of_the_dequantised_weights():
     assert not expected
 
 
+# torch.compile instantiates the autograd functions of bitsandbytes
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["4-bit", "4-bit, stored as bfloat16", "8-bit", "int8", "int4"])
+def test_the_model_compiles_without_a_break_of_the_graph(kind):
+    model = moved(quantised(kind))
+    expected = gradient(model).clone()
+    theta_d(model).grad = None
+    torch._dynamo.reset()
+    loss(torch.compile(model, backend="aot_eager", fullgraph=True), x()).backward()
+    torch.testing.assert_close(theta_d(model).grad, expected, **CLOSE)
+
+
 def test_a_copy_of_the_model_computes_the_same():
     model = moved(quantised("4-bit"))
     assert torch.equal(copy.deepcopy(model)(x()), model(x()))

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from subspace_peft import SubspaceConfig, parameter_groups
+from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.quantised import is_quantised
 from tests.adapter.quantised import torchao
 from tests.cases import move, theta_d
@@ -137,8 +137,9 @@ def test_a_model_merged_in_part_is_saved_once_the_rest_is_dequantised(llama, tmp
 def test_a_prepared_base_trains_with_checkpointed_activations_and_generates(kind, llama):
     """What QLoRA's users call first casts what is not quantised to float32; theta_d has the same gradient with it."""
     gradients = []
-    for options in ({"use_gradient_checkpointing": False}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}):
-        model = get_peft_model(prepare_model_for_kbit_training(load(llama, kind), **options), settings()).train()
+    for is_checkpointed in (False, True):
+        base = prepare_model_for_kbit_training(load(llama, kind), is_checkpointed, {"use_reentrant": False})
+        model = get_peft_model(base, settings()).train()
         move(model)
         model(tokens(), labels=tokens()).loss.backward()
         gradients.append(theta_d(model).grad)
