@@ -226,7 +226,8 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
                 "`exclude_modules`, or hold real and imaginary part as one real parameter (torch.view_as_real)."
             )
         is_runnable = path == "weight" and is_quantised_linear(module)
-        if (is_quantised(parameter) and not is_runnable) or not (is_runnable or parameter.is_floating_point()):
+        is_float = parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_quantised(parameter)
+        if not (is_float or is_runnable):
             raise ValueError(
                 f"A quantised target must be a Linear of bitsandbytes or torchao: `{name}.{path}` is a "
                 f"{type(parameter).__name__} of {parameter.dtype} in a {type(module).__name__}; load the model with "

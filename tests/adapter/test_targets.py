@@ -105,6 +105,10 @@ def test_quantised_weights_are_refused():
     with refused(model, "`fc1.weight` is a Parameter of torch.int8 in a Linear"):
         get_peft_model(model, settings())
     get_peft_model(model, settings(exclude_modules=["fc1"]))
+    model = MLP()
+    model.fc1.weight = nn.Parameter(torch.ones(10, 6).to(torch.float8_e4m3fn), requires_grad=False)
+    with refused(model, "`fc1.weight` is a Parameter of torch.float8_e4m3fn in a Linear"):
+        get_peft_model(model, settings())
 
 
 def test_complex_and_lazy_tensors_are_refused_by_name():
