@@ -106,7 +106,7 @@ class Moving:
         self.layer, self.path, self.zs = layer, path, zs
         self.parameter = getattr(layer.base_layer, path)
         self.like = quantised.like(layer) if quantised.is_quantised(self.parameter) else self.parameter
-        self.state = _state(self.parameter)
+        self.state = _state(layer, self.parameter)
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Moving:
         """Whether this is how the parameter moves by these zs."""
         return (
             parameter is self.parameter
-            and _state(parameter) == self.state
+            and _state(self.layer, parameter) == self.state
             and list(zs) == list(self.zs)
             and all(
                 one is other or (one.dtype == other.dtype and torch.equal(one, other))
@@ -217,9 +217,10 @@ def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
     return last
 
 
-def _state(parameter: Tensor) -> tuple:
-    """What changes when a parameter is converted or written to."""
-    return parameter.dtype, parameter.device, 0 if parameter.is_inference() else parameter._version
+def _state(layer: BaseTunerLayer, parameter: Tensor) -> tuple:
+    """What changes when a parameter is converted or written to, or, if that is by its `data`, at the next forward."""
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.dtype, parameter.device, version, layer.vectors.forwards
 
 
 def _is_traced() -> bool:

@@ -12,6 +12,7 @@ import copyreg
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..plain_model import unwrapped
@@ -135,6 +136,8 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     would remain that to the original's.
     """
     vectors = root._modules[VECTORS]
+    if not torch.compiler.is_compiling():  # a number that changes would have each forward compiled anew
+        vectors.forwards += 1
     if root.vectors_of_layers[0] is not vectors:
         for module in root.modules():
             if isinstance(module, SubspaceLayer):

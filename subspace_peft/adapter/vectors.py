@@ -77,6 +77,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         self.scales: dict[str, Tensor | float | None] = {}
         self.joint_caches: dict[str, JointCache | None] = {}
         self.renamings: dict[str, Renaming] = {}
+        self.forwards = 0  # of the base model, so far
 
     def add(
         self,

@@ -7,114 +7,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.nn import functional as F
 
-from tests.cases import dense_P, move, settings, theta_d
-
-
-class Fused(nn.Module):
-    """Reads parameters of its child and never calls it."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return F.linear(x, self.qkv.weight, self.qkv.bias)
-
-
-class Looped(nn.Module):
-    """Reads the same parameter at each step of a loop, as a recurrent cell does."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.Linear(8, 8)
-
-    def forward(self, x):
-        for _ in range(4):
-            x = torch.tanh(x @ self.cell.weight.T) + self.cell.bias
-        return x
-
-
-class Scorer(nn.Module):
-    """Has methods and a property beside forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.transitions = nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x):
-        return x @ self.transitions
-
-    def decode(self, x, scale=1.0):
-        return scale * self(x) + self.row
-
-    @property
-    def row(self):
-        return self.transitions[0]
-
-
-class Decoded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.crf = Scorer()
-
-    def forward(self, x):
-        return self.crf.decode(x, scale=2.0) + self.crf.row.sum()
-
-
-class TiedHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.mix = nn.Embedding(9, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        h = self.mix(self.embed(x.argmax(-1).clamp(max=8)))
-        return h @ self.embed.weight.T
-
-
-class Autograd(torch.autograd.Function):
-    """A function of another library: torch hands it its tensors as they are."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.T @ x
-
-
-class Custom(Fused):
-    def forward(self, x):
-        return Autograd.apply(x, self.qkv.weight) + self.qkv.bias
-
-
-MODELS = [Fused, Looped, Decoded, TiedHead, Custom]
+from tests.adapter.readers import MODELS, Fused, Looped, moved_pair, x
+from tests.cases import dense_P, settings, theta_d
 
 
 @pytest.fixture(params=MODELS, ids=lambda kind: kind.__name__)
 def pair(request):
     """A wrapped model at some theta_d, and a plain copy with the moved tensors."""
     return moved_pair(request.param)
-
-
-def moved_pair(kind, **changes):
-    torch.manual_seed(0)
-    plain = kind().double()
-    model = get_peft_model(copy.deepcopy(plain), settings(**changes)).double()
-    move(model, size=0.3)
-    with torch.no_grad():
-        for name, P in dense_P(model).items():
-            parameter = plain.get_parameter(name)
-            parameter.add_((P.double() @ theta_d(model)).view(parameter.shape))
-    return model, plain
-
-
-def x():
-    return torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def test_outputs_are_those_of_the_moved_model(pair):
@@ -179,6 +80,15 @@ def test_a_parameter_read_several_times_in_a_step_is_made_once(monkeypatch):
     read = cell.weight
     model(x()).sum().backward()
     assert cell.weight is not read
+
+
+def test_what_is_written_to_the_origin_is_read_at_the_next_forward():
+    model, _ = moved_pair(Looped)
+    model(x())
+    model.base_model.model.cell.base_layer.weight.data.mul_(2)
+    expected = model(x())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x()), expected)
 
 
 def test_shape_dtype_and_device_cost_nothing(monkeypatch):
