@@ -213,3 +213,18 @@ def test_a_merged_adapter_is_the_moved_model(life):
     if life.tolerance is ROUNDING:
         for name, tensor in life.oracle.model.state_dict().items():
             torch.testing.assert_close(merged.state_dict()[name].to(tensor.dtype), tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconH1", "Jamba", "Lfm2", "Qwen3Next", "RecurrentGemma"])
+@torch.no_grad()
+def test_a_state_space_model_generates_what_the_merged_model_does(name):
+    """Its step for one token reads other weights, or the same in another way, than the forward of a sequence."""
+    case = next(case for case in ARCHITECTURES if repr(case) == f"{name}ForCausalLM")
+    model = get_peft_model(case.model(), settings(projection="sparse")).eval()
+    move(model, size=2 * SIZE)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    logits = model.generate(**case.batch(), **options).logits
+    for adapted, merged in zip(
+        logits, model.merge_and_unload().generate(**case.batch(), **options).logits, strict=True
+    ):
+        torch.testing.assert_close(adapted, merged)
