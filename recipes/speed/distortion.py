@@ -1,4 +1,4 @@
-"""How far three operators are from isometries: the published "FastJL", our FastJL and our Fastfood.
+"""How far operators are from isometries: the published "FastJL", our FastJL, Fastfood and Kronecker.
 
     python recipes/speed/distortion.py [--d 100 509 ...] [--output <folder>]
     python recipes/speed/distortion.py --report
@@ -11,9 +11,11 @@ with p_i = 0 with probability 1 - q, else normal of standard deviation q^(-1/3),
 and K = sqrt(d) for d <= 6000, else ln(d). It is written here after that formula; the code's transform, of length
 2^ceil(log2 D), repeats this one.
 
-Measured on one tensor of n entries: the share of zero rows of P, whose weights never move, and the norms of rows and
-columns of P. "scale" is the mean column norm over sqrt(n / d), which independent entries of variance 1 / d would have:
-where it changes from one d to the next, the effective learning rate changes too.
+Measured on one tensor, a matrix of n entries: the share of zero rows of P, whose weights never move, and the norms of
+rows and columns of P. "scale" is the mean column norm over sqrt(n / d), which independent entries of variance 1 / d
+would have: where it changes from one d to the next, the effective learning rate changes too. "rank one" is the
+standard deviation of |P^T g|^2 over seeds and gradients g of rank one, relative to its mean and to sqrt(2 / d), that
+of independent normals.
 """
 
 import math
@@ -36,17 +38,20 @@ from subspace_peft.projections import PROJECTIONS, TensorRows
 from subspace_peft.projections.hadamard import hadamard, next_power_of_two
 
 
-N = 200_000
+SHAPE = (512, 384)
+N = SHAPE[0] * SHAPE[1]
 DIMENSIONS = (100, 509, 510, 1000, 4000, 6000, 6001, 10_000, 50_000)
 PROBES = 64
-OPERATORS = ("published", "fastjl", "fastfood")
+SEEDS = 24
+GRADIENTS = 4  # of rank one, for each seed
+OPERATORS = ("published", "fastjl", "fastfood", "kronecker")
 
 
 class Published:
     """The published operator, with the methods `apply` and `adjoint` of our projections."""
 
-    def __init__(self, n: int, d: int):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, n: int, d: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
         self.n, self.d, self.k = n, d, next_power_of_two(d)
         q = min(2 * math.log(60_000) ** 2 / math.log(d) ** 3, 1)
         moves = torch.rand(n, generator=generator) < q
@@ -73,11 +78,25 @@ def rows_and_columns(operator, n: int, d: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def measure(name: str, d: int) -> dict:
+def made(name: str, d: int, seed: int = 0):
     if name == "published":
-        operator, factor = Published(N, d), 1.0
-    else:
-        operator = PROJECTIONS[name](TensorRows(name="weight", n=N, d=d))
+        return Published(N, d, seed)
+    return PROJECTIONS[name](TensorRows(name="weight", n=N, d=d, shape=SHAPE, seed=seed))
+
+
+def spread_of_rank_one(name: str, d: int) -> float:
+    """The standard deviation of |P^T g|^2 over seeds and g of rank one, relative to its mean times sqrt(2 / d)."""
+    left, right = torch.randn(GRADIENTS, SHAPE[0], 1), torch.randn(GRADIENTS, 1, SHAPE[1])
+    g = (left @ right).flatten(1)
+    squares = torch.stack([made(name, d, seed).adjoint(g).square().sum(1) for seed in range(SEEDS)]) / g.square().sum(
+        1
+    )
+    return (squares.std() / squares.mean() * math.sqrt(d / 2)).item()
+
+
+def measure(name: str, d: int) -> dict:
+    operator, factor = made(name, d), 1.0
+    if name != "published":
         factor = math.sqrt(operator.moved / operator.column_square_norms().sum().item())  # normalization="rows"
     with torch.no_grad():
         rows, columns = rows_and_columns(operator, N, d)
@@ -92,14 +111,15 @@ def measure(name: str, d: int) -> dict:
         "scale": (columns.mean() / math.sqrt(N / d)).item(),
         "column_norms_max_over_min": (columns.max() / columns.min()).item(),
         "row_norms_sd_over_mean": (moving.std() / moving.mean()).item(),
+        "rank_one": spread_of_rank_one(name, d),
     }
 
 
 def text(results: list[dict]) -> str:
-    header = ["d", "operator", "never moved", "scale", "column norms, max / min", "row norms, sd / mean"]
+    header = ["d", "operator", "never moved", "scale", "column norms, max / min", "row norms, sd / mean", "rank one"]
     rows = [
         [f"{r['d']:,}", r["operator"], f"{100 * r['never_moved']:.0f} %", f"{r['scale']:.2f}"]
-        + [f"{r['column_norms_max_over_min']:.3f}", f"{r['row_norms_sd_over_mean']:.2f}"]
+        + [f"{r['column_norms_max_over_min']:.3f}", f"{r['row_norms_sd_over_mean']:.2f}", f"{r['rank_one']:.2f}"]
         for r in results
     ]
     return "\n".join(markdown(header, rows))

@@ -46,6 +46,7 @@ METHODS: dict[str, Callable | None] = {
     "fourierft": lambda targets: FourierFTConfig(n_frequency=1000, target_modules=targets),
     "fastfood": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastfood", target_modules=targets),
     "fastjl": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastjl", target_modules=targets),
+    "kronecker": lambda targets: SubspaceConfig(d=D_SMALL, projection="kronecker", target_modules=targets),
     "sparse": lambda targets: SubspaceConfig(d=D_SMALL, projection="sparse", target_modules=targets),
     "low_rank fastjl": lambda targets: SubspaceConfig(
         d=D_SMALL, projection="fastjl", coordinates="low_rank", rank=RANK, target_modules=targets

@@ -78,6 +78,8 @@ class SubspaceConfig(PeftConfig):
             - `fastfood`: blocks D H G Pi H B of signs D and B, a permutation Pi and normals G (Le et al. 2013);
             - `fastjl`: blocks D2 H D1 S of signs D2 and D1 and a scatter S, the transpose of the fast
               Johnson-Lindenstrauss transform (Ailon and Chazelle 2009);
+            - `kronecker`: blocks made by `fastjl` between two Hadamard matrices, which act on a Linear's inputs and
+              outputs, so that the increment is not formed (Jin, Kolda and Ward 2021);
             - `basis`: given orthonormal columns, as in DLDR (Li et al. 2021) and lottery subspaces (Larsen et al.
               2021);
             - `coordinate`: given entries of theta, as in lottery tickets (Frankle and Carbin 2019);
@@ -117,7 +119,8 @@ class SubspaceConfig(PeftConfig):
             its path: the adapter then holds the path and a digest of the columns, and several adapters share the file.
         projection_version (`int`): The version of the rules by which P is drawn from the seed.
         cache_projection (`bool`): Whether drawn signs, indices and normals stay in memory, at most 8 bytes for each
-            entry of theta with `fastfood` and `fastjl`. If not, P is drawn again at each use, which is slower.
+            entry of theta with `fastfood`, `fastjl` and `kronecker`. If not, P is drawn again at each use, which is
+            slower.
         init_weights (`bool`): True starts theta_d at zero. False starts it at random, for tests.
         D (`int`), fingerprint, basis_digest, subspace_peft_version (`str`): Filled in when a model is wrapped: the
             number of entries, eight hexadecimal digits for the name, shape and padding of each target tensor, a

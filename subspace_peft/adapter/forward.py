@@ -1,8 +1,10 @@
-"""Forward: the output of a base module whose parameters are origin + P theta_d, in one of three ways.
+"""Forward: the output of a base module whose parameters are origin + P theta_d, in one of four ways.
 
 - Any module runs with the moved tensors in place of its parameters.
 - A module in half precision whose operation is linear in its parameters: op(x, W_0) + op(x, P theta_d), because
   W_0 + P theta_d would round P theta_d away. So does a quantised Linear, whose W_0 nobody can add to.
+- A projection that has a product runs x through its steps, without P theta_d, if that is cheaper for as many tokens
+  as x has, or if the base's weight is in half precision or quantised; W_0 is not read.
 - Low-rank coordinates: x runs through the two factors in turn, without their product, if the module has such an
   operation.
 """
@@ -14,21 +16,27 @@ from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ..coordinates import LowRank, factored
+from ..coordinates import LowRank, Weight, factored
 from . import quantised
 from .modules import in_place_of
 
 
+MATRICES = {nn.Linear.forward: False, Conv1D.forward: True}
+"""Forward methods that multiply by the weight, or by its transpose -> whether the weight is [inputs, outputs]."""
+
+
 def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     """The output of a SubspaceLayer's base module as these adapters move it."""
-    low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
     base = layer.base_layer
-    if not _adds_to_output(layer) and len(low_rank) < len(adapters):
+    low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
+    multiplied = [adapter for adapter in adapters if _is_multiplied(layer, adapter, *args, **kwargs)]
+    if not _adds_to_output(layer) and len(low_rank) + len(multiplied) < len(adapters):
         with in_place_of(base, layer.moved(adapters)):
             return base(*args, **kwargs)
-    total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank)
+    total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank, multiplied)
     if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
         return total(*args, **kwargs)
     with in_place_of(base, {"forward": total}):  # its hooks see the input and the output of all of it, once
@@ -46,14 +54,36 @@ def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
     return isinstance(coordinates, LowRank) and factored.operation(quantised.operator(layer.base_layer)) is not None
 
 
+def _is_multiplied(layer: BaseTunerLayer, adapter: str, *args, **kwargs) -> bool:
+    """Whether x runs through the steps of the adapter's projection."""
+    coordinates = layer.coordinates[adapter].get("weight")
+    forward = type(quantised.operator(layer.base_layer)).forward
+    if forward not in MATRICES or not isinstance(coordinates, Weight) or coordinates.padding is not None:
+        return False
+    projection = coordinates.projections[""]
+    x = args[0] if args else next(iter(kwargs.values()))
+    if not (projection.has_product and isinstance(x, Tensor) and x.dim()) or x.is_nested:
+        return False
+    trains = torch.is_grad_enabled() and layer.subspace_peft_theta_d[adapter].requires_grad
+    tokens = x.shape[:-1].numel()
+    return _adds_to_output(layer) or projection.is_product_cheaper(tokens, trains)
+
+
 def _sum_of_outputs(
-    layer: BaseTunerLayer, forward: Callable, adapters: list[str], low_rank: list[str], *args, **kwargs
+    layer: BaseTunerLayer,
+    forward: Callable,
+    adapters: list[str],
+    low_rank: list[str],
+    multiplied: list[str],
+    *args,
+    **kwargs,
 ) -> Tensor:
     """op(x, W_0) + the sum of op(x, P theta_d) over the adapters; without W_0 where one of them replaces it.
 
     Args:
         forward: The operation of the base module.
         low_rank: Those of the adapters whose increments run through their factors.
+        multiplied: Those whose increments run through the steps of their projection.
     """
     base, operator = layer.base_layer, quantised.operator(layer.base_layer)
     x = args[0] if args else next(iter(kwargs.values()))
@@ -69,7 +99,14 @@ def _sum_of_outputs(
         output = factored.run(operator, x, *factors.pop(replacing), getattr(base, "bias", None))
     for left, right in factors.values():
         output = output + factored.run(operator, x, left, right).to(output.dtype)
-    formed = [adapter for adapter in adapters if adapter not in low_rank]
+    for adapter in multiplied:
+        z = layer.normalised(adapter)
+        z = z.to(torch.promote_types(z.dtype, operator.weight.dtype))
+        transposed = MATRICES[type(operator).forward]
+        output = layer.coordinates[adapter]["weight"].product(x, z, transposed, output)
+    for increment in layer.increments(multiplied, skip=("weight",)).values():  # of the bias
+        output = output + increment.to(output.dtype)
+    formed = [adapter for adapter in adapters if adapter not in (*low_rank, *multiplied)]
     if formed and operator is not base:
         output = output + quantised.run(x, layer.increments(formed)).to(output.dtype)
     elif formed:

@@ -65,6 +65,12 @@ def _parts(config: PeftConfig, shape: Shape, is_stacked: bool = False) -> dict[s
     return COORDINATES[config.coordinates].parts(shape.moving, config.rank, config.factors, is_stacked)
 
 
+def _as_matrix(shape: tuple[int, ...], is_stacked: bool) -> tuple[int, int]:
+    """The first dimension by the rest; the matrices of a stack below each other."""
+    split = -1 if is_stacked else 1
+    return prod(shape[:split]), prod(shape[split:])
+
+
 class Plan:
     """The tensors that are theta, and the P that moves them.
 
@@ -235,6 +241,7 @@ class Plan:
                     nnz_per_row=config.nnz_per_row,
                     version=config.projection_version,
                     cache=config.cache_projection,
+                    shape=_as_matrix(part, name in self.stacked),
                     given=given,
                 )
                 projections[suffix] = PROJECTIONS[config.projection](rows)

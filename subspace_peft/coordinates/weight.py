@@ -1,5 +1,7 @@
 """Weight: the target tensor itself moves."""
 
+from torch import Tensor
+
 from .base import Coordinates, Shape, with_row, without_row
 
 
@@ -20,6 +22,10 @@ class Weight(Coordinates):
             return self.projections[""](z, origin)
         moved = self.projections[""](z, without_row(origin, self.padding))
         return with_row(moved, origin[self.padding : self.padding + 1], self.padding)
+
+    def product(self, x: Tensor, z: Tensor, transposed: bool, output: Tensor) -> Tensor:
+        """The output plus x Wᵀ, or x W if `transposed`, for the increment W of z, which is not formed."""
+        return self.projections[""].product(x, self._scaled(z), transposed, output)
 
     def _scaled(self, z):
         return z if self.strength == 1 else z * self.strength

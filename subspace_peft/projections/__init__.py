@@ -7,6 +7,7 @@ from .dense import Dense
 from .fastfood import Fastfood
 from .fastjl import FastJL
 from .identity import Identity
+from .kronecker import Kronecker
 from .sparse import Sparse
 
 
@@ -15,6 +16,7 @@ PROJECTIONS: dict[str, type[Projection]] = {
     "sparse": Sparse,
     "fastfood": Fastfood,
     "fastjl": FastJL,
+    "kronecker": Kronecker,
     "basis": Basis,
     "coordinate": Coordinate,
     "identity": Identity,

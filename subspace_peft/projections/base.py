@@ -32,7 +32,11 @@ class TensorRows:
     nnz_per_row: int | None = None
     version: int = 1  # projection_version of the adapter's config
     cache: bool = True
+    shape: tuple[int, int] | None = None  # of the tensor as a matrix, which kronecker alone reads; None: [n, 1]
     given: Tensor | tuple | None = None  # basis: rows [n, d]; coordinate: sorted positions [k]; others: a saved state
+
+    def philox(self, purpose: str) -> Philox:
+        return Philox(self.seed, self.name, purpose, self.version)
 
 
 def full_precision(x: Tensor):
@@ -210,6 +214,11 @@ class Projection(ABC):
         return None
 
     @property
+    def has_product(self) -> bool:
+        """Whether `product` gives x (P z)ᵀ without the tensor P z, a matrix."""
+        return False
+
+    @property
     def moved(self) -> int:
         """The number of rows that are not zero."""
         return self.rows.n
@@ -219,7 +228,7 @@ class Projection(ABC):
         return ()
 
     def philox(self, purpose: str) -> Philox:
-        return Philox(self.rows.seed, self.rows.name, purpose, self.rows.version)
+        return self.rows.philox(purpose)
 
     def state(self, device: torch.device) -> tuple[Tensor, ...]:
         """The drawn state on `device`."""

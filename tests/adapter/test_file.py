@@ -54,7 +54,7 @@ def test_its_content(folder):
     assert config["projection_version"] == 1
 
 
-@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
 @pytest.mark.parametrize("coordinates", ["weight", "low_rank"])
 def test_a_saved_projection_is_used(projection, coordinates, tmp_path):
     changes = {"coordinates": "low_rank", "rank": 2} if coordinates == "low_rank" else {}
@@ -65,7 +65,7 @@ def test_a_saved_projection_is_used(projection, coordinates, tmp_path):
     assert torch.equal(outputs(load(tmp_path).eval(), CASE), outputs(model, CASE))
 
 
-@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
 def test_a_saved_projection_is_what_acts(projection, tmp_path):
     """Outputs stay the same with another seed in the config, and without the mark that would refuse it."""
     model = wrap(CASE, projection=projection, save_projection=True)

@@ -119,7 +119,7 @@ def test_merging_into_a_half_precision_base(dtype):
         torch.testing.assert_close(run(plain, x), adapted, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl", "kronecker"])
 def test_theta_d_stays_float32_under_autocast(projection):
     model = wrap(BY_NAME["norms"], projection=projection)
     move(model)

@@ -81,7 +81,7 @@ def test_the_weights_of_the_base_are_its_parameters_after_a_forward():
     assert names == [name for name, _ in Bare().named_parameters()]
 
 
-@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_P_is_not_kept_for_backward(name, projection):
     """Backward needs what the plain model saves and the moved weights, and nothing of the size of P."""
@@ -102,7 +102,7 @@ def test_P_is_not_kept_for_backward(name, projection):
 def test_training_under_inference_mode_first():
     """A projection drawn in inference mode can be trained with afterwards."""
     case = BY_NAME["mlp"]
-    for projection in ("dense", "sparse", "fastfood", "fastjl"):
+    for projection in ("dense", "sparse", "fastfood", "fastjl", "kronecker"):
         model = wrap(case, projection=projection)
         with torch.inference_mode():
             run(model, case.batch())
@@ -110,7 +110,7 @@ def test_training_under_inference_mode_first():
         assert not torch.equal(outputs(model, case), base_outputs(case))
 
 
-@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
 def test_without_the_cache_the_numbers_are_the_same(projection):
     case = BY_NAME["convnet"]
     models = [wrap(case, projection=projection, cache_projection=cache) for cache in (True, False)]

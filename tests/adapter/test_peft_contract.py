@@ -35,7 +35,7 @@ from tests.cases import (
 )
 
 
-SEEDED = ["dense", "sparse", "fastjl"]
+SEEDED = ["dense", "sparse", "fastjl", "kronecker"]
 # PEFT warns that merging a tied weight might give wrong results; here it gives the right ones.
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
 

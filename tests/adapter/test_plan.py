@@ -13,7 +13,7 @@ from tests.models import MLP
 CASE = BY_NAME["convnet"]
 
 
-@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl"])
+@pytest.mark.parametrize("projection", ["dense", "fastfood", "fastjl", "kronecker"])
 def test_every_coordinate_of_theta_d_moves_every_tensor(projection):
     model = wrap(CASE, projection=projection, d=50)
     assert all((P != 0).any(0).all() for P in dense_P(model).values())

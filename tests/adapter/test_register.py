@@ -25,7 +25,16 @@ def test_the_enum_member():
 def test_configs_and_models_are_made_of_the_type():
     assert isinstance(get_peft_config({"peft_type": "SUBSPACE_PEFT", "d": 3}), SubspaceConfig)
     assert isinstance(wrap(BY_NAME["mlp"]).base_model, SubspaceModel)
-    assert list(PROJECTIONS) == ["dense", "sparse", "fastfood", "fastjl", "basis", "coordinate", "identity"]
+    assert list(PROJECTIONS) == [
+        "dense",
+        "sparse",
+        "fastfood",
+        "fastjl",
+        "kronecker",
+        "basis",
+        "coordinate",
+        "identity",
+    ]
 
 
 def test_a_name_that_peft_has_taken():

@@ -10,7 +10,7 @@ from subspace_peft.coordinates.starts import STARTS
 from tests.cases import BY_NAME, move, outputs, replaced, train
 
 
-@pytest.mark.parametrize("projection", ["fastfood", "fastjl", "sparse", "dense", "identity"])
+@pytest.mark.parametrize("projection", ["fastfood", "fastjl", "kronecker", "sparse", "dense", "identity"])
 @pytest.mark.parametrize("start", STARTS)
 def test_save_and_load(start, projection, tmp_path):
     case = BY_NAME["convnet"]

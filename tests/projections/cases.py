@@ -1,5 +1,7 @@
 """Projections of any size, and the matrices they stand for."""
 
+import math
+
 import torch
 
 from subspace_peft.projections import PROJECTIONS, TensorRows
@@ -13,6 +15,9 @@ def make(name, n, d, nnz=None, /, **changes):
     elif name == "coordinate":
         k = max(1, min(n, d) // 2)
         changes |= {"given": torch.randperm(n, generator=generator)[:k].sort().values, "column": d - k}
+    elif name == "kronecker":
+        side = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
+        changes.setdefault("shape", (side, n // side))
     elif name == "identity":
         d, changes["offset"] = n + 5, 2
     return PROJECTIONS[name](TensorRows(**{"name": "a.weight", "n": n, "d": d, "nnz_per_row": nnz} | changes))

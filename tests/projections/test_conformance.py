@@ -13,10 +13,15 @@ from tests.projections.cases import explicit, make, random
 
 
 SIZES = [(1, 1), (7, 3), (50, 200), (3000, 37), (1500, 170), (700, 1000), (400, 2100)]
-RANDOM = ["dense", "sparse", "fastfood", "fastjl"]
+RANDOM = ["dense", "sparse", "fastfood", "fastjl", "kronecker"]
 CASES = [(name, n, d, None) for name in PROJECTIONS for n, d in SIZES]
 CASES += [(name, n, d, 3) for name in ("sparse", "fastjl") for n, d in ((5, 3), (3000, 37), (700, 1000))]
-SMALL = [(name, 40, 12, None) for name in PROJECTIONS] + [("fastjl", 3000, 37, None), ("fastfood", 700, 300, None)]
+CASES += [("kronecker", n, d, None) for n, d in ((256, 70), (3072, 37), (3072, 700), (9216, 300))]  # mixed
+SMALL = (
+    [(name, 40, 12, None) for name in PROJECTIONS]
+    + [("kronecker", 3072, 37, None)]
+    + [("fastjl", 3000, 37, None), ("fastfood", 700, 300, None)]
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -90,7 +90,7 @@ def test_every_tensor_reads_every_coordinate():
     assert (uses > 0).sum() > 190  # not the same three each time
 
 
-@pytest.mark.parametrize(("name", "bound"), [("dense", 6), ("fastfood", 6.5), ("fastjl", 9)])
+@pytest.mark.parametrize(("name", "bound"), [("dense", 6), ("fastfood", 6.5), ("fastjl", 9), ("kronecker", 9)])
 @pytest.mark.parametrize("d", [64, 170, 500])
 def test_rows_are_incoherent(name, bound, d):
     cosines = coherence(explicit(make(name, 2000, d))) * d**0.5
@@ -98,7 +98,7 @@ def test_rows_are_incoherent(name, bound, d):
     assert cosines.max() < bound
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "fastfood", "fastjl"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
 def test_keeps_lengths(name):
     """|P^T g|^2 of unit vectors g of many kinds, relative to its mean d, spreads by about sqrt(2 / d)."""
     n, d = 4096, 256
@@ -110,6 +110,8 @@ def test_keeps_lengths(name):
             torch.linspace(-1, 1, n),
             (torch.arange(n) < 16).float(),
             (torch.arange(n) % 256 == 0).float(),  # one column of a weight
+            torch.outer(random(64), random(64)).flatten().float(),  # rank one
+            torch.outer(random(64), torch.ones(64)).flatten().float(),  # from inputs that are constant
             random(n, dtype=torch.float32),
         ]
     )

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from recipes.lab.results import read_measurement
-from recipes.speed import distortion, optimiser, pca, projections, setup, step, sweeps
+from recipes.speed import distortion, layer, optimiser, pca, projections, setup, step, sweeps
 
 
 @pytest.fixture
@@ -58,6 +58,15 @@ def test_a_training_step(record, monkeypatch):
     assert methods["lora"]["trained"] == methods["low_rank identity"]["trained"]
 
 
+def test_one_layer(record, monkeypatch):
+    monkeypatch.setattr(layer, "SIZES", {"256x256": 8})
+    monkeypatch.setattr(layer, "D_SMALL", 16)
+    methods = record(layer, "--rounds", "2")["sizes"]["256x256"]["methods"]
+    assert list(methods) == list(layer.METHODS)
+    assert methods["frozen"] | {"of_frozen": 1, "extra_mb": 0} == methods["frozen"]
+    assert methods["kronecker"]["extra_mb"] < methods["lora"]["extra_mb"] < methods["full"]["extra_mb"]
+
+
 def test_setting_up(record, monkeypatch):
     monkeypatch.setattr(setup, "vit", lambda: nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 5)))
     monkeypatch.setattr(setup, "D_SMALL", 64)
@@ -71,6 +80,7 @@ def test_setting_up(record, monkeypatch):
 
 
 def test_the_distortion_of_the_published_operator(record, monkeypatch):
+    monkeypatch.setattr(distortion, "SHAPE", (64, 64))
     monkeypatch.setattr(distortion, "N", 4096)
     rows = {row["operator"]: row for row in record(distortion, "--d", "1000")["operators"]}
     assert rows["published"]["never_moved"] > 0.2 > rows["fastjl"]["never_moved"] == 0

@@ -1,0 +1,123 @@
+"""Product: x (P z)ᵀ from x and z, without the tensor P z."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from .base import full_precision, is_recorded
+from .fastjl import FastJL
+from .mixing import Mixing
+
+
+ENTRIES_AT_A_TIME = 2**18  # of the larger of inputs and outputs: a chunk of tokens then stays in a core's cache
+
+
+class Product(torch.autograd.Function):
+    """output + x Wᵀ, or + x W if `transposed`, with W = M F z: x [tokens, inputs], z [d] -> [tokens, outputs].
+
+    It is computed in float32 at least and rounded once, to the dtype of the output. x and z are saved, and F z is
+    computed again. Without F, z stands for F z; without an output, the result is the product alone.
+    """
+
+    @staticmethod
+    def forward(x, z, output, mixing, F, transposed):
+        with full_precision(x):
+            C, inputs, (matrix, signs) = operands(x, z, mixing, F, transposed)
+            total = C.new_empty(len(x), len(signs)) if output is None else torch.empty_like(output)
+            for at in _chunks(x, total):
+                y = leave(enter(x[at].to(C.dtype), *inputs) @ C.mT, matrix)
+                if output is None:
+                    torch.mul(y, signs, out=total[at])
+                else:
+                    torch.addcmul(output[at], y, signs, out=total[at])
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, z, _, *ctx.constants = inputs
+        ctx.save_for_backward(x, z)
+        ctx.save_for_forward(x, z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, z), (mixing, F, transposed) = ctx.saved_tensors, ctx.constants
+        to_output = grad if ctx.needs_input_grad[2] else None
+        wanted = [each for each, is_needed in zip((x, z), ctx.needs_input_grad, strict=False) if is_needed]
+        if torch.is_grad_enabled():  # derivatives of higher order go through the operations
+            y = product(x, z, None, *ctx.constants)
+            found = list(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
+            return (
+                *(found.pop(0) if is_needed else None for is_needed in ctx.needs_input_grad[:2]),
+                to_output,
+                *[None] * 3,
+            )
+        with full_precision(x):
+            C, (matrix, signs), outputs = operands(x, z, mixing, F, transposed)
+            to_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+            to_C = torch.zeros_like(C) if ctx.needs_input_grad[1] else None
+            for at in _chunks(x, grad):
+                V = enter(grad[at].to(C.dtype), *outputs)
+                if to_x is not None:
+                    torch.mul(leave(V @ C, matrix), signs, out=to_x[at])
+                if to_C is not None:
+                    to_C.baddbmm_(V.mT, enter(x[at].to(C.dtype), matrix, signs))
+            if to_C is not None:
+                to_C = (to_C.mT if transposed else to_C).reshape(-1)
+                to_C = (to_C if F is None else F.adjoint(to_C)).to(z.dtype)
+        return to_x, to_C, to_output, None, None, None
+
+    @staticmethod
+    def jvp(ctx, x, z, output, *_):
+        saved_x, saved_z = ctx.saved_tensors
+        terms = [] if output is None else [output]
+        if x is not None:
+            terms.append(product(x, saved_z, None, *ctx.constants))
+        if z is not None:
+            terms.append(product(saved_x, z, None, *ctx.constants))
+        return sum(terms)
+
+
+# as in base.py
+Product.forward.__signature__ = inspect.signature(Product.forward)
+
+
+def product(x: Tensor, z: Tensor, output: Tensor | None, mixing: Mixing, F: FastJL | None, transposed: bool) -> Tensor:
+    """What Product computes, by operations that can be recorded, transformed and differentiated one by one."""
+    with full_precision(x):
+        C, inputs, (matrix, signs) = operands(x, z, mixing, F, transposed)
+        y = leave(enter(x.to(C.dtype), *inputs) @ C.mT, matrix) * signs
+        return y if output is None else (output + y).to(output.dtype)
+
+
+def operands(x: Tensor, z: Tensor, mixing: Mixing, F: FastJL | None, transposed: bool) -> tuple:
+    """C [n, outputs / n, inputs / n], and the matrix and signs that mix the inputs, and the outputs."""
+    C = z if F is None else F(z)
+    C = mixing.in_blocks(C.to(torch.promote_types(torch.float32, torch.promote_types(x.dtype, C.dtype))))
+    A, H, s, t = mixing.matrices(C)
+    return (C.mT, (A, s), (H, t)) if transposed else (C, (H, t), (A, s))
+
+
+def enter(x: Tensor, matrix: Tensor, signs: Tensor) -> Tensor:
+    """Mix n neighbours: [tokens, k n] -> [n, tokens, k]."""
+    n = len(matrix)
+    return torch.mm(matrix.t(), (x * signs).view(-1, n).t()).view(n, len(x), x.shape[1] // n)
+
+
+def leave(y: Tensor, matrix: Tensor) -> Tensor:
+    """The transpose of `enter`, without the signs: [n, tokens, k] -> [tokens, k n]."""
+    n, tokens, k = y.shape
+    return torch.mm(y.reshape(n, tokens * k).t(), matrix.t()).view(tokens, k * n)
+
+
+def _chunks(*sides: Tensor) -> list[slice]:
+    """Slices of the tokens that are computed at a time."""
+    step = max(1, ENTRIES_AT_A_TIME // max(x.shape[1] for x in sides))
+    return [slice(at, at + step) for at in range(0, len(sides[0]), step)]
+
+
+def is_plain() -> bool:
+    """Whether the operations are recorded or transformed one by one."""
+    return is_recorded() or torch._C._are_functorch_transforms_active()

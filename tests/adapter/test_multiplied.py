@@ -1,0 +1,129 @@
+"""Layers whose increment runs through the steps of a projection, beside those whose increment is formed."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from subspace_peft import SubspaceConfig
+from subspace_peft.projections.kronecker import Kronecker
+from tests.cases import theta_d
+
+
+def network():
+    """A vocabulary projection of an odd size, which has no product, after two layers that have one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 320), nn.GELU(), Conv1D(256, 320), nn.GELU(), nn.Linear(256, 33))
+
+
+def wrapped(base, **changes):
+    config = {"d": 70, "projection": "kronecker", "target_modules": "all-linear"} | changes
+    model = get_peft_model(copy.deepcopy(base), SubspaceConfig(**config))
+    with torch.no_grad():
+        theta_d(model).copy_(torch.randn(70, generator=torch.Generator().manual_seed(1)) / 100)
+    return model
+
+
+def oracle(base, model):
+    """A plain copy with moved tensors, in float64."""
+    moved = copy.deepcopy(base).double()
+    for name, layer in model.base_model.model.named_children():
+        for path, increment in getattr(layer, "increments", lambda _: {})(["default"]).items():
+            tensor = moved.get_submodule(name).get_parameter(path)
+            tensor.data += increment.detach().double()
+    return moved
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The number of inputs of each product that is made."""
+    made, product = [], Kronecker.product
+    monkeypatch.setattr(
+        Kronecker, "product", lambda self, x, *args: made.append(x.shape[-1]) or product(self, x, *args)
+    )
+    return made
+
+
+def test_the_layer_is_that_of_the_moved_tensors(products):
+    base, x = network(), torch.randn(2, 7, 256)
+    model = wrapped(base)
+    y = model(x)
+    assert products == [256, 320]
+    torch.testing.assert_close(y, oracle(base, model)(x.double()).float(), rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(y.square().sum(), theta_d(model))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    del products[:]
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Kronecker, "has_product", False)
+        expected = torch.autograd.grad(model(x).square().sum(), theta_d(model))
+    assert products == []
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_at_zero_it_is_the_base_to_the_bit(dtype):
+    base, x = network().to(dtype), torch.randn(2, 7, 256, dtype=dtype)
+    model = wrapped(base)
+    nn.init.zeros_(theta_d(model))
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_below_the_resolution_of_a_half_precision_base_it_acts(dtype, products):
+    base, x = network().to(dtype)[:1], torch.randn(500, 256).to(dtype)
+    model = wrapped(base, target_modules=["0"], parameters=["weight"])
+    with torch.no_grad():
+        theta_d(model).mul_(torch.finfo(dtype).eps)
+        increment = model.base_model.model[0].increments(["default"])["weight"]
+        y = model(x)
+        ideal = (base(x).float() + x.float() @ increment.T).to(dtype)
+    assert products == [256]
+    assert increment.std() < torch.finfo(dtype).eps * base[0].weight.float().std()
+    assert (y != base(x)).float().mean() > 0.1
+    assert (y == ideal).float().mean() > 0.999
+
+
+def test_the_weight_of_the_base_is_not_read(products):
+    base = nn.Sequential(nn.Linear(256, 320))
+    model = wrapped(base)
+    layer = model.base_model.model[0]
+    layer.base_layer.forward = lambda x: x.new_zeros(*x.shape[:-1], 320)
+    layer.base_layer.weight.data.fill_(torch.nan)
+    y = model(torch.randn(3, 256))
+    y.sum().backward()
+    assert products == [256]
+    assert y.isfinite().all()
+    assert theta_d(model).grad.isfinite().all()
+
+
+def test_two_adapters_of_which_one_is_formed_are_formed_together(products):
+    base, x = network(), torch.randn(3, 256)
+    model = wrapped(base)
+    model.add_adapter(
+        "other", SubspaceConfig(d=20, projection="fastjl", target_modules="all-linear", init_weights=False)
+    )
+    model.base_model.set_adapter(["default", "other"])
+    y = model(x)
+    assert products == []
+    both = oracle(base, model)
+    for name, layer in model.base_model.model.named_children():
+        for path, increment in getattr(layer, "increments", lambda _: {})(["other"]).items():
+            both.get_submodule(name).get_parameter(path).data += increment.detach().double()
+    torch.testing.assert_close(y, both(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_padding_that_a_tied_output_layer_shares_stay(products):
+    """The output layer's weight has a row without rows in P, which the product does not know."""
+    base = nn.Sequential(nn.Embedding(65, 256, padding_idx=0), nn.Linear(256, 65, bias=False))
+    base[1].weight = base[0].weight
+    model = wrapped(base, target_modules=["0", "1"])
+    ids = torch.tensor([[1, 2, 64, 0]])
+    torch.testing.assert_close(
+        model(ids)[..., 0], (model.base_model.model[0](ids) @ base[0].weight[0]), rtol=1e-4, atol=1e-4
+    )
+    assert products == []
