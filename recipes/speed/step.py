@@ -57,16 +57,20 @@ METHODS: dict[str, Callable | None] = {
 }
 
 
-class Contender:
-    """One method that trains its own copy of the model."""
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**SHAPE, **IMAGES))
 
-    def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor):
-        torch.manual_seed(0)
-        model = ViTForImageClassification(ViTConfig(**SHAPE, **IMAGES))
-        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
+
+class Contender:
+    """One method that trains its own copy of a model."""
+
+    def __init__(self, name: str, model: nn.Module, inputs: dict[str, torch.Tensor]):
+        heads = ("classifier", "lm_head")
+        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in heads]
         config = METHODS[name]
         self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()
-        self.images, self.labels = images, labels
+        self.inputs = inputs
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.wall: list[float] = []
@@ -74,7 +78,7 @@ class Contender:
 
     def step(self) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
-        self.model(pixel_values=self.images, labels=self.labels).loss.backward()
+        self.model(**self.inputs).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.wall.append(time.perf_counter() - wall)
@@ -92,7 +96,7 @@ class Contender:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model(pixel_values=self.images, labels=self.labels).loss
+            loss = self.model(**self.inputs).loss
             total = sum(held.values())
         del loss
         return total
@@ -118,7 +122,8 @@ def measure(methods: list[str], rounds: int, warm_up: int) -> dict[str, dict]:
     torch.manual_seed(0)
     images = torch.randn(BATCH, 3, IMAGES["image_size"], IMAGES["image_size"])
     labels = torch.randint(0, IMAGES["num_labels"], (BATCH,))
-    contenders = {name: Contender(name, images, labels) for name in methods}
+    inputs = {"pixel_values": images, "labels": labels}
+    contenders = {name: Contender(name, vit(), inputs) for name in methods}
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + warm_up), unit="round"):

@@ -57,7 +57,11 @@ def test_names_and_shapes_are_those_of_the_plain_model(kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
-@pytest.mark.parametrize("changes", [{}, LOW_RANK, {**LOW_RANK, "factors": 3}], ids=["weight", "low_rank", "three"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"projection": "kronecker"}, LOW_RANK, {**LOW_RANK, "factors": 3}],
+    ids=["weight", "kronecker", "low_rank", "three"],
+)
 def test_outputs_and_gradient_are_those_on_the_dequantised_base(kind, changes):
     model, plain = moved(quantised(kind), **changes), moved(dequantised(kind), **changes)
     torch.testing.assert_close(model(x()), plain(x()), **CLOSE)

@@ -30,7 +30,10 @@ MEASUREMENTS = {
     "dldr.reconstruction": "lenet5.reconstruction",
     "lottery.spectra": "spectra_mnist",
     "low_rank_training.cost": "cost",
-    **{f"speed.{name}": name for name in ["distortion", "optimiser", "pca", "projections", "setup", "step", "sweeps"]},
+    **{
+        f"speed.{name}": name
+        for name in ["distortion", "layer", "models", "optimiser", "pca", "projections", "setup", "step", "sweeps"]
+    },
     **{f"theory.{name}": name for name in ["affine", "dimensions", "linearized", "wells"]},
     "vit_lora.cost": "costs_mnist",
 }

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from recipes.lab.results import read_measurement
-from recipes.speed import distortion, layer, optimiser, pca, projections, setup, step, sweeps
+from recipes.speed import distortion, layer, models, optimiser, pca, projections, setup, step, sweeps
 
 
 @pytest.fixture
@@ -65,6 +65,15 @@ def test_one_layer(record, monkeypatch):
     assert list(methods) == list(layer.METHODS)
     assert methods["frozen"] | {"of_frozen": 1, "extra_mb": 0} == methods["frozen"]
     assert methods["kronecker"]["extra_mb"] < methods["lora"]["extra_mb"] < methods["full"]["extra_mb"]
+
+
+def test_whole_models(record, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", {"tiny": models.llama(64, 128, 1)})
+    monkeypatch.setattr(models, "TOKENS", 4)
+    methods = record(models, "--rounds", "1", "--models", "tiny")["models"]["tiny"]
+    assert list(methods) == list(models.METHODS)
+    assert methods["lora"]["of_lora"] == methods["full"]["of_full"] == 1
+    assert methods["kronecker"]["held_mb"] <= methods["lora"]["held_mb"] < methods["full"]["held_mb"]
 
 
 def test_setting_up(record, monkeypatch):

@@ -1,0 +1,118 @@
+"""A training step of a small ViT and of two language models of Llama's kind, and what it holds beyond the base.
+
+    python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
+    python recipes/speed/models.py --report
+
+Every linear module but the head, AdamW, d = 1024, random tokens or images. The methods take turns; times are CPU time.
+Memory is that of tensors held for backward and 16 bytes for each trained number (value, gradient, Adam's averages).
+"""
+
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.lab import command
+from recipes.lab.measurement import at_least
+from recipes.lab.results import read_measurement
+from recipes.reports.tables import markdown
+from recipes.speed import step
+from recipes.speed.layer import BYTES_A_NUMBER
+from recipes.speed.record import FOLDER, measured, parser
+
+
+METHODS = ("full", "lora", "unilora", "fastjl", "kronecker")
+TOKENS = 256
+
+
+def vit() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    pixels = torch.randn(step.BATCH, 3, step.IMAGES["image_size"], step.IMAGES["image_size"])
+    labels = torch.randint(0, step.IMAGES["num_labels"], (step.BATCH,))
+    return step.vit(), {"pixel_values": pixels, "labels": labels}
+
+
+def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]:
+    def make() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+        sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=8000))
+        tokens = torch.randint(0, 8000, (1, TOKENS))
+        return model, {"input_ids": tokens, "labels": tokens}
+
+    return make
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
+    "ViT 384": vit,
+    "Llama 768": llama(768, 2048, 8),
+    "Llama 2048": llama(2048, 8192, 2),
+}
+
+
+def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
+    contenders = {}
+    for method in METHODS:
+        torch.manual_seed(0)
+        model, inputs = MODELS[name]()
+        contenders[method] = step.Contender(method, model, inputs)
+    gc.collect()
+    gc.disable()  # a collection would slow the method that steps when it comes
+    for at in tqdm(range(rounds + 1), unit="round", desc=name):
+        for contender in contenders.values():
+            contender.step()
+            if at == 0:
+                contender.cpu.clear()
+    gc.enable()
+    return {method: _result(contender, contenders) for method, contender in contenders.items()}
+
+
+def _result(contender: step.Contender, contenders: dict[str, step.Contender]) -> dict[str, Any]:
+    def of(method: str) -> float:
+        ratios = [ours / theirs for ours, theirs in zip(contender.cpu, contenders[method].cpu, strict=True)]
+        return round(statistics.median(ratios), 3)
+
+    numbers = sum(p.numel() for p in contender.trained)
+    return {
+        "cpu_s": round(statistics.median(contender.cpu), 3),
+        "of_full": of("full"),
+        "of_lora": of("lora"),
+        "held_mb": round((contender.saved_bytes() + BYTES_A_NUMBER * numbers) / 2**20, 1),
+    }
+
+
+def text(models: dict[str, dict]) -> str:
+    rows = [
+        [name, method, f"{r['cpu_s']:.2f}", f"{r['of_full']:.2f}", f"{r['of_lora']:.2f}", f"{r['held_mb']:.0f}"]
+        for name, methods in models.items()
+        for method, r in methods.items()
+    ]
+    return "\n".join(markdown(["model", "method", "CPU s a step", "of full", "of LoRA", "MB beyond the base"], rows))
+
+
+def tables() -> dict[str, str]:
+    """What the committed results say, for the README."""
+    return {"": text(read_measurement(FOLDER / "models.jsonl")["models"])}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__, threads=1)
+    options.add_argument("--rounds", type=at_least(1), default=8)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    chosen = options.parse_args(arguments)
+    settings = {"d": step.D_SMALL, "rank": step.RANK, "rounds": chosen.rounds, "threads": chosen.threads}
+    models = lambda: {"models": {name: measure(name, chosen.rounds) for name in chosen.models}}  # noqa: E731
+    print(text(measured("models", chosen, lambda: settings | models())["models"]))
+
+
+if __name__ == "__main__":
+    command.run(main)
