@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -154,6 +155,10 @@ for function in (Map, _Move):
     function.forward.__signature__ = inspect.signature(function.forward)
 
 
+LAST_DRAWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""The state that was drawn last without a cache: backward uses P of one tensor twice, one right after the other."""
+
+
 class Projection(ABC):
     """The rows of P of one tensor: theta = origin + P theta_d, P: [n, d], fixed.
 
@@ -233,6 +238,8 @@ class Projection(ABC):
     def state(self, device: torch.device) -> tuple[Tensor, ...]:
         """The drawn state on `device`."""
         drawn = self._drawn.get(device)
+        if drawn is None and (last := LAST_DRAWN.get(self)) is not None and last[0] == device:
+            return last[1]
         return self._draw(device) if drawn is None else drawn
 
     @torch.compiler.disable
@@ -244,6 +251,9 @@ class Projection(ABC):
             if device.type != "cpu":  # drop the state on the CPU, which only the column norms needed
                 self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
+        else:
+            LAST_DRAWN.clear()
+            LAST_DRAWN[self] = device, drawn
         return drawn
 
     def _map(self, x: Tensor, transposed: bool) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)  # minus 2^32, so that a product stays below 2^63
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 2**32 - 1
 COUNTERS_AT_A_TIME = 2**15  # the words and their scratch memory then stay in a core's cache
@@ -35,14 +35,14 @@ def cipher(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
     p0, p1, high = torch.empty_like(x0), torch.empty_like(x0), torch.empty_like(x0)
     k0, k1 = key
     for _ in range(10):
-        # With M' = M - 2^32: low(M x) = low(M' x) and high(M x) = high(M' x) + x mod 2^32. When p0 and p1 become
-        # words, only their low half is valid; the bits above it are masked where they would matter.
+        # A product beyond 2^63 wraps, which leaves its bits right, and the shift copies its sign above the high word.
+        # When p0 and p1 become words, only their low half is valid. Bits above are masked where they would matter.
         torch.mul(x0, MULTIPLIERS[0], out=p0)
         torch.mul(x2, MULTIPLIERS[1], out=p1)
         torch.bitwise_right_shift(p1, 32, out=high)
-        x1.bitwise_xor_(high.add_(x2)).bitwise_xor_(k0).bitwise_and_(MASK)
+        x1.bitwise_xor_(high).bitwise_xor_(k0).bitwise_and_(MASK)
         torch.bitwise_right_shift(p0, 32, out=high)
-        x3.bitwise_xor_(high.add_(x0)).bitwise_xor_(k1).bitwise_and_(MASK)
+        x3.bitwise_xor_(high).bitwise_xor_(k1).bitwise_and_(MASK)
         x0, x1, x2, x3, p0, p1 = x1, p1, x3, p0, x0, x2
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
     return [x0, x1.bitwise_and_(MASK), x2, x3.bitwise_and_(MASK)]
@@ -74,6 +74,12 @@ def box_muller(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     h = polynomial(x, VERSINE).mul_(x)  # 1 - cos
     sine = (2 - h).mul_(h).sqrt_().mul_(r).mul_((w & 2).neg_().add_(1))
     return h.neg_().add_(1).mul_(r).mul_((w & 1).mul_(-2).add_(1)), sine
+
+
+def as_signs(octets: Tensor) -> Tensor:
+    """The float32 ±1 of bytes of signs: [...] -> [... * 8]."""
+    bits = torch.arange(256, device=octets.device).unsqueeze(1) >> torch.arange(8, device=octets.device) & 1
+    return (1.0 - 2.0 * bits).index_select(0, octets.view(-1).int()).view(*octets.shape[:-1], -1)
 
 
 class Philox:
@@ -113,13 +119,15 @@ class Philox:
 
     def signs(self, start: int, stop: int, device="cpu") -> Tensor:
         """float32 ±1; sign i is bit i mod 32 of word i div 32."""
-        first, last = start // 32, -(-stop // 32)
-        out = torch.empty(last - first, 32, dtype=torch.float32, device=device)
-        shifts = torch.arange(32, dtype=torch.int64, device=device)
-        for word in range(first, last, COUNTERS_AT_A_TIME):
-            words = self.bits(word, min(word + COUNTERS_AT_A_TIME, last), device)
-            torch.bitwise_and(words.unsqueeze(1) >> shifts, 1, out=out[word - first : word - first + len(words)])
-        return out.mul_(-2).add_(1).view(-1)[start - 32 * first : stop - 32 * first]
+        first = start // 8
+        return as_signs(self.sign_bytes(first, -(-stop // 8), device))[start - 8 * first : stop - 8 * first]
+
+    def sign_bytes(self, start: int, stop: int, device="cpu") -> Tensor:
+        """Bytes start to stop of the signs: uint8; sign i is bit i mod 8 of byte i div 8, 1 for -1."""
+        first, last = start // 4, -(-stop // 4)
+        words = self.bits(first, last, device)
+        octets = torch.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], 1).to(torch.uint8)
+        return octets.view(-1)[start - 4 * first : stop - 4 * first]
 
     def uniforms(self, start: int, stop: int, device="cpu") -> Tensor:
         """float32 multiples of 2^-24 in [0, 1)."""
@@ -144,4 +152,8 @@ class Philox:
         low = 2 ** max(1, (size - 1).bit_length()) - 1
         words = self.bits(2 * size * start, 2 * size * stop, device).view(-1, size, 2)
         keys = (words[..., 0] >> 1).bitwise_left_shift_(32).bitwise_or_(words[..., 1]).bitwise_and_(~low)
-        return keys.bitwise_or_(torch.arange(size, device=device)).sort(dim=-1).values.bitwise_and_(low)
+        keys.bitwise_or_(torch.arange(size, device=device))
+        if type(keys) is Tensor and keys.device.type == "cpu":
+            keys.numpy().sort(axis=-1)  # ten times as fast
+            return keys.bitwise_and_(low)
+        return keys.sort(dim=-1).values.bitwise_and_(low)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .base import Projection, TensorRows, to_working_dtype
+from .base import Projection, TensorRows, is_recorded, to_working_dtype
 from .joint import Joint, cache_products
 
 
-ENTRIES_AT_A_TIME = 2**20  # of the permutations that are drawn
+ENTRIES_AT_A_TIME = 2**18  # of the permutations that are drawn, and of P that are applied
 
 
 class Sparse(Projection):
@@ -17,6 +17,8 @@ class Sparse(Projection):
     The columns come from uniform permutations stacked one below the other: where `nnz_per_row` divides d, the
     numbers of uses of any two columns differ by at most one.
     """
+
+    forms_fast = True
 
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
@@ -31,7 +33,7 @@ class Sparse(Projection):
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         n, d, nnz = self.rows.n, self.rows.d, self.nnz
-        index = torch.empty(n, nnz, dtype=torch.int32, device=device)
+        index = torch.empty(n, nnz, dtype=torch.int16 if 2 * d <= 2**15 else torch.int32, device=device)
         rows_at_a_time = max(1, ENTRIES_AT_A_TIME // d) * self.rows_per_permutation
         for start in range(0, n, rows_at_a_time):
             stop = min(start + rows_at_a_time, n)
@@ -40,7 +42,7 @@ class Sparse(Projection):
             columns = permutations[:, : self.rows_per_permutation * nnz].reshape(-1, nnz)[: stop - start]
             signs = self.philox("sparse signs").signs(start * nnz, stop * nnz, device).view(-1, nnz)
             # The index holds the sign too: it points into (theta_d, -theta_d).
-            index[start:stop] = columns + d * (signs < 0)
+            index[start:stop] = columns.to(index.dtype).add_((signs < 0).to(index.dtype), alpha=d)
         return (index,)
 
     def apply(self, theta_d: Tensor) -> Tensor:
@@ -78,14 +80,23 @@ class JointSparse(Joint):
 def _gather(theta_d: Tensor, index: Tensor) -> Tensor:
     """P theta_d: the sum of the entries of (theta_d, -theta_d) that each row of the index [n, nnz] points to."""
     z = to_working_dtype(theta_d)
-    y = torch.cat((z, -z), -1).index_select(-1, index.view(-1))
-    return (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
+    both = torch.cat((z, -z), -1)
+    if z.dim() > 1 or is_recorded() or index.shape[1] > 1 or z.dtype != theta_d.dtype:
+        y = both.index_select(-1, index.view(-1).int())
+        return (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
+    out = theta_d.new_empty(len(index))
+    for part, rows in zip(out.split(ENTRIES_AT_A_TIME), index.view(-1).split(ENTRIES_AT_A_TIME), strict=True):
+        torch.index_select(both, 0, rows.int(), out=part)
+    return out
 
 
 def _scatter(grad: Tensor, index: Tensor, d: int) -> Tensor:
     """P^T grad, the transpose of `_gather`."""
-    g = to_working_dtype(grad)
-    if index.shape[1] > 1:
-        g = g.unsqueeze(-1).expand(*g.shape, index.shape[1]).flatten(-2)
-    both = g.new_zeros((*g.shape[:-1], 2 * d)).index_add(-1, index.view(-1), g)
+    both = to_working_dtype(grad.new_zeros((*grad.shape[:-1], 2 * d)))
+    step = len(index) if is_recorded() else ENTRIES_AT_A_TIME
+    for part, rows in zip(grad.split(step, -1), index.split(step), strict=True):
+        g = to_working_dtype(part)
+        if index.shape[1] > 1:
+            g = g.unsqueeze(-1).expand(*g.shape, index.shape[1]).flatten(-2)
+        both = both.index_add_(-1, rows.view(-1).int(), g)
     return (both[..., :d] - both[..., d:]).to(grad.dtype)
