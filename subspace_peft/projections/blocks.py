@@ -48,6 +48,14 @@ class Blocks(Projection):
     def draw_coefficients(self, device: torch.device) -> Tensor:
         """All c_b: [blocks, size / k]."""
 
+    def draw_held(self, device: torch.device) -> Tensor:
+        """The coefficients as they are held: [blocks, ...]."""
+        return self.draw_coefficients(device)
+
+    def coefficients(self, held: Tensor) -> Tensor:
+        """The coefficients of blocks that are held so: [blocks, size / k]."""
+        return held
+
     @abstractmethod
     def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
         """The state of A."""
@@ -77,7 +85,7 @@ class Blocks(Projection):
         return [matrix(len(s), device=device) * s.unsqueeze(1) for s in signs]
 
     def draw(self, device: torch.device) -> tuple:
-        state = self.draw_coefficients(device), self.draw_kronecker_factors(device), self.draw_inner(device)
+        state = self.draw_held(device), self.draw_kronecker_factors(device), self.draw_inner(device)
         if not self.is_matrix:
             return state
         return (self._adjoint(torch.eye(self.rows.n, dtype=torch.float64, device=device), state).float(),)
@@ -105,36 +113,32 @@ class Blocks(Projection):
 
     def _apply(self, z: Tensor, state: tuple) -> Tensor:
         """[batch, d] -> [batch, n]."""
-        c, kronecker_factors, inner = state
-        if z.dtype != c.dtype:
-            c, kronecker_factors = c.to(z.dtype), [h.to(z.dtype) for h in kronecker_factors]
+        held, kronecker_factors, inner = state
+        kronecker_factors = [h.to(z.dtype) for h in kronecker_factors]
         v, batch = self._common(z, kronecker_factors, inner), z.shape[0]
         if is_recorded() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
-            return self._blocks(v, c, kronecker_factors).view(batch, -1)[:, : self.rows.n]
+            return self._blocks(v, held, kronecker_factors).view(batch, -1)[:, : self.rows.n]
         out = z.new_empty(batch, self.rows.n)
         for row, y in zip(v.unsqueeze(1), out, strict=True):
             for blocks, entries in self._chunks():
                 part = y[entries]
                 if part.shape[0] % self.size == 0:
-                    self._blocks(row, c[blocks], kronecker_factors, part)
+                    self._blocks(row, held[blocks], kronecker_factors, part)
                 else:
-                    part.copy_(self._blocks(row, c[blocks], kronecker_factors).view(-1)[: part.shape[0]])
+                    part.copy_(self._blocks(row, held[blocks], kronecker_factors).view(-1)[: part.shape[0]])
         return out
 
     def _adjoint(self, g: Tensor, state: tuple) -> Tensor:
         """[batch, n] -> [batch, d]."""
-        c, kronecker_factors, inner = state
-        if g.dtype != c.dtype:
-            c, kronecker_factors = c.to(g.dtype), [h.to(g.dtype) for h in kronecker_factors]
+        held, kronecker_factors, inner = state
+        kronecker_factors = [h.to(g.dtype) for h in kronecker_factors]
         if is_recorded() or g.numel() <= ENTRIES_AT_A_TIME:
-            v = self._blocks_adjoint(self._padded(g), c, kronecker_factors)
+            v = self._blocks_adjoint(self._padded(g), held, kronecker_factors)
             return self._common_adjoint(v, kronecker_factors, inner)
         totals = []
         for row in g.unsqueeze(1):
-            chunks = ((self._padded(row[:, entries]), c[blocks]) for blocks, entries in self._chunks())
-            totals.append(
-                sum(self._blocks_adjoint(chunk, coefficients, kronecker_factors) for chunk, coefficients in chunks)
-            )
+            chunks = ((self._padded(row[:, entries]), held[blocks]) for blocks, entries in self._chunks())
+            totals.append(sum(self._blocks_adjoint(chunk, c, kronecker_factors) for chunk, c in chunks))
         return self._common_adjoint(torch.cat(totals), kronecker_factors, inner)
 
     def _chunks(self) -> list[tuple[slice, slice]]:
@@ -159,23 +163,23 @@ class Blocks(Projection):
         v = v if self.k == 1 else multiply(kronecker_factors[0].t(), v, self.length)
         return self.inner_adjoint(v.view(-1, self.size), *inner)
 
-    def _blocks(self, v: Tensor, c: Tensor, kronecker_factors: list[Tensor], out: Tensor | None = None) -> Tensor:
+    def _blocks(self, v: Tensor, held: Tensor, kronecker_factors: list[Tensor], out: Tensor | None = None) -> Tensor:
         """[batch, 1, k, size / k] -> batch * blocks * size entries in that order, in any shape."""
-        return kronecker(kronecker_factors[1:], v * c.unsqueeze(1), out)
+        return kronecker(kronecker_factors[1:], v * self.coefficients(held).to(v.dtype).unsqueeze(1), out)
 
-    def _blocks_adjoint(self, g: Tensor, c: Tensor, kronecker_factors: list[Tensor]) -> Tensor:
+    def _blocks_adjoint(self, g: Tensor, held: Tensor, kronecker_factors: list[Tensor]) -> Tensor:
         """[batch, blocks * size] -> [batch, k, size / k]."""
         x = kronecker([h.t() for h in kronecker_factors[1:]], g).view(g.shape[0], -1, self.k, self.length)
-        return x.mul_(c.unsqueeze(1)).sum(1)
+        return x.mul_(self.coefficients(held).to(x.dtype).unsqueeze(1)).sum(1)
 
     def row_squares(self, start: int, stop: int, state: tuple) -> Tensor:
         """The sum of the squares of rows start to stop of the last block, from the rows themselves: float64 [d]."""
-        c, kronecker_factors, inner = state
-        kronecker_factors, c = [h.double() for h in kronecker_factors], c[-1:].double()
+        held, kronecker_factors, inner = state
+        kronecker_factors = [h.double() for h in kronecker_factors]
         total = torch.zeros(self.rows.d, dtype=torch.float64)
         step = max(1, SQUARES_AT_A_TIME // self.size)
         for at in range(start, stop, step):
             units = one_hot(torch.arange(at, min(at + step, stop)), self.size).double()
-            v = self._blocks_adjoint(units, c, kronecker_factors)
+            v = self._blocks_adjoint(units, held[-1:], kronecker_factors)
             total += self._common_adjoint(v, kronecker_factors, inner).square().sum(0)
         return total

@@ -7,6 +7,7 @@ from .base import TensorRows
 from .blocks import Blocks
 from .joint import cache_products
 from .joint_blocks import JointBlocks
+from .philox import as_signs
 
 
 K = 4  # positions with the same sign in a block
@@ -40,6 +41,16 @@ class FastJL(Blocks):
     def draw_coefficients(self, device: torch.device) -> Tensor:
         signs = self.philox("fastjl block signs").signs(0, self.block_count * self.length, device)
         return signs.view(-1, self.length)
+
+    def draw_held(self, device: torch.device) -> Tensor:
+        """8 signs a byte."""
+        if self.length < 8:
+            return self.draw_coefficients(device)
+        octets = self.philox("fastjl block signs").sign_bytes(0, self.block_count * self.length // 8, device)
+        return octets.view(self.block_count, -1)
+
+    def coefficients(self, held: Tensor) -> Tensor:
+        return as_signs(held) if self.length >= 8 else held
 
     def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
         signs = self.philox("fastjl inner signs").signs(0, self.size, device)

@@ -12,6 +12,7 @@ version.
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,8 +79,15 @@ def box_muller(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_signs(octets: Tensor) -> Tensor:
     """The float32 ±1 of bytes of signs: [...] -> [... * 8]."""
-    bits = torch.arange(256, device=octets.device).unsqueeze(1) >> torch.arange(8, device=octets.device) & 1
-    return (1.0 - 2.0 * bits).index_select(0, octets.view(-1).int()).view(*octets.shape[:-1], -1)
+    # torch.compile ignores a cache, and warns about it
+    table = (_signs_of_bytes.__wrapped__ if torch.compiler.is_compiling() else _signs_of_bytes)(octets.device)
+    return table.index_select(0, octets.reshape(-1).int()).view(*octets.shape[:-1], -1)
+
+
+@lru_cache
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return 1.0 - 2.0 * (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1)
 
 
 class Philox:
