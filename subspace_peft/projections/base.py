@@ -119,8 +119,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(theta_d, origin, projection):
         with full_precision(theta_d):
-            moved = projection.apply(theta_d)
-        return moved.view((*theta_d.shape[:-1], *origin.shape)).add_(origin)
+            return projection.move(theta_d, origin)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -204,6 +203,10 @@ class Projection(ABC):
     @abstractmethod
     def apply(self, theta_d: Tensor) -> Tensor:
         """P theta_d: [..., d] -> [..., n], without derivatives; the result is new memory."""
+
+    def move(self, theta_d: Tensor, origin: Tensor) -> Tensor:
+        """origin + P theta_d, without derivatives: [..., d] -> [..., *shape]; the result is new memory."""
+        return self.apply(theta_d).view((*theta_d.shape[:-1], *origin.shape)).add_(origin)
 
     @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ class Blocks(Projection):
             y = self._apply(z.reshape(-1, self.rows.d).contiguous(), state)
         return y.view(*theta_d.shape[:-1], self.rows.n).to(theta_d.dtype)
 
+    def move(self, theta_d: Tensor, origin: Tensor) -> Tensor:
+        if self.is_matrix or theta_d.dim() > 1 or to_working_dtype(theta_d) is not theta_d:
+            return super().move(theta_d, origin)
+        return self._apply(theta_d.view(1, -1), self.state(theta_d.device), origin.reshape(-1)).view(origin.shape)
+
     def adjoint(self, grad: Tensor) -> Tensor:
         g, state = to_working_dtype(grad), self.state(grad.device)
         if self.is_matrix:
@@ -111,13 +116,14 @@ class Blocks(Projection):
             state = self.state(torch.device("cpu"))
             return state[0].double().square().sum(0) if self.is_matrix else self.square_norms(state)
 
-    def _apply(self, z: Tensor, state: tuple) -> Tensor:
-        """[batch, d] -> [batch, n]."""
+    def _apply(self, z: Tensor, state: tuple, origin: Tensor | None = None) -> Tensor:
+        """[batch, d] -> [batch, n], plus an origin [n], which is added while a part is in the core's cache."""
         held, kronecker_factors, inner = state
         kronecker_factors = [h.to(z.dtype) for h in kronecker_factors]
         v, batch = self._common(z, kronecker_factors, inner), z.shape[0]
         if is_recorded() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
-            return self._blocks(v, held, kronecker_factors).view(batch, -1)[:, : self.rows.n]
+            y = self._blocks(v, held, kronecker_factors).view(batch, -1)[:, : self.rows.n]
+            return y if origin is None else y + origin
         out = z.new_empty(batch, self.rows.n)
         for row, y in zip(v.unsqueeze(1), out, strict=True):
             for blocks, entries in self._chunks():
@@ -126,6 +132,8 @@ class Blocks(Projection):
                     self._blocks(row, held[blocks], kronecker_factors, part)
                 else:
                     part.copy_(self._blocks(row, held[blocks], kronecker_factors).view(-1)[: part.shape[0]])
+                if origin is not None:
+                    part.add_(origin[entries])
         return out
 
     def _adjoint(self, g: Tensor, state: tuple) -> Tensor:

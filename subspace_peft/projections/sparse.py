@@ -7,7 +7,7 @@ from .base import Projection, TensorRows, is_recorded, to_working_dtype
 from .joint import Joint, cache_products
 
 
-ENTRIES_AT_A_TIME = 2**18  # of the permutations that are drawn, and of P that are applied
+ENTRIES_AT_A_TIME = 2**17  # of the permutations that are drawn, and of P that are applied
 
 
 class Sparse(Projection):
@@ -49,6 +49,12 @@ class Sparse(Projection):
         (index,) = self.state(theta_d.device)
         return _gather(theta_d, index)
 
+    def move(self, theta_d: Tensor, origin: Tensor) -> Tensor:
+        if theta_d.dim() > 1:
+            return super().move(theta_d, origin)
+        (index,) = self.state(theta_d.device)
+        return _gather(theta_d, index, origin.reshape(-1)).view(origin.shape)
+
     def adjoint(self, grad: Tensor) -> Tensor:
         (index,) = self.state(grad.device)
         return _scatter(grad, index, self.rows.d)
@@ -77,16 +83,24 @@ class JointSparse(Joint):
         return _scatter(grad, *self.state(grad), self.members[0].rows.d)
 
 
-def _gather(theta_d: Tensor, index: Tensor) -> Tensor:
-    """P theta_d: the sum of the entries of (theta_d, -theta_d) that each row of the index [n, nnz] points to."""
+def _gather(theta_d: Tensor, index: Tensor, origin: Tensor | None = None) -> Tensor:
+    """P theta_d: the sum of the entries of (theta_d, -theta_d) that each row of the index [n, nnz] points to.
+
+    Args:
+        origin: Added to the result: [n].
+    """
     z = to_working_dtype(theta_d)
     both = torch.cat((z, -z), -1)
-    if z.dim() > 1 or is_recorded() or index.shape[1] > 1 or z.dtype != theta_d.dtype:
+    if z.dim() > 1 or is_recorded() or index.shape[1] > 1 or z is not theta_d:
         y = both.index_select(-1, index.view(-1).int())
-        return (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
+        y = (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
+        return y if origin is None else y + origin
     out = theta_d.new_empty(len(index))
-    for part, rows in zip(out.split(ENTRIES_AT_A_TIME), index.view(-1).split(ENTRIES_AT_A_TIME), strict=True):
-        torch.index_select(both, 0, rows.int(), out=part)
+    for at in range(0, len(index), ENTRIES_AT_A_TIME):
+        part = out[at : at + ENTRIES_AT_A_TIME]
+        torch.index_select(both, 0, index[at : at + ENTRIES_AT_A_TIME, 0].long(), out=part)
+        if origin is not None:
+            part.add_(origin[at : at + ENTRIES_AT_A_TIME])
     return out
 
 
