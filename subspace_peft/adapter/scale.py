@@ -17,9 +17,12 @@ def normalising_scale(config: PeftConfig, coordinates: dict[str, Coordinates]) -
     With `columns` it is 1 / |column of P|, float32 [d], or 1.0 if every column has norm 1. With `rows` it is the
     number that gives the rows that move a mean square norm of 1.
     """
-    squares = sum(p.column_square_norms() for c in coordinates.values() for p in c.projections.values())
+    projections = [projection for c in coordinates.values() for projection in c.projections.values()]
     if config.normalization == "columns":
+        squares = sum(projection.column_square_norms() for projection in projections)
         if bool((squares == 1).all()):
             return 1.0  # where d = D, one more product for each layer would cost more than the layers
         return squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().float()
-    return sqrt(sum(c.moves for c in coordinates.values()) / squares.sum().item())
+    return sqrt(
+        sum(c.moves for c in coordinates.values()) / sum(projection.square_norm() for projection in projections)
+    )

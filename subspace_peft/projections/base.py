@@ -216,6 +216,10 @@ class Projection(ABC):
     def column_square_norms(self) -> Tensor:
         """sum_i P_ij^2 over the rows of this tensor, exact: float64 [d] on the CPU."""
 
+    def square_norm(self) -> float:
+        """sum_ij P_ij^2 over the rows of this tensor, exact."""
+        return self.column_square_norms().sum().item()
+
     @classmethod
     def together(cls, projections: Sequence[Projection]) -> JointCache | None:
         """A cache that computes P theta_d of several of these tensors at once; None where that is not faster."""

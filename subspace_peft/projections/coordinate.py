@@ -40,6 +40,9 @@ class Coordinate(Projection):
         after = self.rows.d - self.rows.column - self.moved
         return torch.nn.functional.pad(grad.index_select(-1, positions), (self.rows.column, after))
 
+    def square_norm(self) -> float:
+        return float(self.moved)
+
     def column_square_norms(self) -> Tensor:
         norms = torch.zeros(self.rows.d, dtype=torch.float64)
         norms[self.rows.column : self.rows.column + self.moved] = 1

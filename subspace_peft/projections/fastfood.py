@@ -1,5 +1,7 @@
 """Fastfood: Gaussian rows from two Hadamard transforms."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -59,6 +61,20 @@ class Fastfood(Blocks):
         signs, _, inverse = state
         return hadamard(_permuted(v, inverse))[..., : self.rows.d] * signs
 
+    def square_norm(self) -> float:
+        with torch.inference_mode(False), torch.no_grad():
+            state = self.state(torch.device("cpu"))
+            if self.is_matrix:
+                return state[0].double().square().sum().item()
+            gaussian, _, (signs, order, _) = state
+            d, size, rows, last = self.rows.d, self.size, self.last_block_rows, gaussian[-1].double()
+            total = d * size * gaussian[:-1].double().square().sum().item()
+            if size in (d, rows):
+                total += d * rows * last.square().sum().item()
+            else:
+                total += _square_norm_of_corner(last, order, rows, d)
+            return total * signs[0].item() ** 2
+
     def square_norms(self, state: tuple) -> Tensor:
         """For rows a to a + r of a block, a a multiple of r = 2^s, by Parseval, with x_p = H[a, p] G_p:
 
@@ -79,6 +95,33 @@ class Fastfood(Blocks):
                 squares += r * (x.square().sum() + hadamard(cross)[: self.rows.d])
                 start += r
         return squares * signs[0].double() ** 2 + self.row_squares(start, self.last_block_rows, state)
+
+
+def _square_norm_of_corner(gaussian: Tensor, order: Tensor, rows: int, columns: int) -> float:
+    """The square norm of the first rows and columns of H G Π H.
+
+    For rows a to a + r and columns b to b + e, both as in `square_norms`, it is
+
+        r e sum_(q < r, t < e) (sum_(p = q mod r, Π_p = t mod e) H[a, p] G_p H[Π_p, b])^2.
+    """
+    size, total = len(gaussian), 0.0
+    at = torch.arange(size)
+    for (r, of_a), (e, of_b) in product(_intervals(rows, size), _intervals(columns, size)):
+        group, within = (at % r * e + order % e).sort()
+        values = (of_a * gaussian * of_b[order])[within]
+        number = group.diff(prepend=group[:1]).ne(0).cumsum(0)
+        total += r * e * values.new_zeros(size).index_add_(0, number, values).square().sum().item()
+    return total
+
+
+def _intervals(count: int, size: int) -> list[tuple[int, Tensor]]:
+    """The intervals of lengths 2^s that make up 0 to count: each one's length, and the row of H at its start."""
+    found, start = [], 0
+    for length in (2**s for s in reversed(range(size.bit_length()))):
+        if count & length:
+            found.append((length, hadamard(one_hot(torch.tensor(start), size).double())))
+            start += length
+    return found
 
 
 def _permuted(x: Tensor, order: Tensor) -> Tensor:

@@ -65,6 +65,9 @@ class Identity(Projection):
         after = self.rows.d - self.rows.offset - self.rows.n
         return torch.nn.functional.pad(grad, (self.rows.offset, after))
 
+    def square_norm(self) -> float:
+        return float(self.moved)
+
     def column_square_norms(self) -> Tensor:
         norms = torch.zeros(self.rows.d, dtype=torch.float64)
         norms[self.rows.offset : self.rows.offset + self.rows.n] = 1

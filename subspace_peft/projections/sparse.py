@@ -59,6 +59,9 @@ class Sparse(Projection):
         (index,) = self.state(grad.device)
         return _scatter(grad, index, self.rows.d)
 
+    def square_norm(self) -> float:
+        return float(self.rows.n * self.nnz)
+
     def column_square_norms(self) -> Tensor:
         (index,) = self.state(torch.device("cpu"))
         return torch.bincount(index.view(-1).long() % self.rows.d, minlength=self.rows.d).double()

@@ -37,6 +37,7 @@ def test_matrix(case):
         expected = (P.T @ g.double()).to(dtype)
         torch.testing.assert_close(projection.transpose(g), expected, rtol=0, atol=tolerance * 3 * n**0.5)
     torch.testing.assert_close(projection.column_square_norms(), P.square().sum(0), rtol=1e-6, atol=1e-9)
+    assert projection.square_norm() == pytest.approx(P.square().sum().item(), rel=1e-6)
     assert projection.moved == (P != 0).any(1).sum()
     assert projection.moved == n or case[0] == "coordinate"
 
@@ -47,6 +48,7 @@ def test_column_norms_of_cropped_blocks(name, nnz, n, monkeypatch):
     projection = make(name, n, 1000, nnz)
     expected = explicit(projection).square().sum(0)
     torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
+    assert projection.square_norm() == pytest.approx(expected.sum().item(), rel=1e-13)
     monkeypatch.setattr("subspace_peft.projections.fastfood.MAX_PAIRS", 2**12)
     monkeypatch.setattr("subspace_peft.projections.blocks.SQUARES_AT_A_TIME", 2**14)
     torch.testing.assert_close(projection.column_square_norms(), expected, rtol=1e-13, atol=0)
