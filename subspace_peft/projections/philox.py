@@ -161,7 +161,7 @@ class Philox:
         words = self.bits(2 * size * start, 2 * size * stop, device).view(-1, size, 2)
         keys = (words[..., 0] >> 1).bitwise_left_shift_(32).bitwise_or_(words[..., 1]).bitwise_and_(~low)
         keys.bitwise_or_(torch.arange(size, device=device))
-        if type(keys) is Tensor and keys.device.type == "cpu":
+        if type(keys) is Tensor and keys.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
             keys.numpy().sort(axis=-1)  # ten times as fast
             return keys.bitwise_and_(low)
         return keys.sort(dim=-1).values.bitwise_and_(low)
