@@ -139,7 +139,7 @@ def test_an_evaluation_is_not_used_once_the_weights_moved(tmp_path):
 def test_gradients_are_not_clipped(tmp_path):
     record = []
     run = trainer(net(), arguments(tmp_path), lambda params: Probe(params, record=record))
-    run.model.get_base_model().last.weight.data.mul_(100)
+    run.model.get_base_model().last.base_layer.weight.data.mul_(100)
     run.train()
     norms = [update[0][1].norm().item() for update in record]
     assert norms == pytest.approx(logged(run, "grad_norm"), rel=1e-3)
