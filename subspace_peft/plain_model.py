@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, distributed, nn
 
 
-WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+COMPILED = "_orig_mod"
+"""The child of what torch.compile makes of a module; names of tensors leave it out."""
+
+WRAPPERS = re.compile(rf"(^|\.)({COMPILED}|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
 def is_main_process() -> bool:
@@ -25,8 +28,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+        elif COMPILED in model._modules:
+            model = model._modules[COMPILED]
         else:
             return model
 

@@ -133,8 +133,10 @@ def _check_theta_d(theta_d: Tensor, config: PeftConfig) -> None:
 
 
 def _like(integers: Tensor | None, value: Tensor) -> Tensor:
-    """The value, as the integers that it was before it was averaged where `integers` holds some."""
+    """The value, as the integers that it was before it was averaged where `integers` holds as many."""
     if integers is None or integers.is_floating_point() or not value.is_floating_point():
+        return value
+    if value.shape != integers.shape:  # FastJL's signs were numbers in version 0.1, and are bits now
         return value
     return value.round().to(integers.dtype)
 

@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..plain_model import is_distributed, is_partitioned
+from ..plain_model import COMPILED, is_distributed, is_partitioned
 from . import statistics
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
 from .quantised import is_quantised, is_quantised_linear
 from .saved_whole import check_saved, is_saved_whole
-from .walk import COMPILED
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def find_targets(
             "tensors; add the adapter first, FSDP afterwards."
         )
     named = _named_paths(modules, config, rename)
-    chosen = _chosen_paths(modules, config, matches, named)
+    chosen = _chosen_paths(modules, config, matches, rename, named)
     first_names = {}  # a tied tensor goes by the first of its names
     for name, _, _, module in base_modules(model, saved=True):
         for path, parameter in own_parameters(module).items():
@@ -159,7 +158,11 @@ def _named_paths(modules, config: PeftConfig, rename: Callable[[str], str]) -> d
 
 
 def _chosen_paths(
-    modules, config: PeftConfig, matches: Callable[[str], bool], named: dict[str, list[str]]
+    modules,
+    config: PeftConfig,
+    matches: Callable[[str], bool],
+    rename: Callable[[str], str],
+    named: dict[str, list[str]],
 ) -> dict[str, list[str]]:
     """For each module that the config names, the paths of the parameters that are theta.
 
@@ -176,6 +179,8 @@ def _chosen_paths(
                 _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]})
             continue
         owned = own_parameters(module)
+        if isinstance(module, nn.MultiheadAttention):
+            owned |= _read_by_attention(f"{name}.out_proj", modules, config, rename)
         known |= set(owned)
         paths = list(owned)
         if config.parameters is not None:
@@ -186,7 +191,9 @@ def _chosen_paths(
             empty.append(name)
             continue
         _check_tensors(name, module, {path: owned[path] for path in paths})
-        chosen[name] = chosen.get(name, []) + paths
+        for path in paths:
+            child, _, own = path.rpartition(".")
+            chosen.setdefault(f"{name}.{child}" if child else name, []).append(own)
     if empty and (not chosen or _are_named(config, empty)):
         what = "parameters" if config.parameters is None else f"parameters named {sorted(config.parameters)}"
         raise ValueError(
@@ -195,6 +202,19 @@ def _chosen_paths(
         )
     _check_parameters(config, known)
     return chosen
+
+
+def _read_by_attention(
+    name: str, modules, config: PeftConfig, rename: Callable[[str], str]
+) -> dict[str, nn.Parameter]:
+    """The parameters of the `out_proj` of torch's attention, by their path in it, unless the config excludes them.
+
+    The attention reads them and never calls that child, so a config that names it means them too.
+    """
+    if isinstance(check_target_module_exists(config, rename(name)), _ExcludedModule):
+        return {}
+    found = next((module for other, _, _, module in modules if other == name), None)
+    return {f"out_proj.{path}": parameter for path, parameter in own_parameters(found).items()} if found else {}
 
 
 def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> None:

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..coordinates import Coordinates
+from ..plain_model import COMPILED
 from .layer import SubspaceLayer
 from .vectors import SubspaceVectors
-
-
-COMPILED = "_orig_mod"
-"""The child of what torch.compile makes of a module; names of tensors leave it out."""
 
 
 def find_vectors(model: nn.Module) -> SubspaceVectors:

@@ -50,7 +50,7 @@ class FastJL(Blocks):
         return octets.view(self.block_count, -1)
 
     def coefficients(self, held: Tensor) -> Tensor:
-        return as_signs(held) if self.length >= 8 else held
+        return as_signs(held) if held.dtype == torch.uint8 else held  # a saved P of version 0.1 holds numbers
 
     def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
         signs = self.philox("fastjl inner signs").signs(0, self.size, device)

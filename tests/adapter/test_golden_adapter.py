@@ -14,7 +14,7 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig
 from tests.cases import theta_d
-from tests.models import ConvNet, Padded
+from tests.models import Attention, ConvNet, Padded
 
 
 FOLDER = Path(__file__).parents[1] / "golden" / "adapter"
@@ -30,10 +30,26 @@ ADAPTERS = {
     "svd": {"projection": "sparse", "d": 11, "seed": 7, **REPLACED},
     "orthogonal": {"projection": "fastfood", "d": 11, "seed": 8, "start": "orthogonal", **REPLACED},
     "random": {"projection": "fastjl", "d": 11, "seed": 9, "start": "random", "factors": 3, **REPLACED},
+    "saved_fastjl": {"projection": "fastjl", "d": 70, "seed": 12, "save_projection": True},
+    "attention": {"projection": "fastfood", "d": 11, "seed": 13},
+    "attention_by_name": {"projection": "sparse", "d": 11, "seed": 14, "target_modules": ["packed", "split"]},
+    "attention_parameters": {
+        "projection": "dense",
+        "d": 11,
+        "seed": 15,
+        "target_modules": ["packed"],
+        "parameters": ["out_proj.weight"],
+    },
     # Written when the rows of padding still moved; see docs/adapter_file.md.
     "moved_padding": {"projection": "fastfood", "d": 11, "seed": 10},
     "moved_padding_low_rank": {"projection": "fastjl", "d": 11, "seed": 11, **LOW_RANK, "factors": 3},
 }
+
+
+LARGE = ("fastfood", "low_rank", "three_factors", "attention_parameters")
+"""Those whose theta_d must be larger to move the outputs."""
+BASES = {"padding": Padded, "attention": Attention, "saved": lambda: nn.Sequential(nn.Linear(40, 40), nn.Tanh())}
+"""A word in the name of an adapter -> its base, where that is not the ConvNet."""
 
 
 def exact(shape, step: int) -> torch.Tensor:
@@ -44,27 +60,26 @@ def exact(shape, step: int) -> torch.Tensor:
 
 @torch.no_grad()
 def base(name: str) -> nn.Module:
-    model = (Padded() if "padding" in name else ConvNet()).eval()
+    model = next((build for word, build in BASES.items() if word in name), ConvNet)().eval()
     for step, parameter in enumerate(model.parameters(), 3):
         parameter.copy_(exact(parameter.shape, step) / 2)
     return model
 
 
 def inputs(name: str) -> torch.Tensor:
-    return torch.tensor([[3, 7, 0, 0], [1, 10, 2, 0]]) if "padding" in name else exact((2, 3, 8, 8), 5)
+    if "padding" in name:
+        return torch.tensor([[3, 7, 0, 0], [1, 10, 2, 0]])
+    return exact((2, 5, 8) if "attention" in name else (2, 4, 40) if "saved" in name else (2, 3, 8, 8), 5)
 
 
 @torch.no_grad()
 def write(name: str) -> None:
     model = get_peft_model(base(name), SubspaceConfig(**{"target_modules": "all", **ADAPTERS[name]})).eval()
-    theta_d(model).copy_(
-        exact(theta_d(model).shape, 7) / (2 if name in ("fastfood", "low_rank", "three_factors") else 16)
-    )
+    theta_d(model).copy_(exact(theta_d(model).shape, 7) / (2 if name in LARGE else 16))
     model.save_pretrained(FOLDER / name)
     os.remove(FOLDER / name / "README.md")
-    save_file(
-        {"outputs": model(inputs(name)), "base": base(name)(inputs(name))}, FOLDER / name / "outputs.safetensors"
-    )
+    outputs = {"outputs": model(inputs(name)).contiguous(), "base": base(name)(inputs(name)).contiguous()}
+    save_file(outputs, FOLDER / name / "outputs.safetensors")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

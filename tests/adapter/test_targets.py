@@ -36,6 +36,18 @@ def test_all_finds_the_parameters_of_modules_with_children():
     assert any(name.endswith("cls_token") for name in vit)
 
 
+def test_torchs_attention_is_named_with_its_out_proj_unless_that_is_excluded():
+    """It reads the parameters of that child and never calls it."""
+    own = {"packed.in_proj_weight", "packed.in_proj_bias"}
+    outputs = {"packed.out_proj.weight", "packed.out_proj.bias"}
+    model = wrap(BY_NAME["attention"], target_modules=["packed"])
+    model.add_adapter("other", settings(target_modules=["packed"]))
+    assert moved(model) == moved(model, "other") == own | outputs
+    assert moved(wrap(BY_NAME["attention"], target_modules=["packed"], exclude_modules=["packed.out_proj"])) == own
+    alone = wrap(BY_NAME["attention"], target_modules=["packed"], parameters=["out_proj.weight"])
+    assert moved(alone) == {"packed.out_proj.weight"}
+
+
 def test_all_linear_leaves_out_the_output_layer():
     assert not any("lm_head" in name for name in moved(wrap(BY_NAME["llama"], target_modules="all-linear")))
     bert = moved(wrap(BY_NAME["bert"], target_modules="all-linear"))
