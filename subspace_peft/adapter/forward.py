@@ -57,12 +57,12 @@ def _runs_factored(layer: BaseTunerLayer, adapter: str) -> bool:
 def _is_multiplied(layer: BaseTunerLayer, adapter: str, *args, **kwargs) -> bool:
     """Whether x runs through the steps of the adapter's projection."""
     coordinates = layer.coordinates[adapter].get("weight")
-    forward = type(quantised.operator(layer.base_layer)).forward
-    if forward not in MATRICES or not isinstance(coordinates, Weight) or coordinates.padding is not None:
+    if not isinstance(coordinates, Weight) or not coordinates.projections[""].has_product:
         return False
-    projection = coordinates.projections[""]
-    x = args[0] if args else next(iter(kwargs.values()))
-    if not (projection.has_product and isinstance(x, Tensor) and x.dim()) or x.is_nested:
+    if coordinates.padding is not None or type(quantised.operator(layer.base_layer)).forward not in MATRICES:
+        return False
+    projection, x = coordinates.projections[""], args[0] if args else next(iter(kwargs.values()))
+    if not (isinstance(x, Tensor) and x.dim()) or x.is_nested:
         return False
     trains = torch.is_grad_enabled() and layer.subspace_peft_theta_d[adapter].requires_grad
     tokens = x.shape[:-1].numel()

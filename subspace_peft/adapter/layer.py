@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,8 +59,10 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
     def subspace_peft_theta_d(self) -> ThetaD:
         return self.vectors.subspace_peft_theta_d
 
-    quantization_backend = property(lambda layer: quantised.backend_of(layer.base_layer))
-    """What PEFT knows of how the base module is quantised, for the status of a model."""
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """What PEFT knows of how the base module is quantised, for the status of a model."""
+        return quantised.backend_of(self.base_layer)
 
     # ---------------------------------------------------------------------------- what others do with its base module
 

@@ -113,7 +113,8 @@ class SubspaceModel(BaseTuner):
             named = expanded(config, model, renaming)
             targets = find_targets(model, named, partial(self._matches, named, renaming), renaming)
             readings.append((renaming, named, targets))
-            if config.expected_fingerprint in (None, fingerprint(moved_shapes(config, targets))):
+            expected = config.expected_fingerprint
+            if expected is None or fingerprint(moved_shapes(config, targets)) == expected:
                 break
         else:
             readings = readings[:1]

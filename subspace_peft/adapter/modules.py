@@ -55,34 +55,32 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
-    """Run `module` with these tensors, by path, in place of its parameters and buffers.
+    """Run `module` with these tensors, by name, in place of its parameters.
 
     Each becomes an instance attribute, which hides the parameter of that name. `torch.func.functional_call` would
     exchange the parameters, without effect where FSDP has set instance attributes of its own.
     """
-    hidden = []
+    hidden, attributes = [], module.__dict__
     if getattr(module, "sparse", False):  # an embedding; torch cannot pass sparse gradients on to a dense theta_d
         tensors = {**tensors, "sparse": False}
-    for path, tensor in tensors.items():
-        prefix, _, name = path.rpartition(".")
-        owner = module.get_submodule(prefix).__dict__
-        hidden.append((owner, name, owner.get(name)))
-        owner[name] = tensor
+    for name, tensor in tensors.items():
+        hidden.append((name, attributes.get(name)))
+        attributes[name] = tensor
     if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
         names = module._flat_weights_names
         flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
-        hidden.append((module.__dict__, "_flat_weights", module._flat_weights))
-        module.__dict__["_flat_weights"] = flat
+        hidden.append(("_flat_weights", module._flat_weights))
+        attributes["_flat_weights"] = flat
     keeps_values = has_cache(module)
     try:
         if keeps_values:
             renew(module)
         yield
     finally:
-        for owner, name, before in hidden:
+        for name, before in hidden:
             if before is None:
-                del owner[name]
+                del attributes[name]
             else:
-                owner[name] = before
+                attributes[name] = before
         if keeps_values:
             renew(module)

@@ -40,8 +40,12 @@ def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, Shape]:
     for rows in (padding, {}):
         shapes = {name: Shape(whole, rows.get(name)) for name, whole in wholes.items()}
         shapes = {name: shape for name, shape in shapes.items() if prod(shape.moving) and _parts(config, shape)}
-        readings.append(in_order_of(expected, shapes) if expected else shapes)
-    return next((shapes for shapes in readings if fingerprint(shapes) == expected), readings[0])
+        if expected is None:
+            return shapes
+        readings.append(in_order_of(expected, shapes))
+        if fingerprint(readings[-1]) == expected:
+            return readings[-1]
+    return readings[0]
 
 
 def _padding(targets: list[Target]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..projections.base import is_transformed
 from . import quantised
 
 
@@ -204,7 +205,7 @@ def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
     """
     zs = {adapter: layer.normalised(adapter) for adapter in adapters if path in layer.coordinates[adapter]}
     parameter = getattr(layer.base_layer, path)
-    if _is_traced():
+    if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
         return layer.move(path, parameter, zs)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (parameter, *zs.values()))
     if not trains:
@@ -221,12 +222,3 @@ def _state(layer: BaseTunerLayer, parameter: Tensor) -> tuple:
     """What changes when a parameter is converted or written to, or, if that is by its `data`, at the next forward."""
     version = 0 if parameter.is_inference() else parameter._version
     return parameter.dtype, parameter.device, version, layer.vectors.forwards
-
-
-def _is_traced() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )

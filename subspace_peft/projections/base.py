@@ -54,6 +54,11 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_transformed() -> bool:
+    """Whether the operations are recorded, or torch.func transforms them, one by one."""
+    return is_recorded() or torch._C._are_functorch_transforms_active()
+
+
 @contextmanager
 def unrecorded():
     """Make constants of a graph of torch.jit.trace, which cannot record how the seed makes them.

@@ -28,8 +28,6 @@ class Blocks(Projection):
     would map a gradient that is constant, or periodic in a power of two, to a single entry.
     """
 
-    forms_fast = True
-
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
         self.size = next_power_of_two(rows.d)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .base import JointCache, Map, Projection, is_recorded, to_working_dtype
+from .base import JointCache, Map, Projection, is_transformed, to_working_dtype
 
 
 MEMBER_ENTRIES = 2**17  # the largest tensor that joins others: above, the arithmetic takes longer than the calls
@@ -90,7 +90,7 @@ class ProductCache(JointCache):
         where the host would have to wait for the comparison, and in float64, because a tensor computed alone may have
         its rows in float32, which would differ.
         """
-        if type(theta_d) is not nn.Parameter or _is_traced():
+        if type(theta_d) is not nn.Parameter or is_transformed():
             return None
         if theta_d.device.type != "cpu" or theta_d.dtype == torch.float64:
             self._forget()
@@ -105,7 +105,7 @@ class ProductCache(JointCache):
         return products.z
 
     def entries(self, z, member):
-        if _is_traced():
+        if is_transformed():
             return None
         products = self._products
         if products is None or z is not products.z or products.mode != _mode():
@@ -155,10 +155,6 @@ class _Scale:
 
 def _mode() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-def _is_traced() -> bool:
-    return is_recorded() or torch._C._are_functorch_transforms_active()
 
 
 def cache_products(kind: type[Joint], projections: Sequence[Projection]) -> ProductCache | None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .base import JointCache, Map, Projection, TensorRows, to_working_dtype
+from .base import JointCache, Map, Projection, TensorRows, is_transformed, to_working_dtype
 from .fastjl import FastJL
 from .mixing import Mixing
-from .product import Product, is_plain, product
+from .product import Product, product
 
 
 SMALLEST_N, LARGEST_N = 4, 64  # above, C would have few entries
@@ -86,7 +86,7 @@ class Kronecker(Projection):
         operands = (z, self.mixing, self.blocks) if C is None else (C, self.mixing, None)
         rows = [each if each is None else each.reshape(-1, each.shape[-1]) for each in (x, output)]
         z, *constants = operands
-        y = (product if is_plain() else Product.apply)(rows[0], z, rows[1], *constants, transposed)
+        y = (product if is_transformed() else Product.apply)(rows[0], z, rows[1], *constants, transposed)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def column_square_norms(self) -> Tensor:

@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import Tensor
 
-from .base import full_precision, is_recorded
+from .base import full_precision
 from .fastjl import FastJL
 from .mixing import Mixing
 
@@ -116,8 +116,3 @@ def _chunks(*sides: Tensor) -> list[slice]:
     """Slices of the tokens that are computed at a time."""
     step = max(1, ENTRIES_AT_A_TIME // max(x.shape[1] for x in sides))
     return [slice(at, at + step) for at in range(0, len(sides[0]), step)]
-
-
-def is_plain() -> bool:
-    """Whether the operations are recorded or transformed one by one."""
-    return is_recorded() or torch._C._are_functorch_transforms_active()

@@ -18,8 +18,6 @@ class Sparse(Projection):
     numbers of uses of any two columns differ by at most one.
     """
 
-    forms_fast = True
-
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
         self.nnz = rows.nnz_per_row or 1

@@ -6,10 +6,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     TorchAoConfig,
     Trainer,
@@ -42,22 +40,24 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def saved(tmp_path_factory, kind: type) -> str:
+    """The folder of a tiny model of this class."""
+    folder = str(tmp_path_factory.mktemp(kind.__name__))
+    torch.manual_seed(0)
+    kind(kind.config_class(**SIZES, vocab_size=64)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     """The folder of a tiny language model."""
-    folder = str(tmp_path_factory.mktemp("llama"))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=64)).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, LlamaForCausalLM)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> str:
     """The folder of a tiny encoder."""
-    folder = str(tmp_path_factory.mktemp("bert"))
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**SIZES, vocab_size=64)).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory, BertForSequenceClassification)
 
 
 def load(folder: str, kind: str, model: type = AutoModelForCausalLM, dtype: torch.dtype = torch.float32):
