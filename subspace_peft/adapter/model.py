@@ -25,6 +25,7 @@ from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
+from .saved_whole import with_heads
 from .targets import Target, base_modules, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
@@ -48,8 +49,11 @@ class SubspaceModel(BaseTuner):
     # ---------------------------------------------------------------------------------------------- wrapping a model
 
     def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        of_a_peft_model = isinstance(peft_config, dict)  # which keeps this object; inject_adapter_in_model does not
+        if of_a_peft_model:
+            peft_config = {adapter_name: with_heads(peft_config[adapter_name])}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if isinstance(peft_config, dict):  # of a PeftModel, which keeps this object; inject_adapter_in_model does not
+        if of_a_peft_model:
             model.hides_vectors = True
 
     def named_children(self):

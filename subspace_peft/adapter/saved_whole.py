@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from itertools import accumulate
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from torch import nn
 
 from .layer import SubspaceLayer
+
+
+HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+"""The task -> the modules that PEFT trains whole, and writes into the user's config once the model is wrapped."""
+
+
+def with_heads(config: PeftConfig) -> PeftConfig:
+    """A user's config, as a copy with the names that PEFT will write into the user's, so that they are no targets."""
+    if config.inference_mode or config.task_type not in HEADS:
+        return config
+    config = copy.copy(config)
+    config.modules_to_save = [*(config.modules_to_save or ()), *HEADS[config.task_type]]
+    return config
 
 
 def is_saved_whole(name: str, config: PeftConfig) -> bool:

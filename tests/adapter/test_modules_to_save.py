@@ -1,5 +1,7 @@
 """Modules that are trained whole beside an adapter, where they meet its targets."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -86,3 +88,29 @@ def test_targets_that_are_trained_whole_are_refused():
     model = get_peft_model(head, settings(target_modules=["classifier"]))
     with refused(model, "`classifier` is a target of 'default'; leave it out"):
         model.add_adapter("other", settings(target_modules=["pre_classifier"], modules_to_save=["classifier"]))
+
+
+@pytest.mark.parametrize("targets", ["all", "all-linear"])
+@pytest.mark.parametrize(
+    ("task", "architecture", "heads"),
+    [
+        ("SEQ_CLS", transformers.BertForSequenceClassification, ["classifier", "score"]),
+        ("TOKEN_CLS", transformers.BertForTokenClassification, ["classifier", "score"]),
+        ("QUESTION_ANS", transformers.BertForQuestionAnswering, ["qa_outputs"]),
+    ],
+)
+def test_the_head_of_a_task_is_trained_whole_beside_theta_d(task, architecture, heads, targets, tmp_path):
+    base = architecture(transformers.BertConfig(**TEXT, **SMALL)).eval()
+    plain, x = copy.deepcopy(base), tokens(3, 5, below=23)()
+    config = settings(target_modules=targets, task_type=task)
+    model = get_peft_model(base, config)
+    assert model.peft_config["default"].modules_to_save == config.modules_to_save == heads
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {heads[0], "subspace_vectors"}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_()
+    model.eval().save_pretrained(tmp_path)
+    expected = model(x)[0]
+    assert not torch.equal(expected, plain(x)[0])
+    assert torch.equal(PeftModel.from_pretrained(plain, tmp_path).eval()(x)[0], expected)
