@@ -9,7 +9,7 @@ from .adapter.fold import fold
 from .adapter.model import SubspaceModel
 from .adapter.register import register
 from .projections import PROJECTIONS
-from .rates import gamma_for, parameter_groups
+from .rates import gamma_for, learning_rate, parameter_groups
 from .spectra import Spectra, SpectraCallback
 from .trajectory import Trajectory, TrajectoryCallback, coefficients, reconstruct
 
@@ -29,6 +29,7 @@ __all__ = [
     "compress",
     "fold",
     "gamma_for",
+    "learning_rate",
     "parameter_groups",
     "reconstruct",
 ]

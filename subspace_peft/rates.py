@@ -1,9 +1,12 @@
 """Rates: the learning rates of theta_d, of a head that trains beside it, and of the factors that it moves."""
 
-from math import isfinite
+from math import isfinite, sqrt
+from typing import Any
 
 import torch
 from torch import nn
+
+from .sensitivity import is_theta_d, sensitivity, trained_theta_d
 
 
 RATE_OF_THE_STEP = (torch.optim.SGD, torch.optim.ASGD)
@@ -15,30 +18,76 @@ RATE_OF_THE_ENTRY = (
 """Optimisers whose step stays the same if every gradient of an entry is multiplied by one number."""
 
 
+RELATIVE_STEP = 3.0
+"""The rate of theta_d, times the sensitivity, times the root of the number of steps."""
+FEWEST_STEPS = 100
+"""Below it the rate is that of so many steps: one step should not change the outputs by more than a quarter."""
+FIT_AT = 256
+"""The d at which RELATIVE_STEP holds as it is; it falls with the fourth root of d."""
+HEAD_TIMES = 10
+"""The rate of a head over that of theta_d: a new head has to move far, and the pretrained weights little."""
+
+
+def learning_rate(model: nn.Module, batch: Any, steps: int) -> float:
+    """The rate of theta_d for Adam, without a search, where it falls to zero over the training:
+
+        lr = 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4),    s = sensitivity(model, batch)
+
+    In a random subspace the outputs of a model change by a share s sigma when theta_d moves by sigma, whatever d is.
+    The rates that learn best move theta_d, over the training, to where that share is about one; docs/learning_rate.md
+    has the measurements.
+
+    Args:
+        batch: The arguments of the model: a mapping, a tuple or a tensor; of some dozens of samples.
+        steps: The number of updates of the whole training.
+
+    Raises:
+        ValueError: if `steps` is not positive, no theta_d trains, or the outputs do not depend on it or on the sample.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
+    d = sum(vector.numel() for vector in trained_theta_d(model))
+    return RELATIVE_STEP / (sensitivity(model, batch) * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / d) ** 0.25
+
+
 def parameter_groups(
-    model: nn.Module, lr: float, head_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float | None = None,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    *,
+    batch: Any = None,
+    steps: int | None = None,
 ) -> list[dict[str, object]]:
     """Parameter groups for a torch optimiser: theta_d at `lr`, all other trainable parameters at `head_lr`.
 
-    A freshly initialised head (`modules_to_save`) needs a rate far above that of theta_d, because the head has to move
-    much and the pretrained weights little. Weight decay acts on the head alone: on theta_d it would pull the weights
-    towards the origin.
+        torch.optim.AdamW(parameter_groups(model, batch=batch, steps=1000))
+
+    finds the rates; `lr` sets them. A freshly initialised head (`modules_to_save`) needs a rate far above that of
+    theta_d, because the head has to move much and the pretrained weights little. Weight decay acts on the head alone:
+    on theta_d it would pull the weights towards the origin.
 
     Args:
-        head_lr: The rate of the other parameters. Default: ten times `lr`.
+        lr: The rate of theta_d. Default: `learning_rate(model, batch, steps)`.
+        head_lr: The rate of the other parameters. Default: ten times that of theta_d.
         weight_decay: The weight decay of the other parameters.
 
     Raises:
-        ValueError: if the model has no trainable theta_d.
+        ValueError: if the model has no trainable theta_d, or there is neither `lr` nor a `batch` and `steps`.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    theta_d = [p for name, p in trainable if ".subspace_peft_theta_d." in f".{name}"]
-    head = [p for name, p in trainable if ".subspace_peft_theta_d." not in f".{name}"]
-    if not theta_d:
-        raise ValueError("The model must have a trainable theta_d, it has none; wrap it with a SubspaceConfig first.")
+    theta_d = trained_theta_d(model)
+    head = [p for name, p in model.named_parameters() if p.requires_grad and not is_theta_d(name)]
+    if lr is None:
+        if batch is None or steps is None:
+            raise ValueError(
+                "`parameter_groups` must be given `batch` and `steps`, to find the rate of theta_d, or `lr`; got "
+                f"neither `lr` nor {'`batch`' if batch is None else '`steps`'}."
+            )
+        lr = learning_rate(model, batch, steps)
     groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0}]
     if head:
-        groups.append({"params": head, "lr": 10 * lr if head_lr is None else head_lr, "weight_decay": weight_decay})
+        head_lr = HEAD_TIMES * lr if head_lr is None else head_lr
+        groups.append({"params": head, "lr": head_lr, "weight_decay": weight_decay})
     return groups
 
 

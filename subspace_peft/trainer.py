@@ -1,4 +1,4 @@
-"""SubspaceTrainer: transformers' Trainer for optimisers that evaluate the loss themselves."""
+"""SubspaceTrainer: transformers' Trainer that finds the rate of theta_d, and takes optimisers that need a closure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from .optim import PPlusBFGS, repeatable
+from .rates import RATE_OF_THE_ENTRY, learning_rate, parameter_groups
+from .sensitivity import is_theta_d
 
 
 def needs_closure(optimizer: Callable) -> bool:
@@ -89,11 +91,16 @@ def without_backward(accelerator: Accelerator) -> Iterator[None]:
 
 
 class SubspaceTrainer(Trainer):
-    """transformers.Trainer for optimisers that need a closure; other optimisers train as in Trainer, bit for bit.
+    """transformers.Trainer that finds the rates of theta_d and a head, and takes optimisers that need a closure.
 
-    Pass the optimiser as `optimizers=(PBFGS([theta_d]), None)`, or as `optimizer_cls_and_kwargs=(PBFGS, {})`, which
-    gives it all trainable parameters in one group. An update needs no more evaluations than a plain loop. All
-    evaluations of an update see the same dropout, and only the first changes batch-norm statistics.
+    Where `learning_rate` is left at Trainer's default and the optimiser to Trainer, the rates are those of
+    `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, falling by the schedule of the
+    arguments. With a learning rate, an optimiser, FSDP or DeepSpeed it trains as Trainer does, bit for bit.
+
+    Pass an optimiser that needs a closure as `optimizers=(PBFGS([theta_d]), None)`, or as
+    `optimizer_cls_and_kwargs=(PBFGS, {})`, which gives it all trainable parameters in one group. An update needs no
+    more evaluations than a plain loop. All evaluations of an update see the same dropout, and only the first changes
+    batch-norm statistics.
 
     With a closure gradients are not clipped: the difference of two clipped gradients is not the curvature.
 
@@ -107,6 +114,7 @@ class SubspaceTrainer(Trainer):
     _update: Update | None = None
     _undo: Callable[[], None] | None = None
     _logits = False
+    _rates_are_due = False
 
     def train(self, *args, **kwargs):
         self._end()
@@ -126,6 +134,8 @@ class SubspaceTrainer(Trainer):
                     )
                 parameters = (self.model if model is None else model).parameters()
                 self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self._is_rate_left_out():
+            self._group(self.model if model is None else model)
         super().create_optimizer(model)
         optimizer = self.optimizer
         if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier call of `train`
@@ -134,6 +144,32 @@ class SubspaceTrainer(Trainer):
             self._check(optimizer)
             self._begin(optimizer)
         return self.optimizer
+
+    # ------------------------------------------------------------------------------------- the rates that are left out
+
+    def _is_rate_left_out(self) -> bool:
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return is_whole and self.args.learning_rate == TrainingArguments.learning_rate
+
+    def _group(self, model: nn.Module) -> None:
+        """Give theta_d and the head groups of their own, whose rates the first step corrects."""
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if issubclass(kind, RATE_OF_THE_ENTRY) and any(is_theta_d(name) for name, _ in model.named_parameters()):
+            groups = parameter_groups(model, settings.pop("lr"), weight_decay=self.args.weight_decay)
+            self.optimizer, self._rates_are_due = kind(groups, **settings), True
+
+    def _find_rates(self, inputs: dict) -> None:
+        """Multiply the rates of the optimiser and of the schedule by what the learning rate must be multiplied by."""
+        with self.compute_loss_context_manager():
+            rate = learning_rate(self.model, self._prepare_inputs(inputs), self.state.max_steps)
+        times = rate / self.args.learning_rate
+        for group in self.optimizer.param_groups:
+            group |= {key: group[key] * times for key in ("lr", "initial_lr") if key in group}
+        for name in ("base_lrs", "_last_lr"):
+            if hasattr(self.lr_scheduler, name):
+                setattr(self.lr_scheduler, name, [lr * times for lr in getattr(self.lr_scheduler, name)])
+
+    # ------------------------------------------------------------------------------------------------------- closures
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
         name, args = type(optimizer).__name__, self.args
@@ -191,6 +227,10 @@ class SubspaceTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if self._rates_are_due:
+            self._rates_are_due = False
+            if not self.state.global_step:  # a checkpoint holds the rates
+                self._find_rates(inputs)
         if self._undo is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._logits:

@@ -16,17 +16,28 @@ TORCH = {"torch"}
 PARTS = {  # a folder or file of the package -> what all its files may import; ".name" is another part of the package
     "projections": TORCH,
     "coordinates": {".projections"} | TORCH,
-    "adapter": {".coordinates", ".projections", ".plain_model", "peft", "accelerate", "transformers.pytorch_utils"}
+    "adapter": {
+        ".coordinates",
+        ".projections",
+        ".plain_model",
+        ".slow_rate",
+        "peft",
+        "accelerate",
+        "transformers.pytorch_utils",
+    }
     | TORCH,
     "trajectory": {".plain_model", "safetensors"} | TORCH,
     "optim": TORCH,
     "landscape": TORCH,
-    "spectra": {".plain_model"} | TORCH,
+    "spectra": {".evaluation", ".plain_model"} | TORCH,
     "measure": {"numpy", "pandas", "tqdm"},
-    "rates": TORCH,
+    "rates": {".sensitivity"} | TORCH,
+    "slow_rate": {".rates"} | TORCH,
+    "sensitivity": {".evaluation", ".optim", ".plain_model", "peft"} | TORCH,
+    "evaluation": TORCH,
     "plain_model": TORCH,
     "recording": {"tqdm", "transformers"} | TORCH,
-    "trainer": {".optim", "accelerate", "transformers"} | TORCH,
+    "trainer": {".optim", ".rates", ".sensitivity", "accelerate", "transformers"} | TORCH,
 }
 FILES = {  # what single files may import besides
     "coordinates.factored": {"transformers.pytorch_utils"},  # Conv1D

@@ -5,7 +5,8 @@
 
 Two networks, a convolutional one and a small transformer, are trained on scikit-learn's digits 0 to 4. Each is then
 fine-tuned on the digits 5 to 9 with a new head: theta_d at the rates of the grid, the head at its own fixed rate.
-Two methods to compare with: the head alone, and full fine-tuning at the rates of the grid.
+Three methods to compare with: the head alone, full fine-tuning at the rates of the grid, and "found", the rates that
+`parameter_groups` finds for theta_d and the head.
 """
 
 import copy
@@ -36,12 +37,11 @@ from subspace_peft import SubspaceConfig, parameter_groups
 HEAD_LR = 1e-2
 BATCH = 16
 PRETRAINING = 15  # epochs, AdamW at 3e-3
-START = 3e-3
-"""The rate to start with, see docs/learning_rate.md."""
 NEAR = 2.0  # points of accuracy below the best rate that still count as the plateau
 KEYS = ("network", "method", "lr", "d", "seed")
 TYPES = {"network": str, "method": str, "lr": float, "d": int, "seed": int, "epochs": int}
-METHODS = ("head", "full", "subspace")
+METHODS = ("head", "full", "subspace", "found")
+PROBED = 32  # images on which the rate is found
 
 
 class SmallViT(nn.Module):
@@ -110,31 +110,41 @@ def pretrained(network: str) -> nn.Module:
     return model
 
 
-def fine_tune(base: nn.Module, epochs: int, network: str, method: str, lr: float, d: int, seed: int) -> float:
-    """The accuracy on the digits 5 to 9, in %, of a copy of `base` with a new head drawn from the seed."""
+def fine_tune(
+    base: nn.Module, epochs: int, network: str, method: str, lr: float, d: int, seed: int
+) -> tuple[float, list[float]]:
+    """The accuracy on the digits 5 to 9, in %, of a copy of `base` with a new head drawn from the seed, and its rates.
+
+    The rate of the head is the last.
+    """
     model, head = copy.deepcopy(base), NETWORKS[network][1]
     torch.manual_seed(seed)
     model.get_submodule(head).reset_parameters()
-    if method == "subspace":
+    if method in ("subspace", "found"):
         config = SubspaceConfig(
             d=d, seed=seed, target_modules=NETWORKS[network][2], exclude_modules=[head], modules_to_save=[head]
         )
         model = get_peft_model(model, config)
-        optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, head_lr=HEAD_LR))
+        data = half("train", 5)
+        found = {"batch": data.batch(torch.arange(PROBED))[0], "steps": epochs * (len(data.labels) // BATCH)}
+        given = found if method == "found" else {"lr": lr, "head_lr": HEAD_LR}
+        optimizer = torch.optim.AdamW(parameter_groups(model, **given))
     else:
         groups = [{"params": list(model.get_submodule(head).parameters()), "lr": HEAD_LR}]
         if method == "full":
             rest = [p for name, p in model.named_parameters() if not name.startswith(f"{head}.")]
-            groups.append({"params": rest, "lr": lr})
+            groups.insert(0, {"params": rest, "lr": lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
     fit(model, optimizer, half("train", 5), epochs, seed)
-    return accuracy(model, half("test", 5))
+    return accuracy(model, half("test", 5)), rates
 
 
 def measure(run: PlainSettings) -> dict[str, Any]:
     torch.set_num_threads(1)  # the last digits of a sum depend on the number of threads
-    accuracy = fine_tune(pretrained(run["network"]), *(run[key] for key in ("epochs", *KEYS)))
-    return {"accuracy": accuracy, "batch": BATCH, "head_lr": HEAD_LR}
+    accuracy, (*rate, head_lr) = fine_tune(pretrained(run["network"]), *(run[key] for key in ("epochs", *KEYS)))
+    found = {"found_lr": rate[0]} if run["method"] == "found" else {}
+    return {"accuracy": accuracy, "batch": BATCH, "head_lr": head_lr} | found
 
 
 def settings(values: dict[str, Any]) -> PlainSettings:
@@ -149,25 +159,28 @@ def settings(values: dict[str, Any]) -> PlainSettings:
     for key, known in (("network", NETWORKS), ("method", METHODS)):
         if run[key] not in known:
             raise ValueError(f"`{key}` must be one of {', '.join(known)}, got {run[key]!r}.")
-    least = {"epochs": 1, "d": int(run["method"] == "subspace")}
+    least = {"epochs": 1, "d": int(run["method"] in ("subspace", "found"))}
     for key, value in least.items():
         if run[key] < value:
             raise ValueError(f"`{key}` of method {run['method']!r} must be at least {value}, got {run[key]}.")
-    if run["method"] != "head" and not run["lr"] > 0:
+    if run["method"] in ("full", "subspace") and not run["lr"] > 0:
         raise ValueError(f"`lr` of method {run['method']!r} must be above 0, got {run['lr']}.")
     return run
 
 
 def stays(part: dict[str, Any], key: str, values: list) -> bool:
-    """Baselines stay where `--lr` and `--d` select: the head alone has neither, full fine-tuning has no d."""
+    """Runs stay where `--lr` and `--d` select what they have not: the head alone has neither."""
     method = part.get("method")
     (method,) = method if isinstance(method, list) and len(method) == 1 else [method]
-    return (method, key) in (("head", "lr"), ("head", "d"), ("full", "d"))
+    return (method, key) in (("head", "lr"), ("head", "d"), ("full", "d"), ("found", "lr"))
 
 
 def records(runs: list[PlainSettings], results: Results) -> pd.DataFrame:
     """The settings and the accuracy of each run that has a result."""
-    return pd.DataFrame([each["settings"] | {"accuracy": each["accuracy"]} for each in results.records(runs)])
+    shown = ("accuracy", "found_lr")
+    return pd.DataFrame(
+        [each["settings"] | {key: each[key] for key in shown if key in each} for each in results.records(runs)]
+    )
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -179,7 +192,7 @@ def text(runs: list[PlainSettings], results: Results) -> str:
     means, rows = table(records(runs, results)), []
     for (network, method, d), row in means.iterrows():
         near = row[row >= row.max() - NEAR].index
-        plateau = f"{near.min():g} to {near.max():g}" if method != "head" else ""
+        plateau = f"{near.min():g} to {near.max():g}" if method in ("full", "subspace") else ""
         rows.append([network, method, d or "", *("" if pd.isna(value) else f"{value:.1f}" for value in row), plateau])
     rates = [f"{lr:g}" if lr else "no rate" for lr in means]
     return "\n".join(markdown(["network", "method", "d", *rates, "plateau"], rows))
@@ -195,11 +208,14 @@ def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
         for at, (d, line) in enumerate(shown[shown.method == "subspace"].groupby("d")):
             axis.plot(line.groupby("lr").accuracy.mean(), label=f"subspace, d = {d}", **style(at))
             axis.plot(line.lr, line.accuracy, ".", color=style(at)["color"], markersize=3, alpha=0.6)
+            found = shown[(shown.method == "found") & (shown.d == d)]
+            if len(found):
+                axis.plot(found.found_lr.mean(), found.accuracy.mean(), "*", color=style(at)["color"], markersize=13)
         full = shown[shown.method == "full"].groupby("lr").accuracy.mean()
         axis.plot(full.index, full, color="black", linestyle=":", marker=".", label="full fine-tuning")
         head = shown[shown.method == "head"].accuracy.mean()
         axis.axhline(head, color=GREY, linestyle="--", label="classifier alone")
-        axis.axvspan(0.85 * START, START / 0.85, color=GREY, alpha=0.2, linewidth=0, label="start here")
+        axis.plot([], [], "*", color=GREY, markersize=13, linestyle="none", label="the rate that is found")
         axis.set(xlabel="learning rate of θ_d, or of all weights", title=name(network))
         plain_ticks(axis, sorted(set(shown.lr) - {0}))
     axes[0].set_ylabel("test accuracy on the digits 5 to 9, %")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import prod, sqrt
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,6 +14,7 @@ from ..coordinates.base import Shape, without_row
 from ..coordinates.factored import operation
 from ..coordinates.starts import STARTS, FactorShapes, Increment, Start, TruncatedSVD
 from ..projections import PROJECTIONS, Projection, TensorRows
+from ..slow_rate import watch
 from .container import layer_around
 from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
@@ -217,6 +218,7 @@ class Plan:
             projections = [projection for c in coordinates.values() for projection in c.projections.values()]
             joint_cache = PROJECTIONS[config.projection].together(projections)
         vectors.add(adapter, theta_d, scale, joint_cache, self.renaming)
+        self._watch(vectors.subspace_peft_theta_d[adapter])
         layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)
@@ -227,6 +229,12 @@ class Plan:
                 layers[id(target.module)] = layer
                 moved = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
                 layer.add_adapter(adapter, moved, target.merged_elsewhere)
+
+    def _watch(self, theta_d: nn.Parameter) -> None:
+        """Have a rate at which theta_d hardly moves warned of, where its scale is known."""
+        if self.config.projection not in GIVEN and self.config.coordinates == "weight":
+            inputs = sum(_as_matrix(shape.moving, name in self.stacked)[1] for name, shape in self.shapes.items())
+            watch(theta_d, inputs, 1.0 if self.config.normalization == "rows" else sqrt(self.d / self.D))
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}

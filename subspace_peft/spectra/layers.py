@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation import evaluating, moved, run
 from .features import ClassFeatures
 
 
@@ -57,11 +58,11 @@ def class_features(
             raise ValueError(f"`layers` must be modules of the model, {name!r} is none of {', '.join(modules)[:500]}.")
     features = {name: ClassFeatures() for name in names}
     device = next((parameter.device for parameter in model.parameters()), None)
-    with _evaluating(model), _hooked({name: modules[name] for name in names}, inputs, read) as outputs:
+    with evaluating(model), _hooked({name: modules[name] for name in names}, inputs, read) as outputs:
         for batch in batches:
             outputs.clear()
             arguments, labels = _split(batch)
-            _run(model, _moved(arguments, device))
+            run(model, moved(arguments, device))
             for name in names:
                 if len(outputs.get(name, ())) != 1:
                     raise ValueError(
@@ -70,17 +71,6 @@ def class_features(
                     )
                 features[name].add(outputs[name][0], labels)
     return features
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -112,22 +102,3 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         f"A batch must be a pair (inputs, labels) or a dictionary with 'labels', got {type(batch).__name__}; wrap the "
         "loader in a generator of such batches."
     )
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor):
-        return value if device is None else value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_moved(each, device) for each in value)
-    return value
-
-
-def _run(model: nn.Module, arguments: Any) -> None:
-    if isinstance(arguments, Mapping):
-        model(**arguments)
-    elif isinstance(arguments, tuple):
-        model(*arguments)
-    else:
-        model(arguments)

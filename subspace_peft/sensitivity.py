@@ -1,0 +1,145 @@
+"""Sensitivity: how far the outputs of a model move with theta_d, from which its learning rate follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .evaluation import evaluating, moved, run
+from .optim.processes import mean_over_processes
+from .plain_model import unwrapped
+
+
+CHANGE = 0.1
+"""The relative change at which the sensitivity is measured: in the linear range, and above bfloat16's rounding."""
+NEAR = 3.0
+"""It is measured at a change from CHANGE / NEAR to CHANGE * NEAR."""
+DIRECTIONS = 2
+TRIALS = 6  # of a length, for each direction
+FIRST = 1e-3
+
+
+def is_theta_d(name: str) -> bool:
+    return ".subspace_peft_theta_d." in f".{name}"
+
+
+def trained_theta_d(model: nn.Module) -> list[nn.Parameter]:
+    """theta_d of each adapter that trains.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    theta_d = [p for name, p in model.named_parameters() if p.requires_grad and is_theta_d(name)]
+    if not theta_d:
+        raise ValueError("The model must have a trainable theta_d, it has none; wrap it with a SubspaceConfig first.")
+    return theta_d
+
+
+@torch.no_grad()
+def sensitivity(model: nn.Module, batch: Any) -> float:
+    """The relative change of the outputs for a step of theta_d in a random direction, by the size of its entries:
+
+        s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean|),    z normal in R^d,
+
+    at the sigma where s sigma is about a tenth; the mean of f is over the batch. f are the outputs (`logits`, or the
+    first tensor), or what enters the last module that is trained whole, whichever changes more: a new head may be 0.
+    It takes a handful of evaluations; the model, theta_d and torch's random numbers are left as they were.
+
+    Args:
+        batch: The arguments of the model: a mapping, a tuple or a tensor, of at least two samples (or tokens).
+
+    Raises:
+        ValueError: if no theta_d trains, or the outputs do not depend on theta_d or on the sample.
+    """
+    theta_d = trained_theta_d(model)
+    model = unwrapped(model)
+    batch = moved(batch, theta_d[0].device)
+    before = [vector.clone() for vector in theta_d]
+    with evaluating(model), _seen(model) as places:
+        start = _outputs(model, batch, places)
+        sizes = [_norm(f - f.mean(0)) for f in start]
+        if not any(sizes):
+            raise ValueError(
+                "A batch must have samples with different outputs, all of this one are the same; give more samples."
+            )
+
+        def change(direction: list[Tensor], sigma: float) -> float:
+            for vector, old, z in zip(theta_d, before, direction, strict=True):
+                vector.copy_(old + sigma * z)
+            ends = _outputs(model, batch, places)
+            changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
+            return float(mean_over_processes(torch.tensor(max(changes), dtype=torch.float64)))
+
+        try:
+            return sum(_slope(change, direction) for direction in _directions(theta_d)) / DIRECTIONS
+        finally:
+            for vector, old in zip(theta_d, before, strict=True):
+                vector.copy_(old)
+
+
+def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """The same on every process and device, without torch's own random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DIRECTIONS):
+        yield [torch.randn(vector.shape, generator=generator).to(vector) for vector in theta_d]
+
+
+def _slope(change, direction: list[Tensor]) -> float:
+    """The change over sigma, at a sigma where the change is near to CHANGE."""
+    sigma = FIRST
+    for _ in range(TRIALS):
+        found = change(direction, sigma)
+        if CHANGE / NEAR <= found <= CHANGE * NEAR:
+            return found / sigma
+        ratio = CHANGE / found if isfinite(found) and found > 0 else 0.01 if found else 1000.0
+        sigma *= min(max(ratio, 1e-3), 1e3)
+    raise ValueError(
+        "The outputs must depend on theta_d smoothly to find its learning rate, their relative change with entries of "
+        f"{sigma:.1e} is {found:.1e}; give a rate."
+    )
+
+
+@contextmanager
+def _seen(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What entered the modules that are trained whole in the last run, where they are called with floats."""
+    places: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if value is not None and value.is_floating_point():
+            places.append(value)
+
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    handles = [wrapper.register_forward_pre_hook(hook, with_kwargs=True) for wrapper in wrappers]
+    try:
+        yield places
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _outputs(model: nn.Module, batch: Any, places: list[Tensor]) -> list[Tensor]:
+    """The outputs, and what entered the last module that is trained whole: [samples, features] each, float32."""
+    places.clear()
+    found = [_first(run(model, batch)), *places[-1:]]
+    return [f.float().reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found if f is not None]
+
+
+def _first(output: Any) -> Tensor | None:
+    """`logits`, or the first tensor of floats that is not a single number."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.dim() else None
+    if isinstance(output, Mapping):
+        output = [output["logits"]] if "logits" in output else list(output.values())
+    found = (_first(each) for each in output) if isinstance(output, (tuple, list)) else ()
+    return next((f for f in found if f is not None), None)
+
+
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()

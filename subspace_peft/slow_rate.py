@@ -1,0 +1,59 @@
+"""Slow rates: a warning, at the first step of an optimiser, where its rate is one at which theta_d cannot move."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from math import sqrt
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from .rates import RATE_OF_THE_ENTRY, RELATIVE_STEP
+
+
+STEPS = 10_000
+"""So many steps are more than most trainings of an adapter have: a rate too low for them is too low."""
+MARGIN = 5.0
+PER_INPUT = 0.5
+"""The sensitivity over the root of the sum of the inputs of all layers: 0.4 to 0.6 in the networks measured."""
+
+LEAST_INPUTS = 1000
+"""Networks smaller than that are toys: nothing is said of rates from 3e-4."""
+
+_watched: dict[int, tuple[weakref.ref, float]] = {}
+_hooks: list[RemovableHandle] = []
+
+
+def watch(theta_d: nn.Parameter, inputs: int, row: float) -> None:
+    """Warn at the first step of an optimiser like Adam that trains theta_d at a rate far below those that learn.
+
+    Args:
+        inputs: The number of inputs of the target matrices, added up.
+        row: The root of the mean square norm of the rows of P.
+    """
+    key, least = (
+        id(theta_d),
+        RELATIVE_STEP / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * sqrt(STEPS) * MARGIN),
+    )
+    _watched[key] = weakref.ref(theta_d, lambda _: _watched.pop(key, None)), least
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_check))
+
+
+def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if not _watched:
+        return
+    for group in optimizer.param_groups:
+        rate = group.get("initial_lr", group.get("lr"))  # a schedule may begin at zero
+        for parameter in group["params"]:
+            _, least = _watched.pop(id(parameter), (None, 0.0))
+            if isinstance(optimizer, RATE_OF_THE_ENTRY) and rate < least:
+                warnings.warn(
+                    f"theta_d is trained at a learning rate of {float(rate):.1e}, at which it hardly moves in "
+                    f"{STEPS:,} steps: rates below {least:.1e} are too low for this model. SubspaceTrainer, and "
+                    "parameter_groups(model, batch=batch, steps=steps) in a loop of your own, find the rate.",
+                    stacklevel=2,
+                )
