@@ -9,7 +9,7 @@ from .adapter.fold import fold
 from .adapter.model import SubspaceModel
 from .adapter.register import register
 from .projections import PROJECTIONS
-from .rates import gamma_for, learning_rate, parameter_groups
+from .rates import Rates, find_rates, gamma_for, parameter_groups
 from .spectra import Spectra, SpectraCallback
 from .trajectory import Trajectory, TrajectoryCallback, coefficients, reconstruct
 
@@ -18,6 +18,7 @@ register()
 
 __all__ = [
     "PROJECTIONS",
+    "Rates",
     "Spectra",
     "SpectraCallback",
     "SubspaceConfig",
@@ -27,9 +28,9 @@ __all__ = [
     "TrajectoryCallback",
     "coefficients",
     "compress",
+    "find_rates",
     "fold",
     "gamma_for",
-    "learning_rate",
     "parameter_groups",
     "reconstruct",
 ]

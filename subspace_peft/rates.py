@@ -1,7 +1,7 @@
 """Rates: the learning rates of theta_d, of a head that trains beside it, and of the factors that it moves."""
 
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,18 +24,27 @@ FEWEST_STEPS = 100
 """Below it the rate is that of so many steps: one step should not change the outputs by more than a quarter."""
 FIT_AT = 256
 """The d at which RELATIVE_STEP holds as it is; it falls with the fourth root of d."""
+HEAD_STEP = 2.0
+"""How far a step of the head moves its outputs: the rate of the head, times its sensitivity."""
 HEAD_TIMES = 10
-"""The rate of a head over that of theta_d: a new head has to move far, and the pretrained weights little."""
+"""The rate of other parameters over that of theta_d, where nothing is known of them."""
 
 
-def learning_rate(model: nn.Module, batch: Any, steps: int) -> float:
-    """The rate of theta_d for Adam, without a search, where it falls to zero over the training:
+class Rates(NamedTuple):
+    """Learning rates for Adam: of theta_d, and of the other parameters that train."""
 
-        lr = 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4),    s = sensitivity(model, batch)
+    theta_d: float
+    head: float
 
-    In a random subspace the outputs of a model change by a share s sigma when theta_d moves by sigma, whatever d is.
-    The rates that learn best move theta_d, over the training, to where that share is about one; docs/learning_rate.md
-    has the measurements.
+
+def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
+    """The rates for Adam without a search, where they fall to zero over the training:
+
+        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 2 / (mean of |x - mean x|_1)
+
+    with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a share s sigma when theta_d moves
+    by sigma, whatever d is. The rates that learn best move theta_d, over the training, to where that share is about
+    one; docs/learning_rate.md has the measurements.
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor; of some dozens of samples.
@@ -47,7 +56,9 @@ def learning_rate(model: nn.Module, batch: Any, steps: int) -> float:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
     d = sum(vector.numel() for vector in trained_theta_d(model))
-    return RELATIVE_STEP / (sensitivity(model, batch) * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / d) ** 0.25
+    found = sensitivity(model, batch)
+    rate = RELATIVE_STEP / (found.theta_d * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / d) ** 0.25
+    return Rates(rate, HEAD_TIMES * rate if found.head is None else HEAD_STEP / found.head)
 
 
 def parameter_groups(
@@ -68,8 +79,8 @@ def parameter_groups(
     on theta_d it would pull the weights towards the origin.
 
     Args:
-        lr: The rate of theta_d. Default: `learning_rate(model, batch, steps)`.
-        head_lr: The rate of the other parameters. Default: ten times that of theta_d.
+        lr: The rate of theta_d. Default: that of `find_rates(model, batch, steps)`.
+        head_lr: The rate of the other parameters. Default: that of `find_rates`, or ten times a given `lr`.
         weight_decay: The weight decay of the other parameters.
 
     Raises:
@@ -83,7 +94,8 @@ def parameter_groups(
                 "`parameter_groups` must be given `batch` and `steps`, to find the rate of theta_d, or `lr`; got "
                 f"neither `lr` nor {'`batch`' if batch is None else '`steps`'}."
             )
-        lr = learning_rate(model, batch, steps)
+        lr, found = find_rates(model, batch, steps)
+        head_lr = found if head_lr is None else head_lr
     groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0}]
     if head:
         head_lr = HEAD_TIMES * lr if head_lr is None else head_lr

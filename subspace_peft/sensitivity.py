@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -41,15 +41,28 @@ def trained_theta_d(model: nn.Module) -> list[nn.Parameter]:
     return theta_d
 
 
+class Sensitivity(NamedTuple):
+    """How far the outputs move with what trains.
+
+    Args:
+        theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
+            entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
+            sigma where s sigma is about a tenth. The mean of f is over the batch.
+        head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
+            |x - mean x|_1 over its inputs x. None without a head that floats enter.
+    """
+
+    theta_d: float
+    head: float | None
+
+
 @torch.no_grad()
-def sensitivity(model: nn.Module, batch: Any) -> float:
-    """The relative change of the outputs for a step of theta_d in a random direction, by the size of its entries:
+def sensitivity(model: nn.Module, batch: Any) -> Sensitivity:
+    """How far the outputs of a model move with theta_d and with a head, for one batch.
 
-        s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean|),    z normal in R^d,
-
-    at the sigma where s sigma is about a tenth; the mean of f is over the batch. f are the outputs (`logits`, or the
-    first tensor), or what enters the last module that is trained whole, whichever changes more: a new head may be 0.
-    It takes a handful of evaluations; the model, theta_d and torch's random numbers are left as they were.
+    The outputs are `logits`, or the first tensor, or what enters the last module that is trained whole, whichever
+    changes more: a new head may be 0. It takes a handful of evaluations; the model, theta_d and torch's random numbers
+    are left as they were.
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor, of at least two samples (or tokens).
@@ -74,13 +87,19 @@ def sensitivity(model: nn.Module, batch: Any) -> float:
                 vector.copy_(old + sigma * z)
             ends = _outputs(model, batch, places)
             changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
-            return float(mean_over_processes(torch.tensor(max(changes), dtype=torch.float64)))
+            return _mean(max(changes))
 
         try:
-            return sum(_slope(change, direction) for direction in _directions(theta_d)) / DIRECTIONS
+            slopes = [_slope(change, direction) for direction in _directions(theta_d)]
         finally:
             for vector, old in zip(theta_d, before, strict=True):
                 vector.copy_(old)
+    head = _mean((start[-1] - start[-1].mean(0)).abs().sum(1).mean().item()) if places else None
+    return Sensitivity(sum(slopes) / len(slopes), head or None)
+
+
+def _mean(value: float) -> float:
+    return mean_over_processes(torch.tensor(value, dtype=torch.float64)).item()
 
 
 def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:

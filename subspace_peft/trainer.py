@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from .optim import PPlusBFGS, repeatable
-from .rates import RATE_OF_THE_ENTRY, learning_rate, parameter_groups
+from .rates import RATE_OF_THE_ENTRY, find_rates, parameter_groups
 from .sensitivity import is_theta_d
 
 
@@ -155,19 +155,23 @@ class SubspaceTrainer(Trainer):
         """Give theta_d and the head groups of their own, whose rates the first step corrects."""
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         if issubclass(kind, RATE_OF_THE_ENTRY) and any(is_theta_d(name) for name, _ in model.named_parameters()):
-            groups = parameter_groups(model, settings.pop("lr"), weight_decay=self.args.weight_decay)
+            lr = settings.pop("lr")
+            groups = parameter_groups(model, lr, head_lr=lr, weight_decay=self.args.weight_decay)
             self.optimizer, self._rates_are_due = kind(groups, **settings), True
 
     def _find_rates(self, inputs: dict) -> None:
-        """Multiply the rates of the optimiser and of the schedule by what the learning rate must be multiplied by."""
+        """Multiply the rates of the optimiser and of the schedule by what their starts must be multiplied by."""
         with self.compute_loss_context_manager():
-            rate = learning_rate(self.model, self._prepare_inputs(inputs), self.state.max_steps)
-        times = rate / self.args.learning_rate
-        for group in self.optimizer.param_groups:
-            group |= {key: group[key] * times for key in ("lr", "initial_lr") if key in group}
+            rates = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps)
+        times = [rate / self.args.learning_rate for rate in rates]
+        for group, factor in zip(
+            self.optimizer.param_groups, times, strict=False
+        ):  # without a head there is no second
+            group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
         for name in ("base_lrs", "_last_lr"):
             if hasattr(self.lr_scheduler, name):
-                setattr(self.lr_scheduler, name, [lr * times for lr in getattr(self.lr_scheduler, name)])
+                values = getattr(self.lr_scheduler, name)
+                setattr(self.lr_scheduler, name, [lr * factor for lr, factor in zip(values, times, strict=False)])
 
     # ------------------------------------------------------------------------------------------------------- closures
 

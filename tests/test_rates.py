@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from subspace_peft import SubspaceConfig, gamma_for, learning_rate, parameter_groups
+from subspace_peft import SubspaceConfig, find_rates, gamma_for, parameter_groups
 from subspace_peft.adapter.walk import unique_coordinates
 from subspace_peft.sensitivity import sensitivity
 from tests.cases import BY_NAME, loss, settings, theta_d, wrap
@@ -51,17 +51,18 @@ def test_without_theta_d():
 def test_the_rate_follows_from_the_sensitivity_the_steps_and_d():
     model = wrap(CASE, d=16)
     batch = CASE.batch()
-    s = sensitivity(model, batch)
+    s = sensitivity(model, batch).theta_d
     for steps, expected in ((400, 3 / s / 20), (1600, 3 / s / 40), (7, 3 / s / 10)):
-        assert learning_rate(model, batch, steps) == pytest.approx(expected * 2, rel=1e-6)
+        assert find_rates(model, batch, steps).theta_d == pytest.approx(expected * 2, rel=1e-6)
     with pytest.raises(ValueError, match="`steps` must be the number of updates of the training, at least 1, got 0"):
-        learning_rate(model, batch, 0)
+        find_rates(model, batch, 0)
 
 
 def test_groups_without_numbers():
     model, batch = wrap(CASE, target_modules=["fc1"], modules_to_save=["fc2"]), CASE.batch()
-    rate = learning_rate(model, batch, 300)
-    assert [group["lr"] for group in parameter_groups(model, batch=batch, steps=300)] == [rate, 10 * rate]
+    rate, head = find_rates(model, batch, 300)
+    assert head == pytest.approx(2 / sensitivity(model, batch).head)
+    assert [group["lr"] for group in parameter_groups(model, batch=batch, steps=300)] == [rate, head]
     groups = parameter_groups(model, head_lr=0.5, batch=batch, steps=300)
     assert [group["lr"] for group in groups] == [rate, 0.5]
     with pytest.raises(ValueError, match="must be given `batch` and `steps`, .* got neither `lr` nor `steps`"):
@@ -72,7 +73,7 @@ def test_the_rate_that_is_found_learns():
     losses = {}
     for factor in (0.03, 1.0):
         model, batch = wrap(CASE), CASE.batch()
-        optimizer = torch.optim.AdamW(parameter_groups(model, factor * learning_rate(model, batch, 100)))
+        optimizer = torch.optim.AdamW(parameter_groups(model, factor * find_rates(model, batch, 100).theta_d))
         for _ in range(100):
             optimizer.zero_grad()
             loss(model, batch).backward()

@@ -31,7 +31,7 @@ def test_of_a_linear_layer(changes):
         z = torch.randn(5, generator=generator)
         change = X @ (P["0.weight"] @ z).view(4, 6).T + P["0.bias"] @ z
         slopes.append(change.norm() / (outputs - outputs.mean(0)).norm())
-    assert sensitivity(model, X) == pytest.approx(sum(slopes).item() / DIRECTIONS, rel=1e-3)
+    assert sensitivity(model, X).theta_d == pytest.approx(sum(slopes).item() / DIRECTIONS, rel=1e-3)
 
 
 @pytest.mark.parametrize("case", ["bert", "convnet", "llama"])
@@ -45,7 +45,7 @@ def test_the_model_is_left_as_it_was(case):
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     batch = case.batch()
     state = torch.get_rng_state()
-    assert sensitivity(model, batch) > 0
+    assert sensitivity(model, batch).theta_d > 0
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(random)
     assert [module.training for module in model.modules()] == modes
@@ -55,11 +55,16 @@ def test_the_model_is_left_as_it_was(case):
 
 def test_a_new_head_that_is_zero():
     model = get_peft_model(MLP(), settings(target_modules=["fc1"], modules_to_save=["fc2"]))
-    of_features = sensitivity(model, X)
+    hidden = model.base_model.model.fc1.base_layer(X).tanh()
+    before = sensitivity(model, X)
+    assert before.head == pytest.approx((hidden - hidden.mean(0)).abs().sum(1).mean().item(), rel=1e-4)
     with torch.no_grad():
         for parameter in model.base_model.model.fc2.modules_to_save["default"].parameters():
             parameter.zero_()
-    assert 0 < sensitivity(model, X) <= of_features
+    after = sensitivity(model, X)
+    assert 0 < after.theta_d <= before.theta_d
+    assert after.head == before.head
+    assert sensitivity(linear(), X).head is None
 
 
 def test_what_has_none():

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
-from subspace_peft import SubspaceTrainer, learning_rate
+from subspace_peft import SubspaceTrainer, find_rates
 from tests.cases import theta_d, wrap
 from tests.distributed_trainer import logged
 from tests.test_trainer import BERT, Rows
@@ -30,10 +30,10 @@ def trainer(folder, cls=SubspaceTrainer, batch=16, **changes):
 
 def test_it_is_found_on_the_first_batch(tmp_path):
     run = trainer(tmp_path)
-    expected = learning_rate(run.model, default_collate([Rows()[i] for i in range(16)]), 6)
+    expected = find_rates(run.model, default_collate([Rows()[i] for i in range(16)]), 6)
     run.train()
-    assert logged(run, "learning_rate") == pytest.approx([expected] * 6, rel=1e-3)
-    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([expected, 10 * expected], rel=1e-3)
+    assert logged(run, "learning_rate") == pytest.approx([expected.theta_d] * 6, rel=1e-3)
+    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx(expected, rel=1e-3)
 
 
 def test_schedules_start_from_it(tmp_path):
