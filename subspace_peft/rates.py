@@ -42,9 +42,9 @@ def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
 
         theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 2 / (mean of |x - mean x|_1)
 
-    with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a share s sigma when theta_d moves
-    by sigma, whatever d is. The rates that learn best move theta_d, over the training, to where that share is about
-    one; docs/learning_rate.md has the measurements.
+    with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a
+    share s sigma when theta_d moves by sigma, whatever d is. The rates that learn best move theta_d, over the
+    training, to where that share is about one; docs/learning_rate.md has the measurements.
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor; of some dozens of samples.
