@@ -3,8 +3,8 @@
 - Any module runs with the moved tensors in place of its parameters.
 - A module in half precision whose operation is linear in its parameters: op(x, W_0) + op(x, P theta_d), because
   W_0 + P theta_d would round P theta_d away. So does a quantised Linear, whose W_0 nobody can add to.
-- A projection that has a product runs x through its steps, without P theta_d, if that is cheaper for as many tokens
-  as x has, or if the base's weight is in half precision or quantised; W_0 is not read.
+- A projection that has a product runs x through its steps, without P theta_d, or makes the rows that an embedding
+  looks up, if that is cheaper for as many tokens as x has, or if the base's weight is in half precision or quantised.
 - Low-rank coordinates: x runs through the two factors in turn, without their product, if the module has such an
   operation.
 """
@@ -59,14 +59,23 @@ def _is_multiplied(layer: BaseTunerLayer, adapter: str, *args, **kwargs) -> bool
     coordinates = layer.coordinates[adapter].get("weight")
     if not isinstance(coordinates, Weight) or not coordinates.projections[""].has_product:
         return False
-    if coordinates.padding is not None or type(quantised.operator(layer.base_layer)).forward not in MATRICES:
-        return False
     projection, x = coordinates.projections[""], args[0] if args else next(iter(kwargs.values()))
     if not (isinstance(x, Tensor) and x.dim()) or x.is_nested:
+        return False
+    if _looks_up(layer):
+        has_its_padding = layer.base_layer.padding_idx is None or coordinates.padding is not None
+        return has_its_padding and (_adds_to_output(layer) or projection.is_look_up_cheaper(x.numel()))
+    if coordinates.padding is not None or type(quantised.operator(layer.base_layer)).forward not in MATRICES:
         return False
     trains = torch.is_grad_enabled() and layer.subspace_peft_theta_d[adapter].requires_grad
     tokens = x.shape[:-1].numel()
     return _adds_to_output(layer) or projection.is_product_cheaper(tokens, trains)
+
+
+def _looks_up(layer: BaseTunerLayer) -> bool:
+    """Whether the base module returns rows of its weight, and their gradient is that of the outputs."""
+    base = layer.base_layer
+    return type(base).forward is nn.Embedding.forward and not base.scale_grad_by_freq
 
 
 def _sum_of_outputs(
@@ -102,8 +111,11 @@ def _sum_of_outputs(
     for adapter in multiplied:
         z = layer.normalised(adapter)
         z = z.to(torch.promote_types(z.dtype, operator.weight.dtype))
-        transposed = MATRICES[type(operator).forward]
-        output = layer.coordinates[adapter]["weight"].product(x, z, transposed, output)
+        coordinates = layer.coordinates[adapter]["weight"]
+        if _looks_up(layer):
+            output = coordinates.look_up(x, z, output)
+        else:
+            output = coordinates.product(x, z, MATRICES[type(operator).forward], output)
     for increment in layer.increments(multiplied, skip=("weight",)).values():  # of the bias
         output = output + increment.to(output.dtype)
     formed = [adapter for adapter in adapters if adapter not in (*low_rank, *multiplied)]

@@ -27,5 +27,13 @@ class Weight(Coordinates):
         """The output plus x Wᵀ, or x W if `transposed`, for the increment W of z, which is not formed."""
         return self.projections[""].product(x, self._scaled(z), transposed, output)
 
+    def look_up(self, at: Tensor, z: Tensor, output: Tensor) -> Tensor:
+        """The output plus the rows at these indices of the increment of z, a matrix that is not formed."""
+        moving = at if self.padding is None else (at - (at >= self.padding).to(at.dtype)).clamp_min(0)
+        rows = self.projections[""].look_up(moving, self._scaled(z))
+        if self.padding is not None:
+            rows = rows * (at != self.padding).unsqueeze(-1)
+        return (output + rows).to(output.dtype)
+
     def _scaled(self, z):
         return z if self.strength == 1 else z * self.strength

@@ -50,12 +50,13 @@ class FastJL(Blocks):
         return octets.view(self.block_count, -1)
 
     def coefficients(self, held: Tensor) -> Tensor:
-        return as_signs(held) if held.dtype == torch.uint8 else held  # a saved P of version 0.1 holds numbers
+        return unpacked(held)
 
     def draw_inner(self, device: torch.device) -> tuple[Tensor, ...]:
-        signs = self.philox("fastjl inner signs").signs(0, self.size, device)
+        philox = self.philox("fastjl inner signs")
         if self.nnz == 1:
-            return (signs[: self.rows.d].clone(),)
+            return (philox.sign_bytes(0, -(-self.rows.d // 8), device),)
+        signs = philox.signs(0, self.size, device)
         slots = self.nnz * self.size
         order = self.philox("fastjl scatter").permutations(self.rows.d, 0, -(-slots // self.rows.d), device)
         weights = self.philox("fastjl scatter signs").signs(0, slots, device).view(self.nnz, self.size)
@@ -65,15 +66,15 @@ class FastJL(Blocks):
         return (torch.stack([weights for (weights,) in states]),)
 
     def inner(self, z: Tensor, *state: Tensor) -> Tensor:
-        weights = state[0]
+        weights = unpacked(state[0])
         if self.nnz == 1:
-            return torch.constant_pad_nd(z * weights, (0, self.size - self.rows.d))
+            return torch.constant_pad_nd(z * weights[..., : self.rows.d].to(z.dtype), (0, self.size - self.rows.d))
         return (z[:, state[1]] * weights).sum(1)
 
     def inner_adjoint(self, v: Tensor, *state: Tensor) -> Tensor:
-        weights = state[0]
+        weights = unpacked(state[0])
         if self.nnz == 1:
-            return v[..., : self.rows.d] * weights
+            return v[..., : self.rows.d] * weights[..., : self.rows.d].to(v.dtype)
         zero = v.new_zeros(len(v), self.rows.d)
         return zero.index_add(1, state[1].flatten(), (v.unsqueeze(1) * weights).flatten(1))
 
@@ -90,3 +91,8 @@ class FastJL(Blocks):
         if 2 * last < self.size:  # square the rows on the smaller side of the crop
             return (self.block_count - 1) * whole + self.row_squares(0, last, state)
         return self.block_count * whole - self.row_squares(last, self.size, state)
+
+
+def unpacked(signs: Tensor) -> Tensor:
+    """Signs that are held 8 a byte as numbers; a saved P of version 0.1 holds numbers."""
+    return as_signs(signs) if signs.dtype == torch.uint8 else signs

@@ -25,11 +25,11 @@ class JointBlocks(Joint):
     def draw(self, device: torch.device) -> tuple:
         """Draw the state:
 
-        c: [blocks, 1, length]; D: [tensors, 1, length]; the tensor of each block: [blocks]; H_k: [tensors, k, k], with
+        all c_b, as each tensor holds them: [blocks, ...]; D: [tensors, 1, length]; the tensor of each block: [blocks]; H_k: [tensors, k, k], with
         signs; the other Kronecker factors of H; the state of all A.
         """
         member = self.members[0]
-        c = torch.cat([each.draw_coefficients(device) for each in self.members])
+        held = torch.cat([each.draw_held(device) for each in self.members])
         counts = torch.tensor([each.block_count for each in self.members], device=device)
         owners = torch.arange(len(counts), device=device).repeat_interleave(counts)
         H_k, *signed_factors = zip(*(each.draw_kronecker_factors(device) for each in self.members), strict=True)
@@ -39,21 +39,23 @@ class JointBlocks(Joint):
             signs = (signs.unsqueeze(2) * column.unsqueeze(1)).flatten(1)
         kronecker_factors = [matrix(size, device=device) for size in member.kronecker_sizes[1:]]
         inner = member.join_inner([each.draw_inner(device) for each in self.members])
-        return c.unsqueeze(1), signs.unsqueeze(1), owners, torch.stack(H_k), kronecker_factors, inner
+        return held, signs.unsqueeze(1), owners, torch.stack(H_k), kronecker_factors, inner
 
     def apply(self, z: Tensor) -> Tensor:
-        member, (c, signs, owners, H_k, kronecker_factors, inner) = self.members[0], self.state(z)
+        member, (held, signs, owners, H_k, kronecker_factors, inner) = self.members[0], self.state(z)
         v = member.inner(to_working_dtype(z).reshape(-1, 1, member.rows.d), *inner)
         if member.k > 1:
             v = H_k @ v.view(-1, len(self.members), member.k, member.length)
-        v = v.view(-1, len(self.members), member.k, member.length).index_select(1, owners).mul_(c)
+        v = v.view(-1, len(self.members), member.k, member.length).index_select(1, owners)
+        v.mul_(member.coefficients(held).to(v.dtype).unsqueeze(1))
         y = kronecker(kronecker_factors, v).view(v.shape).mul_(signs.index_select(0, owners))
         return y.view(*z.shape[:-1], -1).to(z.dtype)
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        member, (c, signs, owners, H_k, kronecker_factors, inner) = self.members[0], self.state(grad)
+        member, (held, signs, owners, H_k, kronecker_factors, inner) = self.members[0], self.state(grad)
         g = to_working_dtype(grad).reshape(-1, len(owners), member.k, member.length) * signs.index_select(0, owners)
-        x = kronecker(kronecker_factors, g).view(g.shape).mul_(c)
+        x = kronecker(kronecker_factors, g).view(g.shape)
+        x.mul_(member.coefficients(held).to(x.dtype).unsqueeze(1))
         v = x.new_zeros(len(x), len(self.members), member.k, member.length).index_add_(1, owners, x)
         if member.k > 1:
             v = H_k.mT @ v

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import full_precision
 from .fastjl import FastJL
-from .mixing import Mixing
+from .mixing import Mixing, padded
 
 
 ENTRIES_AT_A_TIME = 2**18  # of the larger of inputs and outputs: a chunk of tokens then stays in a core's cache
@@ -26,9 +26,10 @@ class Product(torch.autograd.Function):
     def forward(x, z, output, mixing, F, transposed):
         with full_precision(x):
             C, inputs, (matrix, signs) = operands(x, z, mixing, F, transposed)
-            total = C.new_empty(len(x), len(signs)) if output is None else torch.empty_like(output)
+            width = mixing.c if transposed else mixing.r
+            total, signs = C.new_empty(len(x), width) if output is None else torch.empty_like(output), signs[:width]
             for at in _chunks(x, total):
-                y = leave(enter(x[at].to(C.dtype), *inputs) @ C.mT, matrix)
+                y = leave(enter(x[at].to(C.dtype), *inputs) @ C.mT, matrix)[:, :width]
                 if output is None:
                     torch.mul(y, signs, out=total[at])
                 else:
@@ -58,10 +59,11 @@ class Product(torch.autograd.Function):
             C, (matrix, signs), outputs = operands(x, z, mixing, F, transposed)
             to_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
             to_C = torch.zeros_like(C) if ctx.needs_input_grad[1] else None
+            width = x.shape[1]
             for at in _chunks(x, grad):
                 V = enter(grad[at].to(C.dtype), *outputs)
                 if to_x is not None:
-                    torch.mul(leave(V @ C, matrix), signs, out=to_x[at])
+                    torch.mul(leave(V @ C, matrix)[:, :width], signs[:width], out=to_x[at])
                 if to_C is not None:
                     to_C.baddbmm_(V.mT, enter(x[at].to(C.dtype), matrix, signs))
             if to_C is not None:
@@ -88,22 +90,33 @@ def product(x: Tensor, z: Tensor, output: Tensor | None, mixing: Mixing, F: Fast
     """What Product computes, by operations that can be recorded, transformed and differentiated one by one."""
     with full_precision(x):
         C, inputs, (matrix, signs) = operands(x, z, mixing, F, transposed)
-        y = leave(enter(x.to(C.dtype), *inputs) @ C.mT, matrix) * signs
+        y = (leave(enter(x.to(C.dtype), *inputs) @ C.mT, matrix) * signs)[:, : mixing.c if transposed else mixing.r]
         return y if output is None else (output + y).to(output.dtype)
 
 
 def operands(x: Tensor, z: Tensor, mixing: Mixing, F: FastJL | None, transposed: bool) -> tuple:
-    """C [n, outputs / n, inputs / n], and the matrix and signs that mix the inputs, and the outputs."""
+    """C [n, ⌈outputs / n⌉, ⌈inputs / n⌉], and the matrix and signs that mix the inputs, and the outputs."""
     C = z if F is None else F(z)
     C = mixing.in_blocks(C.to(torch.promote_types(torch.float32, torch.promote_types(x.dtype, C.dtype))))
     A, H, s, t = mixing.matrices(C)
     return (C.mT, (A, s), (H, t)) if transposed else (C, (H, t), (A, s))
 
 
+def look_up(at: Tensor, z: Tensor, mixing: Mixing, F: FastJL | None) -> Tensor:
+    """The rows of W = M F z at these indices, the product with their unit vectors: [rows], [d] -> [rows, c].
+
+    Nothing but F z is as large as the part of it that W is made of; autograd keeps no row.
+    """
+    with full_precision(z):
+        C, inputs, (A, s) = operands(z, z, mixing, F, False)
+        coefficients = (A[at % mixing.n] * s[at].unsqueeze(1)).t().unsqueeze(2)  # [n, rows, 1]
+        return leave(C.index_select(1, at // mixing.n) * coefficients, inputs[0]) * inputs[1]
+
+
 def enter(x: Tensor, matrix: Tensor, signs: Tensor) -> Tensor:
-    """Mix n neighbours: [tokens, k n] -> [n, tokens, k]."""
-    n = len(matrix)
-    return torch.mm(matrix.t(), (x * signs).view(-1, n).t()).view(n, len(x), x.shape[1] // n)
+    """Mix n neighbours, with zeros up to k n: [tokens, up to k n] -> [n, tokens, k]."""
+    n, x = len(matrix), padded(x, len(signs), -1)
+    return torch.mm(matrix.t(), (x * signs).view(-1, n).t()).view(n, len(x), len(signs) // n)
 
 
 def leave(y: Tensor, matrix: Tensor) -> Tensor:

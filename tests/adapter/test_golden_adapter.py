@@ -40,6 +40,7 @@ ADAPTERS = {
         "target_modules": ["packed"],
         "parameters": ["out_proj.weight"],
     },
+    "kronecker": {"projection": "kronecker", "d": 70, "seed": 16},
     # Written when the rows of padding still moved; see docs/adapter_file.md.
     "moved_padding": {"projection": "fastfood", "d": 11, "seed": 10},
     "moved_padding_low_rank": {"projection": "fastjl", "d": 11, "seed": 11, **LOW_RANK, "factors": 3},
@@ -48,7 +49,12 @@ ADAPTERS = {
 
 LARGE = ("fastfood", "low_rank", "three_factors", "attention_parameters")
 """Those whose theta_d must be larger to move the outputs."""
-BASES = {"padding": Padded, "attention": Attention, "saved": lambda: nn.Sequential(nn.Linear(40, 40), nn.Tanh())}
+BASES = {
+    "padding": Padded,
+    "attention": Attention,
+    "saved": lambda: nn.Sequential(nn.Linear(40, 40), nn.Tanh()),
+    "kronecker": lambda: nn.Sequential(nn.Embedding(261, 256), nn.Tanh(), nn.Linear(256, 307), nn.Tanh()),
+}
 """A word in the name of an adapter -> its base, where that is not the ConvNet."""
 
 
@@ -67,6 +73,8 @@ def base(name: str) -> nn.Module:
 
 
 def inputs(name: str) -> torch.Tensor:
+    if "kronecker" in name:
+        return torch.tensor([[3, 7, 0, 260], [1, 10, 2, 0]])
     if "padding" in name:
         return torch.tensor([[3, 7, 0, 0], [1, 10, 2, 0]])
     return exact((2, 5, 8) if "attention" in name else (2, 4, 40) if "saved" in name else (2, 3, 8, 8), 5)

@@ -14,9 +14,23 @@ from tests.cases import theta_d
 
 
 def network():
-    """A vocabulary projection of an odd size, which has no product, after two layers that have one."""
+    """A classifier too small for a product after three layers that have one, of which the last has an odd size."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(256, 320), nn.GELU(), Conv1D(256, 320), nn.GELU(), nn.Linear(256, 33))
+    layers = nn.Linear(256, 320), Conv1D(256, 320), nn.Linear(256, 331), nn.Linear(331, 5)
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU())))
+
+
+class Tied(nn.Module):
+    """Token ids to logits by one weight, whose rows no factor divides."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(331, 256, **options), nn.Linear(256, 331, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.tokens(ids)))
 
 
 def wrapped(base, **changes):
@@ -51,7 +65,7 @@ def test_the_layer_is_that_of_the_moved_tensors(products):
     base, x = network(), torch.randn(2, 7, 256)
     model = wrapped(base)
     y = model(x)
-    assert products == [256, 320]
+    assert products == [256, 320, 256]
     torch.testing.assert_close(y, oracle(base, model)(x.double()).float(), rtol=1e-4, atol=1e-5)
     found = torch.autograd.grad(y.square().sum(), theta_d(model))
     model.merge_adapter()
@@ -63,6 +77,50 @@ def test_the_layer_is_that_of_the_moved_tensors(products):
         expected = torch.autograd.grad(model(x).square().sum(), theta_d(model))
     assert products == []
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.fixture
+def look_ups(monkeypatch):
+    """The shape of the indices of each look-up that is made."""
+    made, look_up = [], Kronecker.look_up
+    monkeypatch.setattr(Kronecker, "look_up", lambda self, at, z: made.append(at.shape) or look_up(self, at, z))
+    return made
+
+
+@pytest.mark.parametrize("padding", [None, 0, 5, -1])
+def test_an_embedding_looks_its_rows_up(padding, products, look_ups):
+    """With padding, whose row has no rows in P, the tied output layer is formed."""
+    base, ids = Tied(padding_idx=padding), torch.tensor([[0, 1, 330], [5, 6, 4]])
+    model = wrapped(base, target_modules=["tokens", "head"])
+    y = model(ids)
+    assert (look_ups, products) == ([ids.shape], [256] if padding is None else [])
+    moved = copy.deepcopy(base).double()
+    increment = model.base_model.model.tokens.increments(["default"])["weight"]
+    moved.tokens.weight.data += increment.detach().double()
+    expected = moved(ids)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    expected.square().sum().backward()
+    found = torch.autograd.grad(y.square().sum(), theta_d(model))[0]
+    wanted = torch.autograd.grad(increment, theta_d(model), moved.tokens.weight.grad.float())[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({}, 332), ({"scale_grad_by_freq": True}, 6)], ids=["many tokens", "scaled by frequency"]
+)
+def test_an_embedding_is_formed(options, count, look_ups):
+    model = wrapped(nn.Sequential(nn.Embedding(331, 256, **options)), target_modules=["0"])
+    model(torch.arange(count) % 331)
+    assert look_ups == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_a_half_precision_embedding_are_rounded_once(dtype, look_ups):
+    base, ids = nn.Sequential(nn.Embedding(331, 256)).to(dtype), torch.arange(331).repeat(2)
+    model = wrapped(base, target_modules=["0"])
+    increment = model.base_model.model[0].increments(["default"])["weight"]
+    assert torch.equal(model(ids), (base[0].weight.float() + increment).to(dtype)[ids])
+    assert len(look_ups) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,7 +177,7 @@ def test_two_adapters_of_which_one_is_formed_are_formed_together(products):
 
 def test_rows_of_padding_that_a_tied_output_layer_shares_stay(products):
     """The output layer's weight has a row without rows in P, which the product does not know."""
-    base = nn.Sequential(nn.Embedding(65, 256, padding_idx=0), nn.Linear(256, 65, bias=False))
+    base = nn.Sequential(nn.Embedding(265, 256, padding_idx=0), nn.Linear(256, 265, bias=False))
     base[1].weight = base[0].weight
     model = wrapped(base, target_modules=["0", "1"])
     ids = torch.tensor([[1, 2, 64, 0]])

@@ -17,7 +17,7 @@ def make(name, n, d, nnz=None, /, **changes):
         changes |= {"given": torch.randperm(n, generator=generator)[:k].sort().values, "column": d - k}
     elif name == "kronecker":
         side = next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)
-        changes.setdefault("shape", (side, n // side))
+        changes.setdefault("shape", (n // side, side))
     elif name == "identity":
         d, changes["offset"] = n + 5, 2
     return PROJECTIONS[name](TensorRows(**{"name": "a.weight", "n": n, "d": d, "nnz_per_row": nnz} | changes))

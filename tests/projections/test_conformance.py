@@ -12,14 +12,15 @@ from subspace_peft.projections import PROJECTIONS
 from tests.projections.cases import explicit, make, random
 
 
+pytestmark = pytest.mark.usefixtures("smallest_n")
 SIZES = [(1, 1), (7, 3), (50, 200), (3000, 37), (1500, 170), (700, 1000), (400, 2100)]
 RANDOM = ["dense", "sparse", "fastfood", "fastjl", "kronecker"]
 CASES = [(name, n, d, None) for name in PROJECTIONS for n, d in SIZES]
 CASES += [(name, n, d, 3) for name in ("sparse", "fastjl") for n, d in ((5, 3), (3000, 37), (700, 1000))]
-CASES += [("kronecker", n, d, None) for n, d in ((256, 70), (3072, 37), (3072, 700), (9216, 300))]  # mixed
+CASES += [("kronecker", n, d, None) for n, d in ((256, 70), (3072, 700), (4224, 37), (9216, 300))]
 SMALL = (
     [(name, 40, 12, None) for name in PROJECTIONS]
-    + [("kronecker", 3072, 37, None)]
+    + [("kronecker", 4224, 37, None)]
     + [("fastjl", 3000, 37, None), ("fastfood", 700, 300, None)]
 )
 

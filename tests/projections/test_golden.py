@@ -2,10 +2,10 @@
 
 `golden/projections.safetensors` holds some rows of P for each case, and some numbers of the generator. It is never
 rewritten. If P must change, its class gets the next projection version and can still draw the old one; then
-`python tests/projections/test_golden.py 2` adds the cases of version 2 to the file.
+`python -m tests.projections.test_golden` adds the cases that are not in the file.
 """
 
-import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ CASES = [(name, n, d, None) for name in ("dense", "sparse", "fastfood", "fastjl"
 CASES += [("kronecker", n, d, None) for n, d in ((6, 3), (1024, 170), (48 * 64, 37), (96 * 256, 300))]
 CASES += [(name, 120, 5000, None) for name in ("fastfood", "fastjl")]
 CASES += [(name, n, d, 4) for name in ("sparse", "fastjl") for n, d in ((40, 170), (300, 600))]
+MATRICES = [((256, 256), 170), ((307, 512), 37), ((2048, 1024), 1000)]  # (shape, d), mixed by `kronecker`
+CASES += [("kronecker", shape, d, None) for shape, d in MATRICES]
 ROWS = 4  # of each P that the file holds: the first two and the last two
 PHILOX = Philox(2**40, "encoder.layers.0.weight", "golden")
 DRAWS = {
@@ -35,16 +37,18 @@ DRAWS = {
 }
 
 
-def rows(name, n, d, nnz, version):
-    """The first and the last rows of P, float32 [4 or fewer, d]."""
-    tensor_rows = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version)
+def rows(name, size, d, nnz, version):
+    """The first and the last rows of P, float32 [4 or fewer, d]; the size is n or the shape of a matrix."""
+    n, shape = (prod(size), size) if isinstance(size, tuple) else (size, None)
+    tensor_rows = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version, shape=shape)
     positions = sorted({*range(n)[: ROWS // 2], *range(n)[-ROWS // 2 :]})
     unit = torch.zeros(len(positions), n, dtype=torch.float64)
     unit[range(len(positions)), positions] = 1
     return PROJECTIONS[name](tensor_rows).transpose(unit).float()
 
 
-def key(name, n, d, nnz, version):
+def key(name, size, d, nnz, version):
+    n = "x".join(map(str, size)) if isinstance(size, tuple) else size
     return f"v{version}/{name}/n={n}/d={d}/nnz={nnz}"
 
 
@@ -78,16 +82,15 @@ def test_golden_file_is_complete(golden):
     assert set(golden) == {f"philox/{draw}" for draw in DRAWS} | set(versions)
 
 
-def add(version: int) -> None:
-    """Add the cases of a version that is not in the file yet."""
+def add() -> None:
+    """Add the cases that are not in the file yet; those that are never change."""
     tensors = stored() if FILE.exists() else {f"philox/{name}": draw() for name, draw in DRAWS.items()}
-    new = {key(*case, version): rows(*case, version) for case in CASES if version <= PROJECTIONS[case[0]].VERSION}
-    if tensors.keys() & new.keys():
-        raise SystemExit(
-            f"version {version} is already in {FILE.name} and never changes; a change of P needs the next version."
-        )
-    save_file(tensors | {name: tensor.contiguous() for name, tensor in new.items()}, FILE)
+    for case in CASES:
+        for version in range(1, PROJECTIONS[case[0]].VERSION + 1):
+            if key(*case, version) not in tensors:
+                tensors[key(*case, version)] = rows(*case, version).contiguous()
+    save_file(tensors, FILE)
 
 
 if __name__ == "__main__":
-    add(int(sys.argv[1]))
+    add()

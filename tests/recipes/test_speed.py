@@ -1,10 +1,13 @@
 """The measurements of recipes/speed, tiny: what they compare and write. The times themselves prove nothing."""
 
 import pytest
+import torch
+from peft import get_peft_model
 from torch import nn
 
 from recipes.lab.results import read_measurement
 from recipes.speed import distortion, layer, models, optimiser, pca, projections, setup, step, sweeps
+from subspace_peft import SubspaceConfig
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def test_whole_models(record, monkeypatch):
 
 def test_setting_up(record, monkeypatch):
     monkeypatch.setattr(setup, "vit", lambda: nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 5)))
+    monkeypatch.setattr(setup, "llama", lambda: nn.Sequential(nn.Linear(300, 400, device="meta")))
     monkeypatch.setattr(setup, "D_SMALL", 64)
     monkeypatch.setattr(setup, "FILE_SIZES", (64, 1000))
     measured = record(setup)
@@ -86,6 +90,16 @@ def test_setting_up(record, monkeypatch):
     assert all(cached.values())
     assert not any(row["state_bytes_an_entry"] for row in measured["wrapping"] if not row["cache"])
     assert all(0 < file["beyond_4d"] <= 2048 for file in measured["files"])
+    assert {row["projection"] for row in measured["large"]} == set(setup.OF_BITS)
+
+
+def test_kronecker_holds_a_twentieth_of_a_byte_a_weight():
+    """The layers of a small ViT: what is mixed, biases, a head of an odd size."""
+    model = nn.Sequential(nn.Linear(384, 384), nn.Linear(384, 1536), nn.Linear(1536, 384), nn.Linear(384, 1001))
+    model = get_peft_model(model, SubspaceConfig(d=1000, projection="kronecker", target_modules="all-linear"))
+    model(torch.randn(3, 384)).sum().backward()
+    assert sum(bool(projection.mixing._drawn) for projection in setup.projections(model)) == 4
+    assert 1000 < setup.storages(model) < 0.05 * model.peft_config["default"].D
 
 
 def test_the_distortion_of_the_published_operator(record, monkeypatch):
