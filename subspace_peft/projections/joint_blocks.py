@@ -25,8 +25,8 @@ class JointBlocks(Joint):
     def draw(self, device: torch.device) -> tuple:
         """Draw the state:
 
-        all c_b, as each tensor holds them: [blocks, ...]; D: [tensors, 1, length]; the tensor of each block: [blocks]; H_k: [tensors, k, k], with
-        signs; the other Kronecker factors of H; the state of all A.
+        all c_b, as each tensor holds them: [blocks, ...]; D: [tensors, 1, length]; the tensor of each block: [blocks];
+        H_k: [tensors, k, k], with signs; the other Kronecker factors of H; the state of all A.
         """
         member = self.members[0]
         held = torch.cat([each.draw_held(device) for each in self.members])

@@ -38,7 +38,7 @@ class Kronecker(Projection):
     Johnson-Lindenstrauss transform (Jin, Kolda and Ward, "Faster Johnson-Lindenstrauss transforms via Kronecker
     products", 2021) with a second transform, F, inside it.
 
-    Small tensors and vectors, and those whose rows have no factor of 16 in their length, have n = 1: those of `fastjl`.
+    Small tensors and vectors, and those whose rows have no factor of 16 in their length, have n = 1, as in `fastjl`.
     """
 
     def __init__(self, rows: TensorRows):

@@ -40,7 +40,9 @@ DRAWS = {
 def rows(name, size, d, nnz, version):
     """The first and the last rows of P, float32 [4 or fewer, d]; the size is n or the shape of a matrix."""
     n, shape = (prod(size), size) if isinstance(size, tuple) else (size, None)
-    tensor_rows = TensorRows("encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version, shape=shape)
+    tensor_rows = TensorRows(
+        "encoder.layers.0.weight", n, d, seed=2**40, nnz_per_row=nnz, version=version, shape=shape
+    )
     positions = sorted({*range(n)[: ROWS // 2], *range(n)[-ROWS // 2 :]})
     unit = torch.zeros(len(positions), n, dtype=torch.float64)
     unit[range(len(positions)), positions] = 1

@@ -127,7 +127,9 @@ def test_torch_func(shape):
     expected = torch.func.jacrev(lambda z: (x @ formed(projection, z, False)).square().sum(1))(z)
     torch.testing.assert_close(per_sample, expected)
     at = torch.tensor([0, 33, 1])
-    rows = torch.vmap(lambda z, at: projection.look_up(at, z))(torch.stack([z, 2 * z]), torch.stack([at, at % 32]) % 32)
+    rows = torch.vmap(lambda z, at: projection.look_up(at, z))(
+        torch.stack([z, 2 * z]), torch.stack([at, at % 32]) % 32
+    )
     W = projection(z).view(shape)
     torch.testing.assert_close(rows, torch.stack([W[at % 32], 2 * W[at % 32]]))
 
