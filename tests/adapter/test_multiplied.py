@@ -146,6 +146,21 @@ def test_below_the_resolution_of_a_half_precision_base_it_acts(dtype, products):
     assert (y == ideal).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_sum_alone(dtype, products):
+    """The base multiplies in half precision, the steps of P in float32, forward and backward."""
+    base, x, g = network()[:1], torch.randn(100, 256), torch.randn(100, 320).to(dtype)
+    model = wrapped(base, target_modules=["0"], parameters=["weight"])
+    increment = model.base_model.model[0].increments(["default"])["weight"]
+    with torch.autocast("cpu", dtype):
+        y, of_base = model(x), base(x)
+    expected = x @ increment.T
+    assert products == [256]
+    assert (y == (of_base + expected).to(dtype)).float().mean() > 0.999
+    found, wanted = (torch.autograd.grad(each, theta_d(model), g.to(each.dtype)) for each in (y, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_the_weight_of_the_base_is_not_read(products):
     base = nn.Sequential(nn.Linear(256, 320))
     model = wrapped(base)
