@@ -116,7 +116,7 @@ def look_up(at: Tensor, z: Tensor, mixing: Mixing, F: FastJL | None) -> Tensor:
 def enter(x: Tensor, matrix: Tensor, signs: Tensor) -> Tensor:
     """Mix n neighbours, with zeros up to k n: [tokens, up to k n] -> [n, tokens, k]."""
     n, x = len(matrix), padded(x, len(signs), -1)
-    return torch.mm(matrix.t(), (x * signs).view(-1, n).t()).view(n, len(x), len(signs) // n)
+    return torch.mm(matrix.t(), (x * signs).view(-1, n).t()).view(n, x.shape[0], len(signs) // n)
 
 
 def leave(y: Tensor, matrix: Tensor) -> Tensor:

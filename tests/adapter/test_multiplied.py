@@ -161,6 +161,21 @@ def test_autocast_rounds_the_sum_alone(dtype, products):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_products_and_look_ups_are_recorded(products, look_ups):
+    model, ids = wrapped(Tied(), target_modules=["tokens", "head"]), torch.tensor([[0, 1, 330], [5, 6, 4]])
+    expected = model(ids)  # draws the state, which a whole graph cannot
+    traced = torch.jit.trace(model, (ids,))
+    for each in (ids, ids[:, :1]):  # for any number of tokens
+        torch.testing.assert_close(traced(each), model(each), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    del products[:], look_ups[:]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), expected, rtol=1e-5, atol=1e-5)
+    assert (len(products), len(look_ups)) == (1, 1)
+    torch._dynamo.reset()
+
+
 def test_the_weight_of_the_base_is_not_read(products):
     base = nn.Sequential(nn.Linear(256, 320))
     model = wrapped(base)
