@@ -206,5 +206,8 @@ def _install_starts(coordinates: dict[str, Coordinates], config: PeftConfig, sav
             raise ValueError(
                 f"The start of `{name}` in the adapter file must be {expected}, got {shapes}; it is damaged."
             )
-        starts[name].load({path: tensor.clone() for path, tensor in tensors.items()})
+        # another object: a graph of torch.compile holds the factors of the one that it has recorded
+        starts[name] = coordinates[name].start = starts[name].loaded(
+            {p: tensor.clone() for p, tensor in tensors.items()}
+        )
     config.starts = starts
