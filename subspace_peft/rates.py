@@ -24,7 +24,7 @@ FEWEST_STEPS = 100
 """Below it the rate is that of so many steps: one step should not change the outputs by more than a quarter."""
 FIT_AT = 256
 """The d at which RELATIVE_STEP holds as it is; it falls with the fourth root of d."""
-HEAD_STEP = 2.0
+HEAD_STEP = 1.5
 """How far a step of the head moves its outputs: the rate of the head, times its sensitivity."""
 HEAD_TIMES = 10
 """The rate of other parameters over that of theta_d, where nothing is known of them."""
@@ -40,7 +40,7 @@ class Rates(NamedTuple):
 def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
     """The rates for Adam without a search, where they fall to zero over the training:
 
-        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 2 / (mean of |x - mean x|_1)
+        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 1.5 / (mean of |x - mean x|_1)
 
     with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a
     share s sigma when theta_d moves by sigma, whatever d is. The rates that learn best move theta_d, over the

@@ -3,6 +3,7 @@
 import gc
 
 import hypothesis
+import pytest
 import torch
 
 
@@ -12,6 +13,18 @@ UPSTREAM = [
     # torch 2.13 compiles the decompositions of its forward mode with it
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
 ]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="of the tests that are marked gpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.device(config.getoption("--device")).type != "cuda" or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="CUDA is not there; --device cpu runs the same code without it"))
 
 
 def pytest_configure(config):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import routers, stacked_parameters
 from .layer import SubspaceLayer
+from .quantised import is_packed_linear
 from .targets import base_modules, computed_from, own_parameters
 
 
@@ -48,14 +49,14 @@ def _all(model: nn.Module) -> set[str]:
             f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
             "the model in another module, or name the target modules."
         )
-    return {name for name, _, _, module in base_modules(model) if own_parameters(module)}
+    return {name for name, _, _, module in base_modules(model) if own_parameters(module) or is_packed_linear(module)}
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     """The names that PEFT's "all-linear" stands for, the same whether or not the model already has an adapter.
 
-    They are each Linear and Conv1D but the output embedding and the head of a sequence classifier, what their
-    parameters are computed from, where these are parametrised, and the routers of experts.
+    They are each Linear, quantised or not, and Conv1D but the output embedding and the head of a sequence
+    classifier, what their parameters are computed from, where these are parametrised, and the routers of experts.
     """
     heads = set()
     if isinstance(model, PreTrainedModel):
@@ -66,7 +67,7 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     linears = {
         name: module
         for name, _, _, module in base_modules(model)
-        if isinstance(module, (nn.Linear, Conv1D)) and module not in heads
+        if (isinstance(module, (nn.Linear, Conv1D)) or is_packed_linear(module)) and module not in heads
     }
     computed = (other for name, module in linears.items() for other in computed_from(name, module))
     return {*linears, *computed, *routers(model)}

@@ -32,7 +32,11 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
 
     That is theta_d, batch-norm statistics, a given P, the start of replaced weights, and the mark of P. Training adds
     no key, and all but an integer P are floats: federated learning averages them entry by entry.
+
+    Where FSDP of version 1 gathers tensors, only the main process has any; the others select none.
     """
+    if not state_dict:
+        return {}
     suffix = f"theta_d.{adapter}.vector"
     root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
     kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
@@ -206,5 +210,8 @@ def _install_starts(coordinates: dict[str, Coordinates], config: PeftConfig, sav
             raise ValueError(
                 f"The start of `{name}` in the adapter file must be {expected}, got {shapes}; it is damaged."
             )
-        starts[name].load({path: tensor.clone() for path, tensor in tensors.items()})
+        # another object: a graph of torch.compile holds the factors of the one that it has recorded
+        starts[name] = coordinates[name].start = starts[name].loaded(
+            {p: tensor.clone() for p, tensor in tensors.items()}
+        )
     config.starts = starts

@@ -64,11 +64,13 @@ class SubspaceModel(BaseTuner):
             yield OF_THE_ROOT, vectors
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As in torch, also where the vectors are put back, as SyncBatchNorm.convert_sync_batchnorm does."""
-        if name == OF_THE_ROOT:
-            self.model.add_module(VECTORS, module)
-        else:
-            super().add_module(name, module)
+        """As in torch, also where the vectors are put back: as SyncBatchNorm does, and FSDP1 by setattr."""
+        add, name = (self.model.add_module, VECTORS) if name == OF_THE_ROOT else (super().add_module, name)
+        add(name, module)
+
+    def __setattr__(self, name: str, value) -> None:
+        owner, name = (self.model, VECTORS) if name == OF_THE_ROOT else (super(), name)
+        owner.__setattr__(name, value)
 
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None

@@ -22,6 +22,10 @@ PLAIN = nn.Linear(1, 1, bias=False, device="meta")
 """A Linear that stands for any other where only the kind of operation matters."""
 
 
+PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"""The dtypes of packed weights."""
+
+
 def is_quantised(tensor: Tensor | None) -> bool:
     """Whether bitsandbytes or torchao made this tensor."""
     kind = type(tensor)
@@ -36,6 +40,26 @@ def is_quantised_linear(module: nn.Module) -> bool:
         return False
     forward = type(module).forward
     return forward is nn.Linear.forward or forward.__module__.startswith("bitsandbytes.")
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether the module stands for a Linear whose weight another library packs into integers, often in buffers.
+
+    Those of GPTQ, AWQ, HQQ, EETQ and AQLM are so.
+    """
+    if isinstance(module, nn.Linear) or not {"in_features", "infeatures"} & set(vars(module)):
+        return False
+    tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    return any(tensor.dtype in PACKED and tensor.dim() > 1 for tensor in tensors)
+
+
+def check_not_packed(name: str, module: nn.Module) -> None:
+    if is_packed_linear(module):
+        raise ValueError(
+            f"A quantised target must be a Linear of bitsandbytes or torchao: `{name}` is a {type(module).__name__}, "
+            "which packs its weight into integers; load the model with that module unquantised, or leave it out with "
+            "`exclude_modules`."
+        )
 
 
 def backend_of(module: nn.Module) -> QuantizationBackend | None:

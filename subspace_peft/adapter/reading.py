@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..projections.base import is_transformed
+from ..projections.recorded import is_transformed
 from . import quantised
 
 

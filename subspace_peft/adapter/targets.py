@@ -17,7 +17,7 @@ from ..plain_model import COMPILED, is_distributed, is_partitioned
 from . import statistics
 from .layer import SubspaceLayer
 from .modules import is_linear_in_parameters
-from .quantised import is_quantised, is_quantised_linear
+from .quantised import check_not_packed, is_quantised, is_quantised_linear
 from .saved_whole import check_saved, is_saved_whole
 
 
@@ -178,6 +178,7 @@ def _chosen_paths(
                 chosen[name] = chosen.get(name, []) + named[name]
                 _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]})
             continue
+        check_not_packed(name, module)
         owned = own_parameters(module)
         if isinstance(module, nn.MultiheadAttention):
             owned |= _read_by_attention(f"{name}.out_proj", modules, config, rename)

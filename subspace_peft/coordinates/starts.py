@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+from abc import abstractmethod
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from ..projections.base import unrecorded
 from ..projections.philox import Philox
+from ..projections.recorded import Redrawn, unrecorded
 
 
 Factors = tuple[Tensor | None, ...]
@@ -48,7 +50,7 @@ class FactorShapes:
         return {suffix: (*self.stack, *shape) for suffix, shape in shapes.items()}
 
 
-class Start(ABC):
+class Start(Redrawn):
     """The factors of one tensor at theta_d = 0, drawn from the seed or computed from the base's weight.
 
     Args:
@@ -60,9 +62,9 @@ class Start(ABC):
     """Whether the product takes the place of the weight, or is added to it."""
 
     def __init__(self, name: str, shapes: FactorShapes, scaling: float, seed: int, version: int):
+        super().__init__()
         self.name, self.shapes, self.scaling = name, shapes, scaling
         self._seed, self._version = seed, version
-        self._drawn: dict[torch.device, Factors] = {}
         self.measured: dict[str, Tensor] | None = None  # by `measure`, or from the adapter's file
 
     def measure(self, weight: Tensor) -> None:
@@ -99,24 +101,25 @@ class Start(ABC):
             )
         return self.measured
 
-    def load(self, measured: dict[str, Tensor]) -> None:
-        """Take the tensors of an adapter's file, whatever the base's weight says."""
-        self.measured = measured
-        self._drawn.clear()
+    def loaded(self, measured: dict[str, Tensor]) -> Self:
+        """The start with the tensors of an adapter's file, whatever the base's weight says."""
+        twin = copy.copy(self)
+        twin.measured = measured
+        return twin
 
     @abstractmethod
     def draw(self, device: torch.device) -> Factors:
         """The factors, in float32."""
 
     def __call__(self, device: torch.device) -> Factors:
+        return self.state(device)
+
+    def _held(self, device: torch.device) -> Factors:
         if device not in self._drawn:
             self.saved()  # raises if the tensors that drawing needs were not read
             with unrecorded():
                 self._drawn = {device: self.draw(device)}
         return self._drawn[device]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_drawn": {}}
 
     def philox(self, purpose: str) -> Philox:
         return Philox(self._seed, self.name, f"LowRank:{purpose}", self._version)

@@ -7,7 +7,6 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .philox import Philox
+from .recorded import Redrawn, is_recorded, unrecorded
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,6 @@ class TensorRows:
 def full_precision(x: Tensor):
     """Turns autocast off, which would round theta_d and every step of a transform to half precision."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def is_recorded() -> bool:
-    """Whether torch.compile or torch.jit.trace records the operations.
-
-    Neither records an autograd.Function with a jvp, or one that shares a constant with another, but both can record
-    what it does.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_transformed() -> bool:
-    """Whether the operations are recorded, or torch.func transforms them, one by one."""
-    return is_recorded() or torch._C._are_functorch_transforms_active()
-
-
-@contextmanager
-def unrecorded():
-    """Make constants of a graph of torch.jit.trace, which cannot record how the seed makes them.
-
-    Tensors made in inference mode could not be used in training later.
-    """
-    state = torch._C._get_tracing_state()
-    if state is not None:
-        torch._C._set_tracing_state(None)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        if state is not None:
-            torch._C._set_tracing_state(state)
 
 
 def to_working_dtype(x: Tensor) -> Tensor:
@@ -163,15 +132,14 @@ LAST_DRAWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 """The state that was drawn last without a cache: backward uses P of one tensor twice, one right after the other."""
 
 
-class Projection(ABC):
+class Projection(Redrawn):
     """The rows of P of one tensor: theta = origin + P theta_d, P: [n, d], fixed.
 
     A final class implements two linear maps without autograd, `apply` and `adjoint`. Calling the projection is `apply`
     with derivatives of every order, for which nothing of size n is saved.
 
-    The state of a projection is the data that the seed determines: `draw` makes it, `state` returns it. It is drawn
-    when it is first needed, on the device that needs it. Pickles and copies leave it out, and with `cache=False` it is
-    drawn for every use.
+    The state of a projection is the data that the seed determines: `draw` makes it, `state` returns it. With
+    `cache=False` it is drawn for every use.
     """
 
     VERSION = 1  # the newest projection version that this class can draw
@@ -182,9 +150,9 @@ class Projection(ABC):
                 f"`projection_version` must be 1 to {self.VERSION} for {type(self).__name__}, got {rows.version}; "
                 "install a newer subspace_peft to load this adapter."
             )
+        super().__init__()
         self.rows = rows
         self.joint_cache: JointCache | None = None
-        self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
@@ -247,14 +215,12 @@ class Projection(ABC):
     def philox(self, purpose: str) -> Philox:
         return self.rows.philox(purpose)
 
-    def state(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The drawn state on `device`."""
+    def _held(self, device: torch.device) -> tuple[Tensor, ...]:
         drawn = self._drawn.get(device)
         if drawn is None and (last := LAST_DRAWN.get(self)) is not None and last[0] == device:
             return last[1]
         return self._draw(device) if drawn is None else drawn
 
-    @torch.compiler.disable
     def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
         with unrecorded():
             given = self.rows.given
@@ -273,9 +239,6 @@ class Projection(ABC):
             with full_precision(x):
                 return self.adjoint(x) if transposed else self.apply(x)
         return Map.apply(x, self, transposed)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_drawn": {}}
 
     def __repr__(self) -> str:
         rows = dataclasses.replace(self.rows, given=None)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .base import Projection, TensorRows, is_recorded, to_working_dtype
+from .base import Projection, TensorRows, to_working_dtype
 from .hadamard import kronecker, matrix, multiply, next_power_of_two, radices
+from .recorded import is_recorded
 
 
 ENTRIES_AT_A_TIME = 2**18  # of theta: input and output of one transform then stay in a core's cache

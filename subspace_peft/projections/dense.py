@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Projection, TensorRows, to_working_dtype
+from .recorded import unrecorded
 
 
 HELD_BYTES = 2**30  # P of one tensor is held up to this size; a larger one is drawn again at each use, span by span
@@ -39,11 +40,12 @@ class Dense(Projection):
         """Yields start, stop, and rows start to stop of P, transposed: [d, stop - start]."""
         state = self.state(device)
         for k, (start, stop) in enumerate(self._spans()):
-            yield start, stop, state[k] if state else self._redraw(start, stop, device)
+            yield start, stop, state[k] if state else self._redraw(start, stop, device)[0]
 
-    @torch.compiler.disable
-    def _redraw(self, start: int, stop: int, device: torch.device) -> Tensor:
-        return self._normals(start, stop, device)
+    @torch.compiler.assume_constant_result  # as the state in base.py; in a tuple, as lone tensors share one name there
+    def _redraw(self, start: int, stop: int, device: torch.device) -> tuple[Tensor]:
+        with unrecorded():
+            return (self._normals(start, stop, device),)
 
     def apply(self, theta_d: Tensor) -> Tensor:
         z = to_working_dtype(theta_d)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .base import unrecorded
+from .recorded import unrecorded
 
 
 MATRIX_SIZE = 256  # up to this size the transform of a vector is one product with H itself

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import JointCache, Projection, TensorRows, is_recorded
+from .base import JointCache, Projection, TensorRows
+from .recorded import is_recorded
 
 
 class SplitCache(JointCache):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .base import JointCache, Map, Projection, is_transformed, to_working_dtype
+from .base import JointCache, Map, Projection, to_working_dtype
+from .recorded import is_transformed
 
 
 MEMBER_ENTRIES = 2**17  # the largest tensor that joins others: above, the arithmetic takes longer than the calls

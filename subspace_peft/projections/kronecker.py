@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .base import JointCache, Map, Projection, TensorRows, is_transformed, to_working_dtype
+from .base import JointCache, Map, Projection, TensorRows, to_working_dtype
 from .fastjl import FastJL
 from .mixing import Mixing
 from .product import Product, look_up, product
+from .recorded import is_transformed
 
 
 SMALLEST_N = 16  # below, forming the tensor is as fast, and too few different sums of n entries ± would be left

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import TensorRows, is_recorded, unrecorded
+from .base import TensorRows
 from .hadamard import matrix_like
 from .philox import as_signs
+from .recorded import Redrawn, is_recorded, unrecorded
 
 
 ENTRIES_AT_A_TIME = 2**18  # of the matrix: input and output of one chunk then stay in a core's cache
 
 
-class Mixing:
+class Mixing(Redrawn):
     """C -> W, a matrix [r, c] made of n blocks C_l: [⌈r / n⌉, c / n], and its transpose.
 
         W[i n + a, j n + e] = s[i n + a] t[j n + e] n^(-1/2) Σ_l A[a, l] H[e, l] C_l[i, j],   |W|^2 = n |C|^2
@@ -27,17 +28,15 @@ class Mixing:
     """
 
     def __init__(self, shape: tuple[int, int], n: int, rows: TensorRows):
+        super().__init__()
         self.r, self.c = shape
         self.n, self.rows = n, rows
         self.groups = -(-self.r // n)
-        self._drawn: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def state(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The order of A's columns, [n], and s and t, 8 signs a byte; nothing for n = 1."""
+    def _held(self, device: torch.device) -> tuple[Tensor, ...]:
         drawn = self._drawn.get(device)
         return self._draw(device) if drawn is None else drawn
 
-    @torch.compiler.disable
     def _draw(self, device: torch.device) -> tuple[Tensor, ...]:
         given = self.rows.given
         with unrecorded():
@@ -47,6 +46,7 @@ class Mixing:
         return drawn
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The order of A's columns, [n], and s and t, 8 signs a byte; nothing for n = 1."""
         if self.n == 1:
             return ()
         order = self.rows.philox("mixing order").permutations(self.n, 0, 1, device)[0]
@@ -94,9 +94,6 @@ class Mixing:
             return [slice(0, self.groups)]
         step = max(1, ENTRIES_AT_A_TIME // max(1, batch * self.n * self.c))
         return [slice(at, min(at + step, self.groups)) for at in range(0, self.groups, step)]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_drawn": {}}
 
 
 def padded(x: Tensor, length: int, dim: int) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .base import Projection, TensorRows, is_recorded, to_working_dtype
+from .base import Projection, TensorRows, to_working_dtype
 from .joint import Joint, cache_products
+from .recorded import is_recorded
 
 
 ENTRIES_AT_A_TIME = 2**17  # of the permutations that are drawn, and of P that are applied

@@ -37,6 +37,8 @@ MEASUREMENTS = {
     **{f"theory.{name}": name for name in ["affine", "dimensions", "linearized", "wells"]},
     "vit_lora.cost": "costs_mnist",
 }
+NOT_MEASURED = ["speed.gpu"]
+"""Those without a committed result: nobody has run them so far."""
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def yaml(script: str) -> list[str]:
 
 
 def test_all_scripts_are_known():
-    assert sorted({*MEASUREMENTS, "run"}) == SCRIPTS
+    assert sorted({*MEASUREMENTS, *NOT_MEASURED, "run"}) == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

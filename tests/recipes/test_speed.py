@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from recipes.lab.results import read_measurement
-from recipes.speed import distortion, layer, models, optimiser, pca, projections, setup, step, sweeps
+from recipes.speed import distortion, gpu, layer, models, optimiser, pca, projections, setup, step, sweeps
 from subspace_peft import SubspaceConfig
 
 
@@ -77,6 +77,45 @@ def test_whole_models(record, monkeypatch):
     assert list(methods) == list(models.METHODS)
     assert methods["lora"]["of_lora"] == methods["full"]["of_full"] == 1
     assert methods["kronecker"]["held_mb"] <= methods["lora"]["held_mb"] < methods["full"]["held_mb"]
+
+
+def test_what_a_gpu_would_measure(record, monkeypatch):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 30}
+    images = {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    models = {
+        "Llama 1B": lambda: gpu.llama(1, 4, **small, **text),
+        "ViT-B/16": lambda: gpu.vit(1, **small, **images),
+    }
+    monkeypatch.setattr(gpu, "MODELS", models)
+    monkeypatch.setattr(step, "D_SMALL", 16)
+    monkeypatch.setattr(step, "RANK", 2)
+    monkeypatch.setattr(gpu, "tests", lambda device: {"exit_status": 0, "summary": device, "failed": []})
+    measured = record(gpu, "--rounds", "1", "--device", "cpu")
+    assert list(measured["models"]) == list(models)
+    for methods in measured["models"].values():
+        assert list(methods) == list(gpu.METHODS)
+        assert methods["kronecker"]["trained"] == 16
+        assert methods["full"]["of_full"] == methods["lora"]["of_lora"] == 1
+
+
+def test_the_tests_of_a_gpu_are_run_and_their_failures_named(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text(
+        'def pytest_addoption(parser):\n    parser.addoption("--device")\n'
+    )
+    (tmp_path / "tests" / "test_gpu.py").write_text("def test_a(): pass\ndef test_b(): assert False\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    ended = gpu.tests("cpu")
+    assert ended["exit_status"] == 1
+    assert ended["failed"] == ["FAILED tests/test_gpu.py::test_b"]
+    assert ended["summary"] == "1 failed, 1 passed"
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="`--device cuda` needs a GPU"):
+        gpu.main([])
 
 
 def test_setting_up(record, monkeypatch):

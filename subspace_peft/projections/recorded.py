@@ -1,0 +1,81 @@
+"""Recorded: what graphs of torch.compile, torch.export and torch.jit.trace may see, and what is a constant in them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+_marks = map(str, count())  # strings, as graphs guard on their values
+_is_drawing = False
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.jit.trace records the operations.
+
+    Neither records an autograd.Function with a jvp, or one that shares a constant with another, but both can record
+    what it does.
+    """
+    return not _is_drawing and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def is_transformed() -> bool:
+    """Whether the operations are recorded, or torch.func transforms them, one by one."""
+    return is_recorded() or torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def unrecorded():
+    """Make constants of a graph, which cannot record how the seed makes them.
+
+    Tensors made in inference mode could not be used in training later, and those of torch.export have no values.
+    """
+    global _is_drawing
+    without_modes = _disable_current_modes if torch.compiler.is_compiling() else nullcontext
+    state, was_drawing = torch._C._get_tracing_state(), _is_drawing
+    if state is not None:
+        torch._C._set_tracing_state(None)
+    _is_drawing = True
+    try:
+        with torch.inference_mode(False), torch.no_grad(), without_modes():
+            yield
+    finally:
+        _is_drawing = was_drawing
+        if state is not None:
+            torch._C._set_tracing_state(state)
+
+
+class Redrawn(ABC):
+    """What the seed determines on each device: drawn when it is needed, held, and left out of pickles and copies.
+
+    What torch.compile records has it as a constant. A graph guards on no cache then, which other calls fill and empty,
+    but on `_mark`, since another object in the same place may hold something else.
+    """
+
+    def __init__(self):
+        self._drawn: dict[torch.device, Any] = {}
+        self._mark = next(_marks)
+
+    def state(self, device: torch.device) -> Any:
+        """What was drawn, on `device`."""
+        return self._constant(device, self._mark) if torch.compiler.is_compiling() else self._held(device)
+
+    @torch.compiler.assume_constant_result
+    def _constant(self, device: torch.device, mark: str) -> Any:
+        return self._held(device)
+
+    @abstractmethod
+    def _held(self, device: torch.device) -> Any:
+        """What was drawn, or is drawn now, `unrecorded`."""
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_drawn": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._mark = next(_marks)

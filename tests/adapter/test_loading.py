@@ -1,0 +1,109 @@
+"""Bases that accelerate spreads and offloads, and models whose tensors have no values at first."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model, init_empty_weights
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from subspace_peft import SubspaceConfig
+from tests.cases import BY_NAME, close, loss, move, outputs, settings, theta_d, wrap
+
+
+LLAMA, MLP = BY_NAME["llama"], BY_NAME["mlp"]
+KINDS = [
+    {"projection": "fastjl"},
+    {"projection": "kronecker"},
+    {"projection": "sparse"},
+    {"coordinates": "low_rank", "rank": 2},
+]
+
+
+def config(changes: dict) -> SubspaceConfig:
+    return settings(**with_linear(changes))
+
+
+def with_linear(changes: dict) -> dict:
+    return {"target_modules": "all-linear", **changes}
+
+
+def gradient(model: nn.Module, case=LLAMA) -> torch.Tensor:
+    theta_d(model).grad = None
+    loss(model, case.batch()).backward()
+    return theta_d(model).grad.clone()
+
+
+def check(model: nn.Module, plain: nn.Module) -> None:
+    """Outputs and gradients are those of the plain model, and a step of training moves both alike."""
+    for each in (model, plain):
+        move(each)
+    close(outputs(model, LLAMA), outputs(plain, LLAMA), atol=1e-6)
+    close(gradient(model), gradient(plain), atol=1e-5)
+    for each in (model, plain):
+        torch.optim.SGD([theta_d(each)], lr=0.1).step()
+    close(outputs(model, LLAMA), outputs(plain, LLAMA), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    LLAMA.model().save_pretrained(folder)
+    return folder
+
+
+def device_map(model: nn.Module, elsewhere: str) -> dict:
+    places = {name: "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    layers = {f"model.layers.{i}": elsewhere if i else "cpu" for i in range(len(model.model.layers))}
+    return {**{f"model.{name}": place for name, place in places.items()}, **layers, "lm_head": elsewhere}
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_weights_on_disk(changes, folder, tmp_path):
+    base = LLAMA.model()
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=device_map(base, "disk"), offload_folder=tmp_path, dtype=torch.float32
+    )
+    assert any(parameter.device.type == "meta" for parameter in base.parameters())
+    check(get_peft_model(base, config(changes)).eval(), wrap(LLAMA, **with_linear(changes)))
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_weights_in_host_memory(changes):
+    """As beside a GPU: a device that holds some layers, and a state dict that holds the others."""
+    base = LLAMA.model()
+    places = device_map(base, "cpu")
+    base = dispatch_model(base, places, main_device="cpu", force_hooks=True)
+    check(get_peft_model(base, config(changes)).eval(), wrap(LLAMA, **with_linear(changes)))
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_low_cpu_mem_usage(changes, tmp_path):
+    """theta_d has no values until a file is read; P needs none."""
+    plain = wrap(MLP, **with_linear(changes))
+    move(plain)
+    empty = get_peft_model(MLP.model(), config(changes), low_cpu_mem_usage=True).eval()
+    assert theta_d(empty).is_meta
+    set_peft_model_state_dict(empty, get_peft_model_state_dict(plain), low_cpu_mem_usage=True)
+    assert torch.equal(outputs(empty, MLP), outputs(plain, MLP))
+    plain.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MLP.model(), tmp_path, low_cpu_mem_usage=True, is_trainable=True).eval()
+    assert torch.equal(outputs(loaded, MLP), outputs(plain, MLP))
+    close(gradient(loaded, MLP), gradient(plain, MLP))
+
+
+def test_an_adapter_on_a_base_without_values(tmp_path):
+    """Wrapped on the meta device, then filled from the state dict of a wrapped model."""
+    plain = wrap(MLP, **with_linear(KINDS[0]))
+    move(plain)
+    with init_empty_weights():
+        empty = get_peft_model(copy.deepcopy(MLP.model()).to("meta"), config(KINDS[0])).eval()
+    assert empty.peft_config["default"].fingerprint == plain.peft_config["default"].fingerprint
+    empty.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(outputs(empty, MLP), outputs(plain, MLP))
+    empty.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys()

@@ -1,0 +1,147 @@
+"""The program that test_sharded.py starts in two processes: Trainer under the YAMLs of recipes/accelerate.
+
+accelerate shards on GPUs alone. Here it takes the two processes on the CPU for two GPUs.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from recipes import run
+from tests.cases import settings
+
+
+YAMLS = Path(run.__file__).parent / "accelerate"
+SHARDINGS = ("ddp", "fsdp2", "fsdp1")
+LOW_RANK = {"coordinates": "low_rank", "rank": 2}
+KINDS = {name: {"projection": name} for name in ("fastjl", "kronecker", "sparse")} | {"low_rank": LOW_RANK}
+STEPS, ROWS = 4, 8
+RESUMED = "fastjl"
+"""Also trained again from the checkpoint in the middle."""
+RESUMABLE = ("ddp", "fsdp2")
+"""Under FSDP1 accelerate 1.15 loads no adapter of PEFT: it looks for its keys without those of the wrapper."""
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return ROWS * STEPS
+
+    def __getitem__(self, i):
+        x = torch.randn(16, generator=torch.Generator().manual_seed(i))
+        return {"x": x, "labels": x[:4].argmax()}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x, labels=None):
+        logits = self.last(torch.tanh(self.first(x)))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Moved(TrainerCallback):
+    """Counts the numbers that DDP reduces."""
+
+    def __init__(self):
+        self.trainer, self.numbers = None, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def count(group, bucket):
+            self.numbers.append(bucket.buffer().numel())
+            return allreduce_hook(group, bucket)
+
+        if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            self.trainer.model_wrapped.register_comm_hook(None, count)
+
+
+def train(kind: str, folder: str, processes: int = 1, resume: bool = False) -> tuple[dict, list[int]]:
+    """The adapter's file after training, and how many numbers each reduction held."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), settings(**KINDS[kind], target_modules="all-linear"))
+    args = TrainingArguments(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=ROWS // processes, learning_rate=0.05,
+        lr_scheduler_type="constant", save_steps=STEPS // 2, report_to=[], disable_tqdm=True, seed=0,
+        use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ,
+    )  # fmt: skip
+    moved = Moved()
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[moved])
+    moved.trainer = trainer
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if resume else None)
+    trainer.save_model(f"{folder}/saved")
+    if processes > 1:
+        torch.distributed.barrier()
+    file = load_file(f"{folder}/saved/adapter_model.safetensors")
+    return {name: tensor.tolist() for name, tensor in file.items()}, moved.numbers
+
+
+def environment(sharding: str, port: int) -> dict[str, str]:
+    """What `accelerate launch --config_file` would set."""
+    given = ["--config_file", str(YAMLS / f"{sharding}.yaml"), "--main_process_port", str(port), "script.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    return prepare_multi_gpu_env(args)
+
+
+def work(process: int, sharding: str, port: int, folder: str) -> None:
+    os.environ.update(environment(sharding, port), RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if sharding != "ddp":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+        # torch moves the parameters of FSDP1 to the CPU, on which they are, and frees them: a segmentation fault
+        FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()
+    results = {}
+    for kind in KINDS:
+        file, moved = train(kind, f"{folder}/{kind}", processes=2)
+        again = file
+        if kind == RESUMED and sharding in RESUMABLE:
+            again, _ = train(kind, f"{folder}/{kind}", processes=2, resume=True)
+        results[kind] = {"file": file, "resumed": again, "moved": moved}
+    if process == 0:
+        Path(folder, "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort some processes when the interpreter takes them down
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {}
+    for sharding in SHARDINGS:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            context = multiprocessing.get_context("fork")  # so that the imports run once
+            port = free_port()
+            workers = [context.Process(target=work, args=(p, sharding, port, folder)) for p in range(2)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            if any(worker.exitcode for worker in workers):
+                sys.exit(f"{sharding} failed")
+            results[sharding] = json.loads(Path(folder, "results.json").read_text())
+    print("RESULTS " + json.dumps(results))

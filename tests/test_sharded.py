@@ -1,0 +1,69 @@
+"""Trainer under DDP, FSDP2 and FSDP1 in two processes: theta_d and file of one process; the YAMLs of DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+
+from tests import distributed_sharded as sharded
+
+
+@pytest.fixture(scope="module")
+def together() -> dict:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tests.distributed_sharded"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    return json.loads(line.removeprefix("RESULTS "))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    return {kind: sharded.train(kind, str(tmp_path_factory.mktemp(kind)))[0] for kind in sharded.KINDS}
+
+
+def assert_same_file(file: dict, expected: dict) -> None:
+    assert file.keys() == expected.keys()
+    for key, values in expected.items():
+        torch.testing.assert_close(torch.tensor(file[key]), torch.tensor(values), rtol=1e-4, atol=1e-5)
+    assert max(map(abs, next(values for key, values in file.items() if key.endswith("theta_d")))) > 0.01
+
+
+@pytest.mark.parametrize("kind", sharded.KINDS)
+@pytest.mark.parametrize("sharding", sharded.SHARDINGS)
+def test_the_file_is_that_of_one_process(sharding, kind, together, alone):
+    assert_same_file(together[sharding][kind]["file"], alone[kind])
+
+
+@pytest.mark.parametrize("sharding", sharded.RESUMABLE)
+def test_a_resumed_training_ends_where_the_whole_one_did(sharding, together):
+    results = together[sharding][sharded.RESUMED]
+    assert_same_file(results["resumed"], results["file"])
+
+
+def test_a_step_reduces_d_numbers(together):
+    assert {kind: r["moved"] for kind, r in together["ddp"].items()} == {k: [7] * sharded.STEPS for k in sharded.KINDS}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_yaml_of_deepspeed_is_one_of_accelerate(stage):
+    """It was not run: DeepSpeed needs a compiler for CUDA. The base must be whole when it is wrapped."""
+    config = load_config_from_file(str(sharded.YAMLS / f"zero{stage}.yaml"))
+    assert config.distributed_type == DistributedType.DEEPSPEED
+    assert config.deepspeed_config["zero_stage"] == stage
+    assert config.deepspeed_config["zero3_init_flag"] is False
+
+
+@pytest.mark.parametrize("file", sorted(sharded.YAMLS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_yaml_is_read_by_accelerate(file):
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "no"
+    assert config.num_processes == (1 if file.stem in ("cpu", "gpu") else 2)
