@@ -17,15 +17,11 @@ from functools import partial
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..coordinates import LowRank, Weight, factored
 from . import quantised
-from .modules import in_place_of
-
-
-MATRICES = {nn.Linear.forward: False, Conv1D.forward: True}
-"""Forward methods that multiply by the weight, or by its transpose -> whether the weight is [inputs, outputs]."""
+from .forming import Form, formed
+from .modules import MATRICES, autocast_dtype, in_place_of
 
 
 def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
@@ -34,7 +30,7 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
     multiplied = [adapter for adapter in adapters if _is_multiplied(layer, adapter, *args, **kwargs)]
     if not _adds_to_output(layer) and len(low_rank) + len(multiplied) < len(adapters):
-        with in_place_of(base, layer.moved(adapters)):
+        with formed(base, _moved_forms(layer, adapters)):
             return base(*args, **kwargs)
     total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank, multiplied)
     if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
@@ -118,15 +114,32 @@ def _sum_of_outputs(
             output = coordinates.product(x, z, MATRICES[type(operator).forward], output)
     for increment in layer.increments(multiplied, skip=("weight",)).values():  # of the bias
         output = output + increment.to(output.dtype)
-    formed = [adapter for adapter in adapters if adapter not in (*low_rank, *multiplied)]
-    if formed and operator is not base:
-        output = output + quantised.run(x, layer.increments(formed)).to(output.dtype)
-    elif formed:
-        increments = layer.increments(formed)
-        tensors = {
-            path: increments[path].to(parameter.dtype) if path in increments else torch.zeros_like(parameter)
-            for path, parameter in base.named_parameters(recurse=False)
-        }
-        with in_place_of(base, tensors):
-            output = output + forward(*args, **kwargs)
+    by_forming = [adapter for adapter in adapters if adapter not in (*low_rank, *multiplied)]
+    if by_forming:
+        output = output + _output_of_increments(layer, forward, by_forming, *args, **kwargs).to(output.dtype)
     return output
+
+
+def _moved_forms(layer: BaseTunerLayer, adapters: list[str]) -> dict[str, Form]:
+    """How the parameters are formed; of a product in the dtype of autocast, which would hold a copy of its own."""
+    base, forms = layer.base_layer, {}
+    for path, zs in layer.zs(adapters).items():
+        origin = getattr(base, path)
+        dtype = autocast_dtype(base, origin) if layer.is_linear and path == "weight" else None
+        forms[path] = layer.form(path, zs, origin, dtype)
+    return forms
+
+
+def _output_of_increments(layer: BaseTunerLayer, forward: Callable, adapters: list[str], *args, **kwargs) -> Tensor:
+    """op(x, P theta_d) of a module that is linear in its parameters."""
+    base, zs_of = layer.base_layer, layer.zs(adapters)
+    if quantised.is_quantised_linear(base):
+        x = args[0] if args else next(iter(kwargs.values()))
+        dtypes = {"weight": autocast_dtype(base, x) or x.dtype, "bias": x.dtype}
+        with formed(base, {path: layer.form(path, zs, None, dtypes[path]) for path, zs in zs_of.items()}) as tensors:
+            return quantised.run(x, tensors)
+    parameters = dict(base.named_parameters(recurse=False))
+    forms = {path: layer.form(path, zs, None, parameters[path].dtype) for path, zs in zs_of.items()}
+    zeros = {path: torch.zeros_like(parameter) for path, parameter in parameters.items() if path not in forms}
+    with in_place_of(base, zeros), formed(base, forms):
+        return forward(*args, **kwargs)

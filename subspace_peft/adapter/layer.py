@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..coordinates import Coordinates
 from . import merging, outside, quantised, statistics
+from .forming import Form
 from .forward import adapted
 from .mixed_batch import mixed_batch
 from .modules import device_of, features, is_linear_in_parameters
@@ -196,47 +197,37 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         origin = self.replaced_origins[path] if path in self.replaced_origins else getattr(self.base_layer, path)
         return quantised.entries(self) if quantised.is_quantised(origin) else origin
 
-    def _increment(self, path: str, coordinates: Coordinates, z: Tensor) -> Tensor:
-        increment = coordinates.increment(z)
-        return increment - self.origin(path) if coordinates.replaces else increment
+    def form(self, path: str, zs: dict[str, Tensor], origin: Tensor | None, dtype: torch.dtype | None = None) -> Form:
+        """How one parameter is formed from the normalised theta_d of adapters; see Form."""
+        terms = [(self.coordinates[adapter][path], z) for adapter, z in zs.items()]
+        needs_base = any(c.replaces for c, _ in terms) and (origin is None or len(terms) > 1)
+        base = self.origin(path) if needs_base else None
+        if origin is not None and quantised.is_quantised(origin):
+            origin = quantised.entries(self)
+        return Form(terms, origin, base, dtype)
+
+    def zs(self, adapters: Iterable[str], skip: Iterable[str] = ()) -> dict[str, dict[str, Tensor]]:
+        """The normalised theta_d of those of the adapters that move each parameter, by its path."""
+        by_path: dict[str, dict[str, Tensor]] = {}
+        for adapter in adapters:
+            z = self.normalised(adapter)
+            for path in self.coordinates[adapter]:
+                if path not in skip:
+                    by_path.setdefault(path, {})[adapter] = z
+        return by_path
 
     def increments(self, adapters: list[str], skip: Iterable[str] = ()) -> dict[str, Tensor]:
         """The sum of these adapters' increments to each parameter, by its path inside the base module."""
-        total: dict[str, Tensor] = {}
-        for adapter in adapters:
-            z = self.normalised(adapter)
-            for path, coordinates in self.coordinates[adapter].items():
-                if path not in skip:
-                    increment = self._increment(path, coordinates, z)
-                    total[path] = total[path] + increment if path in total else increment
-        return total
+        return {path: self.form(path, zs, None)() for path, zs in self.zs(adapters, skip).items()}
 
     def moved(self, adapters: list[str]) -> dict[str, Tensor]:
         """origin + P theta_d of these adapters for each parameter, by its path inside the base module."""
-        zs = {adapter: self.normalised(adapter) for adapter in adapters}
-        paths = dict.fromkeys(path for adapter in adapters for path in self.coordinates[adapter])
-        return {
-            path: self.move(
-                path, getattr(self.base_layer, path), {a: z for a, z in zs.items() if path in self.coordinates[a]}
-            )
-            for path in paths
-        }
-
-    def move(self, path: str, origin: Tensor, zs: dict[str, Tensor]) -> Tensor:
-        """origin + P theta_d of one parameter, in its dtype, from the normalised theta_d of adapters that move it."""
-        moved = origin = quantised.entries(self) if quantised.is_quantised(origin) else origin
-        for adapter, z in zs.items():
-            coordinates = self.coordinates[adapter][path]
-            z = z.to(torch.promote_types(z.dtype, moved.dtype))
-            if coordinates.replaces and moved is not origin:
-                moved = moved + self._increment(path, coordinates, z)
-            else:
-                moved = coordinates.moved_from(moved, z)
-        return moved.to(origin.dtype)
+        zs_of = self.zs(adapters)
+        return {path: self.form(path, zs, getattr(self.base_layer, path))() for path, zs in zs_of.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's increment to the weight, in the shape of the weight."""
-        return self._increment("weight", self.coordinates[adapter]["weight"], self.normalised(adapter))
+        return self.form("weight", {adapter: self.normalised(adapter)}, None)()
 
     # --------------------------------------------------------------------------------------------- running and merging
 

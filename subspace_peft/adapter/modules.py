@@ -21,6 +21,10 @@ LINEAR_IN_PARAMETERS = {
 """The forward methods that are linear in weight and bias; a subclass may have another that is not."""
 
 
+MATRICES = {nn.Linear.forward: False, Conv1D.forward: True}
+"""Forward methods that multiply by the weight, or by its transpose -> whether the weight is [inputs, outputs]."""
+
+
 def is_linear_in_parameters(module: nn.Module) -> bool:
     """Whether its operation is linear in weight and bias, and it stores these rather than computing them."""
     if module._parameters.get("weight") is None or not set(module._parameters) <= {"weight", "bias"}:
@@ -30,6 +34,14 @@ def is_linear_in_parameters(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
         return True  # many models of transformers have a class of this name: an embedding times a constant
     return type(module).forward in LINEAR_IN_PARAMETERS
+
+
+def autocast_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast converts a tensor of a module that is linear in its parameters; None if it does not."""
+    device = parameter.device.type
+    if not torch.is_autocast_enabled(device) or parameter.dtype != torch.float32:
+        return None
+    return None if isinstance(module, nn.Embedding | nn.EmbeddingBag) else torch.get_autocast_dtype(device)
 
 
 def padding_row(module: nn.Module, path: str) -> int | None:

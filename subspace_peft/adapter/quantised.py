@@ -129,10 +129,9 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def run(x: Tensor, increments: dict[str, Tensor]) -> Tensor:
-    """x (P theta_d)^T plus the increment to the bias, in the dtype of x or of autocast."""
+    """x (P theta_d)^T plus the increment to the bias; both are in the dtype of x or of autocast."""
     weight, bias = increments.get("weight"), increments.get("bias")
-    bias = bias if bias is None else bias.to(x.dtype)
-    return bias if weight is None else F.linear(x, weight.to(x.dtype), bias)
+    return bias if weight is None else F.linear(x, weight, bias)
 
 
 def output_of(module: nn.Module, forward: Callable, x: Tensor) -> Tensor:

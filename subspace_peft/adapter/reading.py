@@ -111,7 +111,7 @@ class Moving:
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
-        return self.layer.move(self.path, parameter, dict(zip(self.zs, zs, strict=True)))
+        return self.layer.form(self.path, dict(zip(self.zs, zs, strict=True)), parameter)()
 
     def entries(self) -> Tensor:
         """The moved tensor without its graph."""
@@ -206,7 +206,7 @@ def read(layer: BaseTunerLayer, path: str, adapters: list[str]) -> Tensor:
     zs = {adapter: layer.normalised(adapter) for adapter in adapters if path in layer.coordinates[adapter]}
     parameter = getattr(layer.base_layer, path)
     if is_transformed() or torch.autograd.forward_ad._current_level >= 0:
-        return layer.move(path, parameter, zs)
+        return layer.form(path, zs, parameter)()
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (parameter, *zs.values()))
     if not trains:
         return MovedTensor(Moving(layer, path, zs))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from . import scratch
 from .base import Projection, TensorRows, to_working_dtype
 from .hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 from .recorded import is_recorded
@@ -123,7 +124,7 @@ class Blocks(Projection):
         if is_recorded() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
             y = self._blocks(v, held, kronecker_factors).view(batch, -1)[:, : self.rows.n]
             return y if origin is None else y + origin
-        out = z.new_empty(batch, self.rows.n)
+        out = scratch.empty(z, (batch, self.rows.n))
         for row, y in zip(v.unsqueeze(1), out, strict=True):
             for blocks, entries in self._chunks():
                 part = y[entries]

@@ -1,0 +1,37 @@
+"""Scratch: memory to which one moved tensor after another is written.
+
+On a CPU a large tensor takes fresh pages, and to touch these takes half as long as to compute what is written.
+"""
+
+import threading
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+BUFFERS = 2
+BUFFER_BYTES = 2**26  # of the largest that is kept: a weight of 4096 x 4096 in float32
+
+_buffers: list[torch.UntypedStorage] = []
+_lock = threading.Lock()
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor in memory that nothing else uses; others get it when all tensors that share it are gone."""
+    size = prod(shape) * like.itemsize
+    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu" or size > BUFFER_BYTES:
+        return like.new_empty(shape)
+    with _lock:
+        return torch.empty(0, dtype=like.dtype).set_(_free(size), 0, shape)
+
+
+def _free(size: int) -> torch.UntypedStorage:
+    free = [at for at, storage in enumerate(_buffers) if torch._C._storage_Use_Count(storage._cdata) == 1]
+    for at in free:
+        if _buffers[at].nbytes() >= size and not _buffers[at].is_shared():
+            return _buffers[at]
+    if len(_buffers) == BUFFERS:
+        del _buffers[free[0] if free else 0]
+    _buffers.append(torch.UntypedStorage(size))
+    return _buffers[-1]
