@@ -78,11 +78,11 @@ class FormedAgain:
 
     last: tuple[FormedAgain, Tensor] | None = None
 
-    def __init__(self, form: Form, tensor: Tensor):
+    def __init__(self, form: Form, like: Tensor):
         self.form = form.frozen()
-        self.stride, self.dtype, self.version = tensor.stride(), tensor.dtype, tensor._version
+        self.stride, self.dtype, self.version = like.stride(), like.dtype, _version(like)
         sources = (self.form.origin, self.form.base, *(z for _, z in self.form.terms))
-        self.sources = [(x, x._version) for x in sources if x is not None and not is_partitioned(x)]
+        self.sources = [(x, _version(x)) for x in sources if x is not None and not is_partitioned(x)]
         self.uses = 0
 
     def __call__(self) -> Tensor:
@@ -112,25 +112,31 @@ def check_version(tensor: Tensor, version: int) -> None:
     Raises:
         RuntimeError: if the tensor was written to since it had this version.
     """
-    if tensor._version != version:
+    if _version(tensor) != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} "
+            f"a tensor of shape {list(tensor.shape)} is at version {_version(tensor)}; expected version {version} "
             "instead; write to it after the backward pass, or to a copy."
         )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Hooks:
     """While a module runs, formed tensors are saved by their form, all others as without these hooks."""
 
     def __init__(self, forms: dict[str, Form], tensors: dict[str, Tensor]):
-        self.formed = {tensors[path].untyped_storage()._cdata: FormedAgain(forms[path], tensors[path]) for path in forms}
+        self.formed = {
+            tensors[path].untyped_storage()._cdata: FormedAgain(form, tensors[path]) for path, form in forms.items()
+        }
         self.outer = OUTER_HOOKS(False)
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         if type(tensor) is Tensor:
             formed = self.formed.get(tensor.untyped_storage()._cdata)
-            if formed is not None and (tensor.dtype, tensor._version) == (formed.dtype, formed.version):
+            if formed is not None and (tensor.dtype, _version(tensor)) == (formed.dtype, formed.version):
                 formed.uses += 1
                 return _View(formed, tensor)
         if self.outer is not None:
@@ -157,7 +163,7 @@ class _Outer:
 class _Held:
     def __init__(self, tensor: Tensor):
         self.tensor = tensor if tensor.is_leaf else tensor.detach()  # its graph would hold it in a circle
-        self.version = tensor._version
+        self.version = _version(tensor)
 
     def __call__(self) -> Tensor:
         check_version(self.tensor, self.version)

@@ -6,15 +6,16 @@ of all for its dtype. So what they read is made at the first operation that uses
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..projections.recorded import is_transformed
-from . import quantised
+from . import forming, quantised
 
 
 class MovedTensor(Tensor):
@@ -33,7 +34,7 @@ class MovedTensor(Tensor):
     def __new__(cls, source: Moving | Part):
         like = source.like
         return Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=source.parameter.device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=source.device
         )
 
     def __init__(self, source: Moving | Part):
@@ -44,17 +45,15 @@ class MovedTensor(Tensor):
         if func is torch.ops.aten.detach.default:
             return cls(args[0].source)
         kwargs = kwargs or {}
-        moved = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for value in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
                     if isinstance(value, cls):
                         raise RuntimeError(value.source.refusal())
+        if func.is_view:
+            return _views(func, args, kwargs)
         args, kwargs = tree_map_only(cls, lambda value: value.source.entries(), (args, kwargs))
-        result = func(*args, **kwargs)
-        if not func.is_view:
-            return result
-        return tree_map_only(Tensor, lambda part: cls(Part(moved[0].source, part)), result)
+        return func(*args, **kwargs)
 
     @property
     def data(self) -> Tensor:
@@ -106,19 +105,23 @@ class Moving:
     def __init__(self, layer: BaseTunerLayer, path: str, zs: dict[str, Tensor]):
         self.layer, self.path, self.zs = layer, path, zs
         self.parameter = getattr(layer.base_layer, path)
-        self.like = quantised.like(layer) if quantised.is_quantised(self.parameter) else self.parameter
+        like = quantised.like(layer) if quantised.is_quantised(self.parameter) else self.parameter
+        self.like, self.device = _shape_of(like), self.parameter.device
         self.state = _state(layer, self.parameter)
+        self._formed_again = forming.FormedAgain(layer.form(path, zs, self.parameter), self.like)
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
         return self.layer.form(self.path, dict(zip(self.zs, zs, strict=True)), parameter)()
 
     def entries(self) -> Tensor:
-        """The moved tensor without its graph."""
-        if self._entries is None:
-            with torch.no_grad():
-                self._entries = self(self.parameter, *self.zs.values())
-        return self._entries
+        """The moved tensor without its graph; a large one is formed by each operation that uses it."""
+        if self._entries is not None:
+            return self._entries
+        entries = self._formed_again()
+        if entries.numel() <= forming.HELD_ENTRIES:
+            self._entries = entries
+        return entries
 
     def is_of(self, parameter: Tensor, zs: dict[str, Tensor]) -> bool:
         """Whether this is how the parameter moves by these zs."""
@@ -141,13 +144,36 @@ class Moving:
 
 
 class Part:
-    """A view of what was moved, such as a row or the transposed tensor; it can not be written to either."""
+    """A view of what was moved, such as a row or the transposed tensor; it can not be written to either.
 
-    def __init__(self, whole: Moving | Part, parameter: Tensor):
-        self.refusal, self.parameter, self.like = whole.refusal, parameter, parameter
+    Args:
+        view: Makes it of the entries.
+        like: Its shape, strides and dtype.
+    """
 
-    def entries(self) -> Tensor:
-        return self.parameter
+    def __init__(self, whole: Moving | Part, view: Callable[[], Tensor], like: Tensor):
+        self.refusal, self.device, self.entries, self.like = whole.refusal, whole.device, view, like
+
+
+def _views(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """The views that an operation gives of moved tensors, whose entries are not made for it."""
+    whole = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, MovedTensor)).source
+
+    def run(of: Callable[[Moving | Part], Tensor]) -> Any:
+        plain_args, plain_kwargs = tree_map_only(MovedTensor, lambda value: of(value.source), (args, kwargs))
+        return func(*plain_args, **plain_kwargs)
+
+    likes, structure = tree_flatten(run(lambda source: source.like))
+    parts = [
+        Part(whole, lambda at=at: tree_leaves(run(lambda source: source.entries()))[at], like)
+        for at, like in enumerate(likes)
+    ]
+    return tree_unflatten([MovedTensor(part) for part in parts], structure)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """A tensor with its shape, strides and dtype, and no entries."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class MovingBySample(Moving):

@@ -11,6 +11,7 @@ from . import scratch
 from .base import Projection, TensorRows, to_working_dtype
 from .hadamard import kronecker, matrix, multiply, next_power_of_two, radices
 from .recorded import is_recorded
+from .two_factors import TwoFactors
 
 
 ENTRIES_AT_A_TIME = 2**18  # of theta: input and output of one transform then stay in a core's cache
@@ -126,15 +127,26 @@ class Blocks(Projection):
             return y if origin is None else y + origin
         out = scratch.empty(z, (batch, self.rows.n))
         for row, y in zip(v.unsqueeze(1), out, strict=True):
-            for blocks, entries in self._chunks():
-                part = y[entries]
-                if part.shape[0] % self.size == 0:
-                    self._blocks(row, held[blocks], kronecker_factors, part)
-                else:
-                    part.copy_(self._blocks(row, held[blocks], kronecker_factors).view(-1)[: part.shape[0]])
-                if origin is not None:
-                    part.add_(origin[entries])
+            self._write(row, held, kronecker_factors, y, origin)
         return out
+
+    def _write(
+        self, v: Tensor, held: Tensor, kronecker_factors: list[Tensor], out: Tensor, origin: Tensor | None
+    ) -> None:
+        """Write the entries of one H_k A z, [1, 1, k, size / k], plus an origin, chunk by chunk: [n]."""
+        pair = self._pair(kronecker_factors)
+        M = None if pair is None else pair.matrices(v)
+        for blocks, entries in self._chunks():
+            part, start = out[entries], None if origin is None else origin[entries]
+            is_whole = part.shape[0] % self.size == 0
+            if pair is not None and is_whole:
+                pair.blocks(M, self.coefficients(held[blocks]).to(v.dtype), part, start)
+                continue
+            y = self._blocks(v, held[blocks], kronecker_factors, part if is_whole else None)
+            if not is_whole:
+                part.copy_(y.view(-1)[: part.shape[0]])
+            if start is not None:
+                part.add_(start)
 
     def _adjoint(self, g: Tensor, state: tuple) -> Tensor:
         """[batch, n] -> [batch, d]."""
@@ -143,11 +155,22 @@ class Blocks(Projection):
         if is_recorded() or g.numel() <= ENTRIES_AT_A_TIME:
             v = self._blocks_adjoint(self._padded(g), held, kronecker_factors)
             return self._common_adjoint(v, kronecker_factors, inner)
-        totals = []
-        for row in g.unsqueeze(1):
-            chunks = ((self._padded(row[:, entries]), held[blocks]) for blocks, entries in self._chunks())
-            totals.append(sum(self._blocks_adjoint(chunk, c, kronecker_factors) for chunk, c in chunks))
+        totals = [self._sum_of_chunks(row, held, kronecker_factors) for row in g.unsqueeze(1)]
         return self._common_adjoint(torch.cat(totals), kronecker_factors, inner)
+
+    def _sum_of_chunks(self, g: Tensor, held: Tensor, kronecker_factors: list[Tensor]) -> Tensor:
+        """[1, n] -> [1, k, size / k]."""
+        pair = self._pair(kronecker_factors)
+        chunks = ((self._padded(g[:, entries]), held[blocks]) for blocks, entries in self._chunks())
+        if pair is None:
+            return sum(self._blocks_adjoint(chunk, c, kronecker_factors) for chunk, c in chunks)
+        total = g.new_zeros(self.k, pair.a, pair.b, pair.b)
+        for chunk, c in chunks:
+            pair.add_adjoint(total, self.coefficients(c).to(g.dtype), chunk)
+        return pair.adjoint(total)
+
+    def _pair(self, kronecker_factors: list[Tensor]) -> TwoFactors | None:
+        return TwoFactors(*kronecker_factors[1:], self.k) if len(kronecker_factors) == 3 else None
 
     def _chunks(self) -> list[tuple[slice, slice]]:
         """Slices of the blocks, and of the tensor's entries, that are transformed at a time."""

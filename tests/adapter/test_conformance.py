@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from subspace_peft import SubspaceConfig
+from subspace_peft.adapter import forming
 from subspace_peft.projections.sparse import Sparse
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import CASES, Case, assert_same_state, move, settings, theta_d, tree
@@ -92,6 +93,14 @@ def without_fast_path(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_hook(lambda *args: None)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forms_everything_again():
+    """Small tensors too, as large ones are."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(forming, "HELD_ENTRIES", 0)
+        yield
 
 
 class Life:

@@ -56,7 +56,7 @@ class Images(nn.Module):
         self.inner = convolution
 
     def forward(self, x):
-        return self.inner(x.view(len(x), 64, 10, 10))
+        return self.inner(x.view(len(x), 64, 10, 16))
 
 
 KINDS = {
@@ -64,7 +64,7 @@ KINDS = {
     "conv1d of transformers": lambda: Conv1D(SIDE, SIDE),
     "convolution": lambda: Images(nn.Conv2d(64, 48, 3)),
     "transposed convolution": lambda: Images(nn.ConvTranspose2d(64, 48, 3)),
-    "normalisation": lambda: nn.LayerNorm([40, SIDE]),
+    "normalisation": lambda: nn.LayerNorm([64, SIDE]),
     "attention": Attention,
     "experts": Experts,
     "recurrent": Recurrent,
@@ -78,7 +78,7 @@ def base_of(kind):
 
 
 def inputs():
-    return torch.randn(2, 40, SIDE, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    return torch.randn(2, 64, SIDE, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
 
 def wrapped(base, projection="fastjl", **settings):
@@ -86,7 +86,7 @@ def wrapped(base, projection="fastjl", **settings):
     settings = {"d": 20, "projection": projection, "target_modules": [t for t in targets if t != "0"], **settings}
     D = sum(p.numel() for name, p in base.named_parameters() if not name.startswith("0."))
     if projection == "basis":
-        settings["basis"] = torch.randn(D, 20, generator=torch.Generator().manual_seed(2)) / D**0.5
+        settings["basis"] = torch.linalg.qr(torch.randn(D, 20, generator=torch.Generator().manual_seed(2)))[0]
     elif projection in ("coordinate", "identity"):
         settings["d"] = None
         if projection == "coordinate":
@@ -101,26 +101,171 @@ def plain_copy(model, base):
     twin = copy.deepcopy(base).requires_grad_(False)
     for name, module in model.base_model.model.named_modules():
         for path, moved in (module.moved(["default"]) if hasattr(module, "coordinates") else {}).items():
-            twin.get_submodule(name.replace(".base_layer", ""))._parameters[path] = nn.Parameter(moved.detach().clone())
+            twin.get_submodule(name.replace(".base_layer", ""))._parameters[path] = nn.Parameter(
+                moved.detach().clone()
+            )
     return twin
 
 
-def held(run, known):
-    """Bytes that autograd holds after `run`, in storages that none of the known tensors has, and its output."""
-    storages = {}
+@pytest.fixture
+def formed_tensors(monkeypatch):
+    """Weak references to the large tensors that are formed."""
+    references, form = [], forming.Form.__call__
+
+    def call(self):
+        tensor = form(self)
+        if tensor.numel() > forming.HELD_ENTRIES:
+            references.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(forming.Form, "__call__", call)
+    return references
+
+
+def saved_sizes(run):
+    """The entries of what is saved for the backward pass of a call, but for what the base or inputs hold; its output."""
+    sizes, known = [], set()
 
     def pack(tensor):
-        storages[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
+        if not (tensor.is_leaf and tensor.untyped_storage()._cdata in known):
+            sizes.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run()
-    for tensor in known:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(size for _, size in storages.values()), output
+    return sizes, output
 
 
-def live_bytes():
-    """Bytes of all tensors that Python or autograd's graphs hold; each is weighed once."""
+def assert_holds_nothing(model, x, references):
+    _, y = saved_sizes(lambda: model(x))
+    assert len(references) >= 1
+    assert not [reference().shape for reference in references if reference() is not None]
+    return y
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_a_plain_model_and_nothing_formed_is_held(kind, formed_tensors):
+    base = base_of(kind)
+    model = wrapped(copy.deepcopy(base))
+    plain, x, other = plain_copy(model, base), inputs(), inputs()
+    formed_tensors.clear()
+    y, expected = assert_holds_nothing(model, x, formed_tensors), plain(other)
+    torch.testing.assert_close(y, expected)
+    probe = torch.randn(y.shape)
+    (y * probe).sum().backward()
+    (expected * probe).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+    to_theta_d = torch.zeros_like(theta_d(model))
+    for name, module in model.base_model.model.named_modules():
+        for path, coordinates in getattr(module, "coordinates", {}).get("default", {}).items():
+            moved = getattr(plain.get_submodule(name.replace(".base_layer", "")), path)
+            to_theta_d += coordinates.projections[""].transpose(moved.grad.flatten())
+    scale = model.base_model.model.subspace_vectors.scales["default"]
+    torch.testing.assert_close(theta_d(model).grad, to_theta_d * scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_projection_holds_a_formed_tensor(projection, dtype, formed_tensors):
+    for kind in ("convolution", "linear"):
+        model = wrapped(base_of(kind).to(dtype), projection)
+        formed_tensors.clear()
+        if kind == "convolution" or projection != "kronecker":  # which forms no weight of a Linear
+            y = assert_holds_nothing(model, inputs().to(dtype), formed_tensors)
+            y.float().sum().backward()
+            assert theta_d(model).grad.isfinite().all()
+
+
+def test_autocast_holds_no_copy_of_a_formed_tensor():
+    model, x = wrapped(base_of("linear")), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes, y = saved_sizes(lambda: model(x))
+    assert SIDE * SIDE not in sizes
+    expected = theta_d(model)
+    y.float().sum().backward()
+    assert expected.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "recurrent"])
+def test_a_change_between_forward_and_backward(kind):
+    """The gradient is that of before, whatever is set or switched; what is written to in place is an error."""
+    model, x = wrapped(base_of(kind)), inputs()
+    model(x).square().sum().backward()
+    expected = theta_d(model).grad.clone(), x.grad.clone()
+    theta_d(model).grad = x.grad = None
+    loss = model(x).square().sum()
+    with torch.no_grad():
+        theta_d(model).mul_(2)
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+    model.delete_adapter("default") if kind == "convolution" else model.merge_adapter()
+    vector = next(p for n, p in model.named_parameters() if "theta_d" in n) if kind != "convolution" else None
+    loss.backward()
+    if vector is not None:
+        torch.testing.assert_close(vector.grad, expected[0])
+    torch.testing.assert_close(x.grad, expected[1])
+
+
+def test_a_base_written_to_between_forward_and_backward_is_an_error():
+    model, x = wrapped(base_of("linear")), inputs()
+    loss = model(x).square().sum()
+    with torch.no_grad():
+        model.base_model.model[1].base_layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_input_written_to_between_forward_and_backward_is_an_error():
+    model, x = wrapped(base_of("convolution")), inputs()
+    hidden = model.base_model.model[0](x)
+    loss = model.base_model.model[1](hidden).square().sum()
+    with torch.no_grad():
+        hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d of transformers", "convolution"])
+def test_second_derivatives(kind):
+    base = base_of(kind)
+    model = wrapped(copy.deepcopy(base))
+    plain = plain_copy(model, base)
+    seconds = []
+    for each in (model, plain):
+        x = inputs()
+        (grad,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
+    x = inputs()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (mixed,) = torch.autograd.grad(grad.sum(), theta_d(model))
+    assert mixed.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_checkpoints_around_a_layer_still_hold_its_inputs_alone(kind):
+    model = wrapped(base_of(kind))
+    x, other = inputs(), inputs()
+    model(other).square().sum().backward()
+    expected = theta_d(model).grad.clone()
+    theta_d(model).grad = None
+    hidden = []
+    model.base_model.model[0].register_forward_hook(lambda module, args, output: hidden.append(weakref.ref(output)))
+    y = checkpoint(model, x, use_reentrant=False)
+    assert len(hidden) == 1
+    assert hidden[0]() is None
+    y.square().sum().backward()
+    torch.testing.assert_close(theta_d(model).grad, expected)
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_a_recurrent_network_forms_its_weights_once_a_backward_pass(formed_tensors):
+    model = wrapped(base_of("recurrent"))
+    y = model(inputs())
+    formed_tensors.clear()
+    y.sum().backward()
+    assert len(formed_tensors) <= 4  # of the two weights, one is small; 64 steps
+    assert forming.FormedAgain.last is None
     gc.collect()
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+    assert not [reference for reference in formed_tensors if reference() is not None]
