@@ -60,7 +60,7 @@ class Form:
         return total if self.dtype is None else total.to(self.dtype)
 
     def frozen(self) -> Form:
-        """The same without graphs, whatever is set, switched or merged later; what is written to is seen by `check`."""
+        """The same without graphs, whatever is set, switched or merged later."""
         terms = [(copy.copy(coordinates), z.detach()) for coordinates, z in self.terms]
         tensors = (None if x is None or is_partitioned(x) else x.detach() for x in (self.origin, self.base))
         form = Form(terms, *tensors, self.dtype)

@@ -52,16 +52,12 @@ def _add(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     origins = {adapter: _replaced_origins(layer, adapter) for adapter in adapters}  # before any parameter changes
     for adapter in adapters:
         layer.replaced_origins |= origins[adapter]
-        merged = {
-            parameter: parameter + increment.to(parameter.device)
-            for parameter, increment in _owned_increments(layer, adapter)
-        }
-        if safe and not all(tensor.isfinite().all() for tensor in merged.values()):
+        if safe and not all(merged.isfinite().all() for _, merged in _merged(layer, adapter)):
             for path in origins[adapter]:
                 del layer.replaced_origins[path]
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        for parameter, tensor in merged.items():
-            parameter.data = tensor.to(parameter.dtype)
+        for parameter, merged in _merged(layer, adapter):
+            parameter.data = merged.to(parameter.dtype)
         layer.merged_adapters.append(adapter)
 
 
@@ -75,7 +71,7 @@ def unmerge(layer: BaseTunerLayer) -> None:
     while layer.merged_adapters:
         adapter = layer.merged_adapters.pop()
         for parameter, increment in _owned_increments(layer, adapter):
-            parameter.data = (parameter - increment.to(parameter.device)).to(parameter.dtype)
+            parameter.data = (parameter - increment).to(parameter.dtype)
     for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
         getattr(layer.base_layer, path).data = origin
     layer.replaced_origins = {}
@@ -93,7 +89,13 @@ def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
     return origins
 
 
+def _merged(layer: BaseTunerLayer, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter that this layer merges, and its sum with the increment."""
+    return ((parameter, parameter + increment) for parameter, increment in _owned_increments(layer, adapter))
+
+
 def _owned_increments(layer: BaseTunerLayer, adapter: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """The parameters that this layer merges, and their increments."""
-    for path, increment in layer.increments([adapter], skip=layer.merged_elsewhere[adapter]).items():
-        yield getattr(layer.base_layer, path), increment
+    """The parameters that this layer merges, and their increments; one is formed after the other."""
+    for path, zs in layer.zs([adapter], skip=layer.merged_elsewhere[adapter]).items():
+        parameter = getattr(layer.base_layer, path)
+        yield parameter, layer.form(path, zs, None)().to(parameter.device)

@@ -37,7 +37,7 @@ def is_linear_in_parameters(module: nn.Module) -> bool:
 
 
 def autocast_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast converts a tensor of a module that is linear in its parameters; None if it does not."""
+    """The dtype to which autocast converts a weight or input of a module linear in its parameters, if it does."""
     device = parameter.device.type
     if not torch.is_autocast_enabled(device) or parameter.dtype != torch.float32:
         return None

@@ -125,7 +125,8 @@ class Blocks(Projection):
         if is_recorded() or batch * self.block_count * self.size <= ENTRIES_AT_A_TIME:
             y = self._blocks(v, held, kronecker_factors).view(batch, -1)[:, : self.rows.n]
             return y if origin is None else y + origin
-        out = scratch.empty(z, (batch, self.rows.n))
+        shape = batch, self.rows.n
+        out = z.new_empty(shape) if origin is None else scratch.empty(z, shape)
         for row, y in zip(v.unsqueeze(1), out, strict=True):
             self._write(row, held, kronecker_factors, y, origin)
         return out

@@ -12,7 +12,7 @@ from .joint import cache_products
 from .joint_blocks import JointBlocks
 
 
-MAX_PAIRS = 2**24  # products that the closed form of the column norms may make; the other rows are squared themselves
+MAX_PAIRS = 2**26  # products that the closed form of the column norms may make; the other rows are squared themselves
 
 
 class Fastfood(Blocks):
@@ -88,10 +88,11 @@ class Fastfood(Blocks):
         for r in (2**s for s in reversed(range(6, self.size.bit_length()))):
             if self.last_block_rows & r and self.size**2 // (2 * r) <= MAX_PAIRS:
                 x = last * hadamard(one_hot(torch.tensor(start), self.size).double())
-                u, v = torch.triu_indices(self.size // r, self.size // r, 1)
                 x, positions = x.view(-1, r), order.view(-1, r)
-                at, products = positions[u] ^ positions[v], 2 * x[u] * x[v]
-                cross = x.new_zeros(self.size).index_add_(0, at.flatten(), products.flatten())
+                cross = x.new_zeros(self.size)
+                for u in range(len(x) - 1):
+                    at, products = positions[u] ^ positions[u + 1 :], 2 * x[u] * x[u + 1 :]
+                    cross.index_add_(0, at.flatten(), products.flatten())
                 squares += r * (x.square().sum() + hadamard(cross)[: self.rows.d])
                 start += r
         return squares * signs[0].double() ** 2 + self.row_squares(start, self.last_block_rows, state)
@@ -105,9 +106,12 @@ def _square_norm_of_corner(gaussian: Tensor, order: Tensor, rows: int, columns: 
         r e sum_(q < r, t < e) (sum_(p = q mod r, Π_p = t mod e) H[a, p] G_p H[Π_p, b])^2.
     """
     size, total = len(gaussian), 0.0
-    at = torch.arange(size)
+    at, bits = torch.arange(size), size.bit_length() - 1
     for (r, of_a), (e, of_b) in product(_intervals(rows, size), _intervals(columns, size)):
-        group, within = (at % r * e + order % e).sort()
+        group = (at & (r - 1)) * e + (order & (e - 1))
+        keys = group.bitwise_left_shift_(bits).bitwise_or_(at)  # one integer for each: numpy sorts them fast
+        keys.numpy().sort()
+        group, within = keys >> bits, keys & (size - 1)
         values = (of_a * gaussian * of_b[order])[within]
         number = group.diff(prepend=group[:1]).ne(0).cumsum(0)
         total += r * e * values.new_zeros(size).index_add_(0, number, values).square().sum().item()

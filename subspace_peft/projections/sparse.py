@@ -98,7 +98,7 @@ def _gather(theta_d: Tensor, index: Tensor, origin: Tensor | None = None) -> Ten
         y = both.index_select(-1, index.view(-1).int())
         y = (y if index.shape[1] == 1 else y.unflatten(-1, index.shape).sum(-1)).to(theta_d.dtype)
         return y if origin is None else y + origin
-    out = scratch.empty(theta_d, (len(index),))
+    out = theta_d.new_empty(len(index)) if origin is None else scratch.empty(theta_d, (len(index),))
     for at in range(0, len(index), ENTRIES_AT_A_TIME):
         part = out[at : at + ENTRIES_AT_A_TIME]
         torch.index_select(both, 0, index[at : at + ENTRIES_AT_A_TIME, 0].long(), out=part)
