@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.nn import functional as F
 
 from ..coordinates import Coordinates
 from ..plain_model import is_partitioned
@@ -177,7 +176,11 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed):
         ctx.transposed = transposed
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        weight = weight if transposed else weight.t()
+        out = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view, which a caller could not write to
+        rows, y = x.flatten(0, -2), out.view(-1, weight.shape[1])
+        torch.mm(rows, weight, out=y) if bias is None else torch.addmm(bias, rows, weight, out=y)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -200,6 +203,7 @@ def _product(module: nn.Module, *args, **kwargs) -> Tensor:
     x, weight, bias = args[0] if args else next(iter(kwargs.values())), module.weight, module.bias
     is_plain = type(x) is Tensor and x.dim() > 1 and x.layout == torch.strided and x.dtype == weight.dtype
     is_autocast = torch.is_autocast_enabled(weight.device.type) or torch.autograd.forward_ad._current_level >= 0
+    is_plain = is_plain and (bias is None or bias.dtype == x.dtype)
     if not is_plain or is_autocast or not weight.requires_grad:
         return type(module).forward(module, *args, **kwargs)
     return _Product.apply(x, weight, bias, MATRICES[type(module).forward])

@@ -268,3 +268,12 @@ def test_a_recurrent_network_forms_its_weights_once_a_backward_pass(formed_tenso
     assert forming.FormedAgain.last is None
     gc.collect()
     assert not [reference for reference in formed_tensors if reference() is not None]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d of transformers"])
+def test_an_output_can_be_written_to_in_place(kind):
+    model = wrapped(base_of(kind))
+    y = model(inputs()).permute(0, 2, 1)
+    y += 1
+    y.sum().backward()
+    assert theta_d(model).grad.isfinite().all()
