@@ -32,7 +32,6 @@ CHOICES: dict[str, Sequence[object]] = {
     "start": (*STARTS, None),
     "factors": (2, 3),
     "init_weights": (True, False),
-    "cache_projection": (True, False),
     "save_projection": (True, False, None),
 }
 """Field -> the values it can have."""
@@ -118,9 +117,9 @@ class SubspaceConfig(PeftConfig):
         save_projection (`bool`): True also saves a P that the seed could redraw. False leaves out a `basis` given by
             its path: the adapter then holds the path and a digest of the columns, and several adapters share the file.
         projection_version (`int`): The version of the rules by which P is drawn from the seed.
-        cache_projection (`bool`): Whether drawn signs, indices and normals stay in memory, at most 8 bytes for each
-            entry of theta with `fastfood`, `fastjl` and `kronecker`. If not, P is drawn again at each use, which is
-            slower.
+        cache_projection (`bool` or `int`): Whether drawn signs, indices and normals stay in memory: up to 1 GiB, or up
+            to so many bytes, tensor by tensor in the order of the model. What is not held is drawn again at each use:
+            the numbers are the same, and a step takes several times as long. False holds nothing.
         init_weights (`bool`): True starts theta_d at zero. False starts it at random, for tests.
         D (`int`), fingerprint, basis_digest, subspace_peft_version (`str`): Filled in when a model is wrapped: the
             number of entries, eight hexadecimal digits for the name, shape and padding of each target tensor, a
@@ -158,7 +157,7 @@ class SubspaceConfig(PeftConfig):
     mask: object = field(default=None, repr=False, compare=False)
     save_projection: bool | None = None
     projection_version: int = PROJECTION_VERSION
-    cache_projection: bool = True
+    cache_projection: bool | int = True
     init_weights: bool = True
     D: int | None = None
     fingerprint: str | None = None
@@ -172,7 +171,7 @@ class SubspaceConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("d", "nnz_per_row", "rank", "seed"):
+        for name in ("d", "nnz_per_row", "rank", "seed", "cache_projection"):
             setattr(self, name, _plain_integer(getattr(self, name)))
         self._check_choices()
         self._check_version()
@@ -226,6 +225,9 @@ class SubspaceConfig(PeftConfig):
             raise ValueError(
                 f"`nnz_per_row` must be at most d = {self.d}, got {self.nnz_per_row}; lower it or raise `d`."
             )
+        held = self.cache_projection
+        if not isinstance(held, bool) and not (_is_integer(held) and held >= 0):
+            raise ValueError(f"`cache_projection` must be True, False or a number of bytes, got {held!r}.")
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod, sqrt
 
 import torch
@@ -25,6 +26,10 @@ from .renaming import UNCHANGED, Renaming
 from .scale import normalising_scale
 from .targets import Target
 from .vectors import SubspaceVectors
+
+
+CACHE_BYTES = 2**30
+"""How much of P an adapter holds by default; what is beyond is drawn at each use, which takes several steps' time."""
 
 
 def moved_shapes(config: PeftConfig, targets: list[Target]) -> dict[str, Shape]:
@@ -238,7 +243,9 @@ class Plan:
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
-        offset = column = 0
+        offset = column = held = 0
+        limit = config.cache_projection
+        limit = CACHE_BYTES * limit if isinstance(limit, bool) else limit
         for name, parts in self.parts.items():
             projections = {}
             for suffix, part in parts.items():
@@ -252,11 +259,15 @@ class Plan:
                     column=column,
                     nnz_per_row=config.nnz_per_row,
                     version=config.projection_version,
-                    cache=config.cache_projection,
+                    cache=limit > 0,
                     shape=_as_matrix(part, name in self.stacked),
                     given=given,
                 )
-                projections[suffix] = PROJECTIONS[config.projection](rows)
+                projection = PROJECTIONS[config.projection](rows)
+                if held + projection.state_bytes > limit:
+                    projection = PROJECTIONS[config.projection](replace(rows, cache=False))
+                projections[suffix] = projection
+                held += projection.state_bytes if projection.rows.cache else 0
                 offset += rows.n
                 column += len(given) if config.projection == "coordinate" else 0
             coordinates[name] = self._coordinates_of(name, projections)

@@ -129,7 +129,7 @@ for function in (Map, _Move):
 
 
 LAST_DRAWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""The state that was drawn last without a cache: backward uses P of one tensor twice, one right after the other."""
+"""The two states drawn last without a cache: backward forms a weight, then takes Pᵀ of its bias and of itself."""
 
 
 class Projection(Redrawn):
@@ -208,6 +208,11 @@ class Projection(Redrawn):
         """The number of rows that are not zero."""
         return self.rows.n
 
+    @property
+    def state_bytes(self) -> int:
+        """About how many bytes the state takes."""
+        return 0
+
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         """Draw the state: what apply and adjoint need and the seed determines. Empty unless a class overrides it."""
         return ()
@@ -230,7 +235,8 @@ class Projection(Redrawn):
                 self._drawn.pop(torch.device("cpu"), None)
             self._drawn[device] = drawn
         else:
-            LAST_DRAWN.clear()
+            for oldest in list(LAST_DRAWN)[:-1]:
+                LAST_DRAWN.pop(oldest, None)
             LAST_DRAWN[self] = device, drawn
         return drawn
 

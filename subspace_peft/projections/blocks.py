@@ -31,6 +31,8 @@ class Blocks(Projection):
     would map a gradient that is constant, or periodic in a power of two, to a single entry.
     """
 
+    BYTES_A_COEFFICIENT: float = 4
+
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
         self.size = next_power_of_two(rows.d)
@@ -40,6 +42,13 @@ class Blocks(Projection):
         self.length = self.size // self.k  # of c_b
         self.kronecker_sizes = (self.k, *radices(self.length))
         self.is_matrix = rows.n * rows.d <= MATRIX_ENTRIES
+
+    @property
+    def state_bytes(self) -> int:
+        if self.is_matrix:
+            return 4 * self.rows.n * self.rows.d
+        coefficients = int(self.block_count * self.length * self.BYTES_A_COEFFICIENT)
+        return coefficients + 4 * sum(size**2 for size in self.kronecker_sizes) + 20 * self.size
 
     @abstractmethod
     def choose_k(self) -> int:

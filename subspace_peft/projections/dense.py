@@ -25,6 +25,10 @@ class Dense(Projection):
         self.rows_at_a_time = max(1, ENTRIES_AT_A_TIME // rows.d)
         self.is_held = rows.cache and 4 * rows.n * rows.d <= HELD_BYTES
 
+    @property
+    def state_bytes(self) -> int:
+        return 4 * self.rows.n * self.rows.d if self.is_held else 0
+
     def _normals(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Rows start to stop of P, transposed: float32 [d, stop - start]."""
         return self.philox("dense").normals(start, stop, device, range(self.rows.d))

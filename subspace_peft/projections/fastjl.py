@@ -27,6 +27,8 @@ class FastJL(Blocks):
     the log2 steps of H act once a tensor. D2 is a product of signs (see Blocks).
     """
 
+    BYTES_A_COEFFICIENT = 1 / 8
+
     def __init__(self, rows: TensorRows):
         super().__init__(rows)
         self.nnz = rows.nnz_per_row or 1

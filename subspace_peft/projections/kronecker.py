@@ -58,6 +58,10 @@ class Kronecker(Projection):
                 projection.joint_cache = _Mixed(cache)
         return cache
 
+    @property
+    def state_bytes(self) -> int:
+        return self.blocks.state_bytes
+
     def draw(self, device: torch.device) -> tuple:
         return *self.mixing.state(device), self.blocks.state(device)
 

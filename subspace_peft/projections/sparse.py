@@ -31,9 +31,17 @@ class Sparse(Projection):
     def together(cls, projections):
         return cache_products(JointSparse, projections)
 
+    @property
+    def index_dtype(self) -> torch.dtype:
+        return torch.int16 if 2 * self.rows.d <= 2**15 else torch.int32
+
+    @property
+    def state_bytes(self) -> int:
+        return self.rows.n * self.nnz * self.index_dtype.itemsize
+
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         n, d, nnz = self.rows.n, self.rows.d, self.nnz
-        index = torch.empty(n, nnz, dtype=torch.int16 if 2 * d <= 2**15 else torch.int32, device=device)
+        index = torch.empty(n, nnz, dtype=self.index_dtype, device=device)
         rows_at_a_time = max(1, ENTRIES_AT_A_TIME // d) * self.rows_per_permutation
         for start in range(0, n, rows_at_a_time):
             stop = min(start + rows_at_a_time, n)
