@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..coordinates import LowRank, Weight, factored
 from . import quantised
