@@ -20,6 +20,7 @@ from peft import FourierFTConfig, LoraConfig, UniLoraConfig, VeraConfig, get_pef
 from torch import nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.pytorch_utils import Conv1D
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -67,7 +68,7 @@ class Contender:
 
     def __init__(self, name: str, model: nn.Module, inputs: dict[str, torch.Tensor]):
         heads = ("classifier", "lm_head")
-        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in heads]
+        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in heads]
         config = METHODS[name]
         self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()
         self.inputs = inputs

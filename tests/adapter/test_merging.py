@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
+from subspace_peft import SubspaceConfig
 from subspace_peft.coordinates.starts import STARTS
 from tests.cases import (
     BY_NAME,
@@ -17,6 +20,7 @@ from tests.cases import (
     theta_d,
     wrap,
 )
+from tests.trajectory.walks import Allocations
 
 
 def close(a, b):
@@ -131,3 +135,14 @@ def test_a_refused_merge_keeps_the_origins_of_what_is_merged():
     assert model.base_model.model.fc1.merged_adapters == ["default"]
     model.unmerge_adapter()
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_tensors_are_merged_one_by_one(safe_merge):
+    """Beside the merged weights themselves, memory for one increment at a time."""
+    base = nn.Sequential(nn.LSTM(64, 64, num_layers=3))
+    model = get_peft_model(base, SubspaceConfig(d=9, projection="dense", target_modules=["0"]))
+    largest, total = 4 * 4 * 64 * 64, 4 * sum(parameter.numel() for parameter in base.parameters())
+    with Allocations() as allocations:
+        model.merge_adapter(safe_merge=safe_merge)
+    assert allocations.peak < total + 3 * largest

@@ -1,0 +1,41 @@
+"""Scratch: memory is used again when nothing uses it any more, and not before."""
+
+import torch
+
+from subspace_peft.projections import scratch
+
+
+def test_memory_in_use_is_not_given_again():
+    like = torch.zeros(1)
+    tensors = [scratch.empty(like, (1000,)).fill_(i) for i in range(4)]
+    views = [tensor[10:20].detach() for tensor in tensors]
+    del tensors
+    for i in range(4, 8):
+        scratch.empty(like, (500, 2)).fill_(i)
+    for i, view in enumerate(views):
+        assert torch.equal(view, torch.full((10,), float(i)))
+
+
+def test_memory_that_is_free_is_given_again():
+    like = torch.zeros(1, dtype=torch.float64)
+    tensor = scratch.empty(like, (1000,))
+    at = tensor.data_ptr()
+    del tensor
+    again = scratch.empty(torch.zeros(1), (30, 20))
+    assert again.data_ptr() == at
+    assert again.is_contiguous()
+    assert not again._is_view()
+
+
+def test_memory_that_other_processes_share_is_not_given_again():
+    tensor = scratch.empty(torch.zeros(1), (1000,)).share_memory_()
+    at = tensor.data_ptr()
+    del tensor
+    assert scratch.empty(torch.zeros(1), (1000,)).data_ptr() != at
+
+
+def test_what_is_larger_than_a_buffer_is_not_kept(monkeypatch):
+    monkeypatch.setattr(scratch, "BUFFER_BYTES", 100)
+    held = list(scratch._buffers)
+    assert scratch.empty(torch.zeros(1), (26,)).shape == (26,)
+    assert scratch._buffers == held
