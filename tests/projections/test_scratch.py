@@ -1,8 +1,14 @@
 """Scratch: memory is used again when nothing uses it any more, and not before."""
 
+import pytest
 import torch
 
 from subspace_peft.projections import scratch
+
+
+@pytest.fixture(autouse=True)
+def no_buffers(monkeypatch):
+    monkeypatch.setattr(scratch, "_buffers", [])
 
 
 def test_memory_in_use_is_not_given_again():
