@@ -1,0 +1,35 @@
+"""The kind of run of this recipe: a pretrained model fine-tuned by transformers' Trainer."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from recipes.lab.kinds import Kind, Report
+from recipes.pretrained.settings import KEYS, Settings, settings
+from recipes.pretrained.text import load
+from recipes.pretrained.training import train
+
+
+def make(runs: list[Settings], output: Path, report: Report) -> list[dict[str, Any]]:
+    (run,) = runs
+    result = train(run, load(run), output)
+    report(result["accuracy"]["validation"])
+    return [result]
+
+
+def stays(part: dict[str, Any], key: str, values: list) -> bool:
+    """Full fine-tuning, BitFit and the head alone are baselines: settings of adapters do not narrow them."""
+    methods = part.get("method", Settings.method)
+    baseline = set(methods if isinstance(methods, list) else [methods]) <= {"full", "head", "bitfit"}
+    return baseline and key in ("coordinates", "projection", "d", "rank", "modules")
+
+
+KIND = Kind(
+    name="pretrained",
+    settings=settings,
+    make=make,
+    keys=KEYS,
+    defaults={f.name: f.default for f in fields(Settings)},
+    stays=stays,
+    report="pretrained.report",
+)

@@ -1,0 +1,44 @@
+"""The report of a search for learning rates: accuracy on the validation set by rate, for each method."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from recipes.lab.results import Results
+from recipes.pretrained.report import check as check
+from recipes.pretrained.report import table
+from recipes.pretrained.settings import METHODS, Settings
+from recipes.reports.figures import headline, panels, plain_ticks, save, style
+from recipes.reports.tables import by_rate
+
+
+KEYS = {"label": "method", "rank": "rank", "modules": "modules", "d": "d", "head_lr": "rate of the head"}
+
+
+def rates(runs: list[Settings], results: Results) -> pd.DataFrame:
+    """A row a run, with its `rate`: for the head alone its own, for others that of what is trained beside it."""
+    runs = table(runs, results)
+    alone = runs.label == METHODS["head"]
+    return runs.assign(
+        rate=runs.lr.where(~alone, runs.head_lr), head_lr=runs.head_lr.where(~alone, 0), accuracy=runs.validation
+    )
+
+
+def text(runs: list[Settings], results: Results) -> str:
+    """Accuracy by rate, the best in bold."""
+    return "\n".join(by_rate(rates(runs, results), KEYS))
+
+
+def plot(runs: list[Settings], results: Results, file: Path) -> Path:
+    """Accuracy against the rate."""
+    measured = rates(runs, results)
+    figure, ((axis,),) = panels(1, 1, width=8, height=5)
+    for at, ((label, rank, _, d, _), line) in enumerate(measured.groupby(list(KEYS), sort=False)):
+        words = label + f", rank {rank}" * bool(rank) + f", d = {d:,}" * bool(d)
+        by = line.groupby("rate").accuracy.mean()
+        axis.plot(by.index, by, label=words, **style(at))
+    plain_ticks(axis, sorted(set(measured.rate)))
+    axis.set(xlabel="learning rate", ylabel="accuracy on the validation set, %")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)
+    headline(figure, "Which learning rate does each method like?")
+    return save(figure, file)

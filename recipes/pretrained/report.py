@@ -1,0 +1,164 @@
+"""What the results say: tables, what kronecker loses against fastjl, and accuracy against trained parameters."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from recipes.lab.results import Results
+from recipes.pretrained.settings import METHODS, Settings
+from recipes.reports.figures import COLOURS, GREY, MARKERS, count, counted, headline, panels, save
+from recipes.reports.labels import labels, name
+from recipes.reports.tables import markdown, over_seeds, spread, without_empty
+
+
+COMMON = ("dataset", "base", "length", "examples", "epochs", "batch_size", "warmup")
+"""What all rows of a table must share: accuracies of other settings are no spread over seeds."""
+LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--")}
+"""Methods without a size: a line across the figure."""
+PAIR = ("weight, kronecker", "weight, fastjl")
+"""What is compared seed by seed."""
+
+
+def check(runs: list[Settings]) -> None:
+    """Raises ValueError if the runs differ in what a table must share."""
+    for key in COMMON:
+        if len(values := {getattr(run, key) for run in runs}) > 1:
+            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+
+
+def point(run: Settings) -> str:
+    """The method with its size."""
+    size = (f", d = {run.d}" if run.d else "") + (f", rank {run.rank}" if run.rank else "")
+    return run.label + size + (f", {run.modules}" if run.modules else "")
+
+
+def table(runs: list[Settings], results: Results) -> pd.DataFrame:
+    """One row for each run that has a result, accuracies in %; `point` is what runs of one mean share.
+
+    Raises:
+        ValueError: if the runs start from different weights, or differ in what a table must share.
+    """
+    check(runs)
+    names = labels(runs, point, besides=("seed",))
+    rows = [
+        run.record()
+        | {"point": names[run.name], "label": run.label, "base_digest": result["base_digest"]}
+        | {key: 100 * value for key, value in result["accuracy"].items()}
+        | {f"{key}_examples": value for key, value in result["examples"].items()}
+        | {**result["trainable"], "bytes": result["adapter"]["bytes"], "loss": result["train_loss"][-1]}
+        | {"ms": result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]}
+        for run in runs
+        if (result := results.load(run))
+    ]
+    if len(digests := {row["base_digest"] for row in rows}) > 1:
+        raise ValueError(f"Results must be of one base, got {', '.join(digests)}; delete those of the others.")
+    return pd.DataFrame(rows)
+
+
+def means(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a point: methods in the order of the recipe, each from few parameters to many."""
+    grouped, order = runs.groupby("point", sort=False), list(dict.fromkeys(runs.label))
+    rows = grouped[["label", "rank", "modules", "d", "lr", "head_lr"]].first()
+    rows = rows.join(grouped[["test", "validation", "adapter", "head", "bytes", "ms", "loss"]].mean())
+    rows = rows.assign(sd=grouped.test.std(), seeds=grouped.seed.nunique(), order=rows.label.map(order.index))
+    rows = rows.assign(said=grouped.test.agg(over_seeds), held=grouped.validation.agg(over_seeds))
+    return rows.sort_values(["order", "adapter"], kind="stable").reset_index()
+
+
+def differences(runs: pd.DataFrame, pair: tuple[str, str] = PAIR) -> pd.DataFrame:
+    """A row a d, rate and split: the accuracy of the first less that of the second, over the seeds that both have.
+
+    `error` is the standard error of the mean difference over seeds, `sampling` that of one difference between two
+    accuracies from this many examples, if the two models erred independently.
+    """
+    first, second = (runs[runs.label == label].set_index(["d", "lr", "head_lr", "seed"]) for label in pair)
+    both = first.index.intersection(second.index)
+    rows = []
+    for d, lr, head_lr in sorted({index[:3] for index in both}):
+        at = [index for index in both if index[:3] == (d, lr, head_lr)]
+        for split in ("validation", "test"):
+            one, other = first.loc[at, split], second.loc[at, split]
+            share = pd.concat([one, other]).mean() / 100
+            examples = first.loc[at, f"{split}_examples"].iloc[0]
+            each = (one - other).tolist()
+            rows.append(
+                {"d": d, "lr": lr, "head_lr": head_lr, "split": split, "each": each}
+                | {"first": one.mean(), "second": other.mean(), "mean": sum(each) / len(each)}
+                | {"error": (one - other).std() / math.sqrt(len(each))}
+                | {"sampling": 100 * math.sqrt(2 * share * (1 - share) / examples)}
+            )
+    return pd.DataFrame(rows)
+
+
+def parts(runs: list[Settings], results: Results) -> dict[str, str]:
+    """The tables "methods" and, where both have results, "pairs"."""
+    measured = table(runs, results)
+    tables = {"methods": "\n".join(_methods(means(measured)))}
+    paired = differences(measured)
+    return tables | ({"pairs": "\n".join(_pairs(paired))} if len(paired) else {})
+
+
+def text(runs: list[Settings], results: Results) -> str:
+    """All tables: accuracy with its standard deviation over seeds, and what each method costs."""
+    return "\n\n".join(parts(runs, results).values())
+
+
+def _methods(rows: pd.DataFrame) -> list[str]:
+    lines = []
+    for row in rows.itertuples():
+        rate = f"{row.head_lr if row.label == METHODS['head'] else row.lr:g}"
+        lines.append(
+            [row.label, row.rank or "", row.modules.replace("|", " or "), f"{row.adapter:,.0f}", row.said, row.held]
+            + [row.seeds, rate, f"{row.loss:.3f}", f"{row.bytes:,.0f}", f"{row.ms:.0f}"]
+        )
+    header = ["method", "rank", "modules", "parameters without the head", "test accuracy, %", "validation, %"]
+    header += ["seeds", "rate", "last training loss", "bytes saved", "ms a step"]
+    return without_empty(header, lines)
+
+
+def _pairs(rows: pd.DataFrame) -> list[str]:
+    first, second = (label.split(", ")[1] for label in PAIR)
+    header = ["d", "rate", "accuracy of the", first, second, "difference ± standard error", "by seed"]
+    header += ["sampling error of one difference"]
+    lines = [
+        [f"{row.d:,}", f"{row.lr:g}", f"{row.split} set", f"{row.first:.2f}", f"{row.second:.2f}", spread(row.mean, row.error)]
+        + [", ".join(f"{each:+.2f}" for each in row.each), f"{row.sampling:.2f}"]
+        for row in rows.itertuples()
+    ]
+    return markdown(header, lines)
+
+
+def plot(runs: list[Settings], results: Results, file: Path) -> Path:
+    """Mean test accuracy and its standard deviation against trained parameters."""
+    measured = table(runs, results)
+    rows = means(measured)
+    figure, ((axis,),) = panels(1, 1, width=8, height=5)
+    for at, (label, line) in enumerate(_lines(rows)):
+        look = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "capsize": 3}
+        if not label.startswith(("weight", "low rank")):
+            look |= {"linestyle": ":"}
+        axis.errorbar(line.adapter, line.test, line.sd.fillna(0), label=label, **look)
+    for label, (color, dash) in LEVELS.items():
+        for row in rows[rows.label == label].itertuples():
+            axis.axhline(row.test, color=color, linestyle=dash, linewidth=1.4, zorder=1)
+            said = f"{label}: {count(row.adapter + row.head)} parameters, {row.test:.1f} %"
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
+            axis.annotate(said, (0.015, row.test), color=color, **place)
+    axis.set_xlabel(f"trained parameters, beside the {count(rows['head'].max())} of the head")
+    axis.set_ylabel("test accuracy, %")
+    counted(axis)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower right", frameon=False)
+    first, seeds = runs[0], measured.seed.nunique()
+    headline(figure, "How many trained parameters does a pretrained model need?")
+    task = f"{name(first.base).rpartition('/')[2]} → {name(first.dataset)}, {count(first.examples)} examples"
+    words = f"{task}, {first.epochs} epochs; mean and standard deviation of {seeds} seeds"
+    axis.set_title(words, size=10.5, color="#444444")
+    return save(figure, file)
+
+
+def _lines(rows: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    """The rows of each method that has a size."""
+    return rows[~rows.label.isin(LEVELS)].sort_values("adapter").groupby("label", sort=False)

@@ -1,0 +1,96 @@
+"""What a run of this recipe is: a flat record of settings."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from recipes.lab.settings import Named, typed, unnamed
+from subspace_peft.coordinates import COORDINATES
+from subspace_peft.projections import PROJECTIONS
+
+
+METHODS = {
+    "full": "full fine-tuning",
+    "head": "head alone",
+    "bitfit": "BitFit",
+    "lora": "LoRA",
+    "vera": "VeRA",
+    "fourierft": "FourierFT",
+    "waveft": "WaveFT",
+    "vblora": "VB-LoRA",
+    "unilora": "Uni-LoRA",
+    "tinylora": "TinyLoRA",
+    "subspace": "subspace",
+}
+"""Method -> its name in words; `subspace` is ours."""
+BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
+"""Methods whose size is the number of their parameters, `d`: exactly, or the next that they can have below it."""
+BY_RANK = ("lora", "vera", "unilora")
+CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTIONS}
+LEAST = dict.fromkeys(("epochs", "batch_size", "length"), 1)
+LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples"), 0)
+
+
+@dataclass(frozen=True)
+class Settings(Named):
+    """One training."""
+
+    dataset: str = "sst2"
+    base: str = "sentence-transformers/all-MiniLM-L6-v2"
+    length: int = 48  # tokens of a sentence; what is longer is cut
+    method: str = "full"
+    coordinates: str = "weight"
+    projection: str = "fastjl"
+    d: int = 0
+    rank: int = 0  # of LoRA, VeRA, Uni-LoRA and low_rank coordinates
+    modules: str = ""  # a regular expression, found in the names of the linear modules to adapt; "": all but the head
+    seed: int = 0  # of the new head, of P and what other methods draw, and of the order of the batches
+    epochs: int = 2
+    batch_size: int = 32  # of all processes together
+    lr: float = 1e-3
+    head_lr: float = 1e-3  # of the head, whatever is trained beside it
+    warmup: float = 0.06  # of all steps; the rate then falls as a cosine to zero
+    examples: int = 2000  # of the training set, the same for every seed; 0: all
+    data: str = unnamed("")  # a folder of parquet files, or another Hub id, in place of the data set's
+    weights: str = unnamed("")  # a folder, or another Hub id, that holds the weights of `base`
+    save_adapter: bool = unnamed(False)
+
+    def __post_init__(self):
+        self._check(CHOICES, LEAST)
+        if self.method != "subspace":
+            self._reset("coordinates", "projection")
+        ranked = self.method in BY_RANK or (self.method == "subspace" and self.coordinates == "low_rank")
+        for key, wanted in (("d", self.method in BY_D), ("rank", ranked)):
+            if not wanted:
+                self._reset(key)
+            elif getattr(self, key) < 1:
+                raise ValueError(
+                    f"`{key}` must be at least 1 for {self.label}, got {getattr(self, key)}; give `{key}`."
+                )
+        if self.method == "head":
+            self._reset("lr")
+        if self.method in ("full", "head", "bitfit"):
+            self._reset("modules")
+
+    @property
+    def label(self) -> str:
+        """The method in words, without its size."""
+        if self.method == "subspace":
+            return f"{self.coordinates.replace('_', ' ')}, {self.projection}"
+        return METHODS[self.method]
+
+    def __str__(self) -> str:
+        size = (f" d={self.d}" if self.d else "") + (f" rank={self.rank}" if self.rank else "")
+        size += f" in {self.modules}" if self.modules else ""
+        return f"{self.label}{size} lr={self.head_lr if self.method == 'head' else self.lr:g} seed={self.seed}"
+
+
+KEYS = [f.name for f in fields(Settings)]
+
+
+def settings(values: dict[str, Any]) -> Settings:
+    """A run from one point of the grid.
+
+    Raises:
+        ValueError: for a value of another type, and all that `Settings` refuses.
+    """
+    return Settings(**{key: typed(key, value, Settings.__annotations__[key]) for key, value in values.items()})

@@ -1,0 +1,135 @@
+"""Sentences as token numbers, and the pretrained encoder under a new head."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from recipes.pretrained.settings import Settings
+
+
+HUB = {"sst2": "SetFit/sst2", "subj": "SetFit/subj"}
+"""Copies whose test set has labels."""
+SENTENCE = ("sentence", "text")
+"""What the column of the sentences may be called."""
+HELD_OUT = 1000
+"""The last so many training examples validate, where a data set has no validation set."""
+
+
+class Task(NamedTuple):
+    """What a model is trained and measured on, each batch as its `collate` makes it of examples."""
+
+    training: Dataset
+    validation: Dataset
+    test: Dataset
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    classes: int
+
+
+def load(settings: Settings) -> Task:
+    return _load(
+        settings.dataset, settings.data.replace("{dataset}", settings.dataset), _source(settings), settings.length,
+        settings.examples,
+    )  # fmt: skip
+
+
+@cache
+def _load(dataset: str, data: str, source: str, length: int, examples: int) -> Task:
+    """The task of all runs with these settings.
+
+    Raises:
+        ValueError: if there are fewer training examples than asked for, or no such data.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    splits = {name: _tokenized(rows, tokenizer, length) for name, rows in _rows(dataset, data).items()}
+    training = splits["train"]
+    if "validation" not in splits:
+        splits["validation"] = training.select(range(len(training) - HELD_OUT, len(training)))
+        training = training.select(range(len(training) - HELD_OUT))
+    if not examples <= len(training):
+        raise ValueError(
+            f"`examples` must be at most the {len(training)} training examples of {dataset!r}, got {examples}; lower "
+            "it, or give 0 for all."
+        )
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    training = training.select(order[: examples or len(training)].tolist())
+
+    def collate(rows: list[dict]) -> dict[str, Tensor]:
+        batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+        names = ("input_ids", "attention_mask")
+        return {name: batch[name] for name in names} | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+    measured = {name: splits[name].sort("length") for name in ("validation", "test")}  # so that little is padded
+    return Task(training, measured["validation"], measured["test"], collate, 1 + max(training["labels"]))
+
+
+def _rows(dataset: str, data: str) -> dict[str, Dataset]:
+    """The splits "train", "test" and, where there is one, "validation"."""
+    if Path(data).is_dir() and data:
+        files = {file.stem: str(file) for file in sorted(Path(data).glob("*.parquet"))}
+        if not {"train", "test"} <= files.keys():
+            raise ValueError(
+                f"`data` must be a folder with train.parquet and test.parquet, {data!r} has {sorted(files)}; give "
+                "another."
+            )
+        return datasets.load_dataset("parquet", data_files=files)
+    if not data and dataset not in HUB:
+        raise ValueError(
+            f"`dataset` must be one of {', '.join(HUB)}, or come with a `data` folder or Hub id, got {dataset!r}."
+        )
+    try:
+        return datasets.load_dataset(data or HUB[dataset])
+    except OSError as error:
+        raise ValueError(
+            f"`data` must be a folder with train.parquet and test.parquet, or a Hub id that can be reached, got "
+            f"{data or HUB[dataset]!r}: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _tokenized(rows: Dataset, tokenizer: Callable, length: int) -> Dataset:
+    column = next((name for name in SENTENCE if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(f"The data must have a column {' or '.join(SENTENCE)}, got {', '.join(rows.column_names)}.")
+    numbers = tokenizer(list(rows[column]), truncation=True, max_length=length)["input_ids"]
+    columns = {"input_ids": numbers, "labels": list(rows["label"]), "length": [len(each) for each in numbers]}
+    return Dataset.from_dict(columns)
+
+
+def _source(settings: Settings) -> str:
+    """Where the weights and the tokenizer of the base are."""
+    return settings.weights or settings.base
+
+
+class SentenceClassifier(nn.Module):
+    """An encoder, the mean of its token vectors, which sentence encoders are pretrained for, and a linear head."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        vectors = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        share = attention_mask / attention_mask.sum(1, keepdim=True)  # [batch, tokens]
+        logits = self.classifier((vectors * share[..., None]).sum(1))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def base_model(settings: Settings, classes: int) -> SentenceClassifier:
+    """The pretrained model under a new head that is drawn from the seed."""
+    torch.manual_seed(settings.seed)
+    encoder = AutoModel.from_pretrained(_source(settings))
+    if isinstance(getattr(encoder, "pooler", None), nn.Module):  # of the first token; nothing here reads it
+        encoder.pooler = None
+    return SentenceClassifier(encoder, classes)

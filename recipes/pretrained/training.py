@@ -1,0 +1,100 @@
+"""One training by transformers' Trainer."""
+
+import copy
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from recipes.pretrained.methods import HEAD, wrap
+from recipes.pretrained.settings import Settings
+from recipes.pretrained.text import Task, base_model
+from recipes.training.finetuning import Steps, accuracy, classes_of, digest, groups, saved, trainable
+
+
+EVALUATED_TOGETHER = 64
+NOT_TRAINED_BY_ADAPTERS = ("full", "head", "bitfit")
+
+
+def arguments(settings: Settings, folder: str, examples: int) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {processes} processes, got {settings.batch_size}; change one."
+        )
+    return TrainingArguments(
+        folder,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size // processes,
+        per_device_eval_batch_size=EVALUATED_TOGETHER,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(settings.warmup * settings.epochs * -(-examples // settings.batch_size)),
+        max_grad_norm=0.0,  # the gradient of theta_d has another scale than that of weights
+        seed=settings.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=False,
+        train_sampling_strategy="group_by_length",  # so that little is padded
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
+    """What there is to say of a run; the adapter, where it is saved, is in adapters/ of the output folder."""
+    started = time.perf_counter(), time.process_time()
+    base = base_model(settings, task.classes)
+    result = {"base_digest": digest(base, HEAD), "parameters": sum(p.numel() for p in base.parameters())}
+    origin = None if settings.method in NOT_TRAINED_BY_ADAPTERS else copy.deepcopy(base)
+    model = wrap(base, settings)
+    callback = Steps()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            arguments(settings, folder, len(task.training)),
+            data_collator=task.collate,
+            train_dataset=task.training,
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=classes_of,
+            callbacks=[callback],
+            optimizers=(torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr)), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        set_up = time.perf_counter(), time.process_time()
+        trainer.train()
+        trained = time.perf_counter(), time.process_time()
+        measured = {"validation": task.validation, "test": task.test}
+        result["accuracy"] = {
+            name: trainer.evaluate(split, metric_key_prefix=name)[f"{name}_accuracy"]
+            for name, split in measured.items()
+        }
+        evaluated = time.perf_counter(), time.process_time()
+    result |= {
+        "examples": {name: len(split) for name, split in measured.items()} | {"training": len(task.training)},
+        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "trainable": trainable(model, HEAD),
+        "step_ms": {"wall": statistics.median(callback.wall), "cpu": statistics.median(callback.cpu)},
+        "seconds": _seconds(
+            {"setup": (started, set_up), "train": (set_up, trained), "evaluate": (trained, evaluated)}
+        ),
+        "processes": trainer.args.world_size,
+    }
+    if trainer.is_world_process_zero():
+        folder = output / "adapters" / settings.name if settings.save_adapter else None
+        batch = task.collate([task.validation[at] for at in range(min(EVALUATED_TOGETHER, len(task.validation)))])
+        inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
+        result["adapter"] = saved(model, origin, inputs, folder)
+    return result
+
+
+def _seconds(parts: dict[str, tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """By the clock and of the processor."""
+    return {name: {"wall": end[0] - begin[0], "cpu": end[1] - begin[1]} for name, (begin, end) in parts.items()}
