@@ -123,7 +123,14 @@ def _pairs(rows: pd.DataFrame) -> list[str]:
     header = ["d", "rate", "accuracy of the", first, second, "difference ± standard error", "by seed"]
     header += ["sampling error of one difference"]
     lines = [
-        [f"{row.d:,}", f"{row.lr:g}", f"{row.split} set", f"{row.first:.2f}", f"{row.second:.2f}", spread(row.mean, row.error)]
+        [
+            f"{row.d:,}",
+            f"{row.lr:g}",
+            f"{row.split} set",
+            f"{row.first:.2f}",
+            f"{row.second:.2f}",
+            spread(row.mean, row.error),
+        ]
         + [", ".join(f"{each:+.2f}" for each in row.each), f"{row.sampling:.2f}"]
         for row in rows.itertuples()
     ]
