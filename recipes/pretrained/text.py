@@ -67,8 +67,8 @@ def _load(dataset: str, data: str, source: str, length: int, examples: int) -> T
         names = ("input_ids", "attention_mask")
         return {name: batch[name] for name in names} | {"labels": torch.tensor([row["labels"] for row in rows])}
 
-    measured = {name: splits[name].sort("length") for name in ("validation", "test")}  # so that little is padded
-    return Task(training, measured["validation"], measured["test"], collate, 1 + max(training["labels"]))
+    classes = 1 + max(training["labels"])
+    return Task(training, _by_length(splits["validation"]), _by_length(splits["test"]), collate, classes)
 
 
 def _rows(dataset: str, data: str) -> dict[str, Dataset]:
@@ -101,6 +101,11 @@ def _tokenized(rows: Dataset, tokenizer: Callable, length: int) -> Dataset:
     numbers = tokenizer(list(rows[column]), truncation=True, max_length=length)["input_ids"]
     columns = {"input_ids": numbers, "labels": list(rows["label"]), "length": [len(each) for each in numbers]}
     return Dataset.from_dict(columns)
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """Short sentences first, so that little is padded where they are read in order."""
+    return rows.select(sorted(range(len(rows)), key=rows["length"].__getitem__))
 
 
 def _source(settings: Settings) -> str:
