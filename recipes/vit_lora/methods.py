@@ -4,16 +4,11 @@ Every PEFT method adapts the same modules, all linear ones but the classifier, a
 by `modules_to_save`, at the learning rate `head_lr`.
 """
 
-import hashlib
-import tempfile
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from recipes.tasks.data import Split
@@ -76,15 +71,6 @@ def _source(settings: Settings, checkpoints: Path) -> str:
     )
 
 
-def digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits for all weights but the classifier's: which pretraining a result comes from."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(HEAD):
-            total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
-
-
 def wrap(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
     """The model with only the method's parameters trainable; `steps` in all, for AdaLoRA's schedule."""
     if settings.method == "full":
@@ -122,49 +108,3 @@ def config(settings: Settings, targets: list[str], steps: int) -> PeftConfig:
         parameters=["weight"],  # as LoRA: no biases
         **common,
     )
-
-
-def groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """Of AdamW: what the method trains at `lr`, the classifier at `head_lr`; no weight decay."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = [p for name, p in trained.items() if HEAD in name.split(".")]
-    rest = [p for name, p in trained.items() if HEAD not in name.split(".")]
-    both = [{"params": rest, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
-    return [group | {"weight_decay": 0.0} for group in both if group["params"]]
-
-
-def trainable(model: nn.Module) -> dict[str, int]:
-    """How many numbers are trained: of the classifier, and of all else."""
-    count = {"adapter": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            count["head" if HEAD in name.split(".") else "adapter"] += parameter.numel()
-    return count
-
-
-def saved(model: nn.Module, settings: Settings, base: nn.Module, inputs: Tensor, folder: Path | None) -> dict:
-    """Bytes of the file that a user would keep, the classifier in it; for adapters, what a reload changes.
-
-    Args:
-        base: The model before it was trained, to load the adapter into.
-        folder: Where the file stays; None: it does not.
-    """
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        # AdaLoRA may leave a layer no rank, and files its ranks under names of its own: PEFT warns of both
-        warnings.filterwarnings("ignore", ".* LoRA tensor\\(s\\) have invalid shape")
-        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
-        path = folder or Path(temporary)
-        path.mkdir(parents=True, exist_ok=True)
-        if settings.method == "head":
-            save_file(model.classifier.state_dict(), path / "classifier.safetensors")
-        elif settings.method == "full":
-            model.save_pretrained(path)
-        else:
-            model.save_pretrained(path, save_embedding_layers=False)
-        proof = {"bytes": sum(file.stat().st_size for file in path.glob("*.safetensors"))}
-        if isinstance(model, PeftModel):
-            loaded = PeftModel.from_pretrained(base, path).to(inputs.device).eval()
-            with torch.no_grad():
-                difference = model.eval()(pixel_values=inputs).logits - loaded(pixel_values=inputs).logits
-            proof["max_difference"] = difference.abs().max().item()
-    return proof

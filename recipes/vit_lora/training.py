@@ -5,52 +5,32 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
-from torch import Tensor, nn
-from transformers import (
-    EvalPrediction,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes.tasks.data import Split
+from recipes.training.finetuning import Steps, accuracy, classes_of, digest, groups, saved, trainable
 from recipes.vit_lora.images import Batches
-from recipes.vit_lora.methods import base_model, digest, groups, saved, trainable, wrap
+from recipes.vit_lora.methods import HEAD, base_model, wrap
 from recipes.vit_lora.settings import Settings
 
 
-ACCURACY = Path(__file__).resolve().parents[1] / "metrics" / "accuracy"
 EVALUATED_TOGETHER = 500
 
 
-class Steps(TrainerCallback):
-    """Milliseconds of each step, forward to update, and AdaLoRA's reallocation, which wants its gradients."""
+class Reallocation(TrainerCallback):
+    """Of AdaLoRA's ranks; it wants the gradients."""
 
-    def __init__(self, adalora: nn.Module | None):
+    def __init__(self, adalora: nn.Module):
         self.adalora = adalora
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-
-    def on_step_begin(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
-        self.started = time.perf_counter(), time.process_time()
 
     def on_optimizer_step(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
-        if self.adalora is not None:
-            self.adalora.update_and_allocate(state.global_step)
-
-    def on_step_end(self, arguments, state: TrainerState, control: TrainerControl, **rest) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.wall.append(1e3 * (time.perf_counter() - self.started[0]))
-        self.cpu.append(1e3 * (time.process_time() - self.started[1]))
+        self.adalora.update_and_allocate(state.global_step)
 
 
 def arguments(settings: Settings, folder: str, steps: int, shorter: int = 0) -> TrainingArguments:
@@ -82,15 +62,6 @@ def arguments(settings: Settings, folder: str, steps: int, shorter: int = 0) -> 
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    metric = evaluate.load(str(ACCURACY), keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
-
-
-def classes_of(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
 def train(
     settings: Settings, training: Split, measured: Split, output: Path, shorter: int = 0
 ) -> tuple[dict[str, Any], nn.Module]:
@@ -105,9 +76,10 @@ def train(
     base = base_model(settings, training, classes, output / "checkpoints")
     steps = settings.epochs * (len(training.labels) // settings.batch_size)
     origin = copy.deepcopy(base) if settings.method not in ("full", "head") and not shorter else None
-    result = {"base_digest": digest(base) if settings.base else None}
+    result = {"base_digest": digest(base, HEAD) if settings.base else None}
     model = wrap(base, settings, steps)
-    callback = Steps(model.base_model if settings.method == "adalora" else None)
+    callback = Steps()
+    reallocation = [Reallocation(model.base_model)] if settings.method == "adalora" else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             # PeftModel.forward passes by AdaLoRA's own, which adds its orthogonal regularisation to the loss
@@ -118,8 +90,8 @@ def train(
             eval_dataset=range(len(measured.labels)),
             compute_metrics=accuracy,
             preprocess_logits_for_metrics=classes_of,
-            callbacks=[callback],
-            optimizers=(torch.optim.AdamW(groups(model, settings)), None),
+            callbacks=[callback, *reallocation],
+            optimizers=(torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr)), None),
         )
         trainer.remove_callback(PrinterCallback)
         # batches are equal: a mean needs no count, by which AdaLoRA's regularisation grows with the processes
@@ -129,7 +101,7 @@ def train(
         trained = time.perf_counter()
         result |= {
             "parameters": sum(p.numel() for p in (origin or model).parameters()),
-            "trainable": trainable(model),
+            "trainable": trainable(model, HEAD),
             "step_ms": {"wall": statistics.median(callback.wall), "cpu": statistics.median(callback.cpu)},
             "seconds": {"setup": set_up - started, "train": trained - set_up},
         }
@@ -144,5 +116,9 @@ def train(
     result["processes"] = trainer.args.world_size
     if trainer.is_world_process_zero():
         folder = output / "adapters" / settings.name if settings.save_adapter else None
-        result["adapter"] = saved(model, settings, origin, inputs, folder)
+        with warnings.catch_warnings():
+            # AdaLoRA may leave a layer no rank, and files its ranks under names of its own: PEFT warns of both
+            warnings.filterwarnings("ignore", ".* LoRA tensor\\(s\\) have invalid shape")
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
+            result["adapter"] = saved(model, origin, {"pixel_values": inputs}, folder)
     return result, model

@@ -10,9 +10,10 @@ from recipes import run
 from recipes.lab.grid import read
 from recipes.lab.results import read_measurement
 from recipes.tasks.data import Split
+from recipes.training.finetuning import trainable
 from recipes.vit_lora import cost
 from recipes.vit_lora.images import Batches, splits
-from recipes.vit_lora.methods import base_model, trainable, wrap
+from recipes.vit_lora.methods import HEAD, base_model, wrap
 from recipes.vit_lora.settings import Settings
 from tests.recipes.files import RECIPES, options, results, written
 
@@ -93,7 +94,7 @@ def test_results_say_what_was_trained_and_are_not_made_again(recipe, folder, cap
 def test_lora_of_rank_two_trains_the_published_number():
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_labels=10))
-        count = trainable(wrap(model, Settings(method="lora", rank=2), steps=100))
+        count = trainable(wrap(model, Settings(method="lora", rank=2), steps=100), HEAD)
     assert count == {"adapter": 331_776, "head": 7690}
 
 
