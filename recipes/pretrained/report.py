@@ -13,7 +13,7 @@ from recipes.reports.labels import labels, name
 from recipes.reports.tables import markdown, over_seeds, spread, without_empty
 
 
-COMMON = ("dataset", "base", "length", "examples", "epochs", "batch_size", "warmup")
+COMMON = ("dataset", "base", "pooling", "length", "examples", "epochs", "batch_size", "warmup")
 """What all rows of a table must share: accuracies of other settings are no spread over seeds."""
 LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--")}
 """Methods without a size: a line across the figure."""

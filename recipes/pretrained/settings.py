@@ -25,7 +25,8 @@ METHODS = {
 BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
 """Methods whose size is the number of their parameters, `d`: exactly, or the next that they can have below it."""
 BY_RANK = ("lora", "vera", "unilora")
-CHOICES = {"method": METHODS, "coordinates": COORDINATES, "projection": PROJECTIONS}
+POOLING = ("mean", "first")
+CHOICES = {"method": METHODS, "pooling": POOLING, "coordinates": COORDINATES, "projection": PROJECTIONS}
 LEAST = dict.fromkeys(("epochs", "batch_size", "length"), 1)
 LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples"), 0)
 
@@ -36,6 +37,7 @@ class Settings(Named):
 
     dataset: str = "sst2"
     base: str = "sentence-transformers/all-MiniLM-L6-v2"
+    pooling: str = "mean"  # of all token vectors; or first: that of the first token, by the encoder's own pooler
     length: int = 48  # tokens of a sentence; what is longer is cut
     method: str = "full"
     coordinates: str = "weight"

@@ -114,7 +114,11 @@ def _source(settings: Settings) -> str:
 
 
 class SentenceClassifier(nn.Module):
-    """An encoder, the mean of its token vectors, which sentence encoders are pretrained for, and a linear head."""
+    """An encoder, a vector for the sentence, and a linear head.
+
+    The vector is the mean of the tokens' where the encoder has no pooler, and what its pooler makes of the first token
+    otherwise.
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
@@ -124,9 +128,12 @@ class SentenceClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        vectors = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        share = attention_mask / attention_mask.sum(1, keepdim=True)  # [batch, tokens]
-        logits = self.classifier((vectors * share[..., None]).sum(1))
+        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        vector = outputs.pooler_output
+        if vector is None:
+            share = attention_mask / attention_mask.sum(1, keepdim=True)  # [batch, tokens]
+            vector = (outputs.last_hidden_state * share[..., None]).sum(1)
+        logits = self.classifier(vector)
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -134,7 +141,5 @@ class SentenceClassifier(nn.Module):
 def base_model(settings: Settings, classes: int) -> SentenceClassifier:
     """The pretrained model under a new head that is drawn from the seed."""
     torch.manual_seed(settings.seed)
-    encoder = AutoModel.from_pretrained(_source(settings))
-    if isinstance(getattr(encoder, "pooler", None), nn.Module):  # of the first token; nothing here reads it
-        encoder.pooler = None
-    return SentenceClassifier(encoder, classes)
+    pooled = {"add_pooling_layer": settings.pooling == "first"}
+    return SentenceClassifier(AutoModel.from_pretrained(_source(settings), **pooled), classes)

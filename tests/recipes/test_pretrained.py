@@ -105,8 +105,9 @@ def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, settings):
     assert trainable(model, HEAD) == {"adapter": adapter, "head": 2 * 32 + 2}
 
 
-def test_padding_changes_nothing(settings):
-    made = Settings(examples=16, **settings)
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_padding_changes_nothing(settings, pooling):
+    made = Settings(examples=16, pooling=pooling, **settings)
     task = text.load(made)
     model = text.base_model(made, 2).eval()
     rows = [task.training[at] for at in range(16)]
