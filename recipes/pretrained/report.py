@@ -47,7 +47,12 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
         | {"point": names[run.name], "label": run.label, "base_digest": result["base_digest"]}
         | {key: 100 * value for key, value in result["accuracy"].items()}
         | {f"{key}_examples": value for key, value in result["examples"].items()}
-        | {**result["trainable"], "bytes": result["adapter"]["bytes"], "loss": result["train_loss"][-1]}
+        | {
+            **result["trainable"],
+            "bytes": result["adapter"]["bytes"],
+            "peak": result.get("peak_bytes"),
+            "loss": result["train_loss"][-1],
+        }
         | {"ms": result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]}
         for run in runs
         if (result := results.load(run))
@@ -61,7 +66,7 @@ def means(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a point: methods in the order of the recipe, each from few parameters to many."""
     grouped, order = runs.groupby("point", sort=False), list(dict.fromkeys(runs.label))
     rows = grouped[["label", "rank", "modules", "d", "lr", "head_lr"]].first()
-    rows = rows.join(grouped[["test", "validation", "adapter", "head", "bytes", "ms", "loss"]].mean())
+    rows = rows.join(grouped[["test", "validation", "adapter", "head", "bytes", "ms", "loss", "peak"]].mean())
     rows = rows.assign(sd=grouped.test.std(), seeds=grouped.seed.nunique(), order=rows.label.map(order.index))
     rows = rows.assign(said=grouped.test.agg(over_seeds), held=grouped.validation.agg(over_seeds))
     return rows.sort_values(["order", "adapter"], kind="stable").reset_index()
@@ -111,10 +116,17 @@ def _methods(rows: pd.DataFrame) -> list[str]:
         rate = f"{row.head_lr if row.label == METHODS['head'] else row.lr:g}"
         lines.append(
             [row.label, row.rank or "", row.modules.replace("|", " or "), f"{row.adapter:,.0f}", row.said, row.held]
-            + [row.seeds, rate, f"{row.loss:.3f}", f"{row.bytes:,.0f}", f"{row.ms:.0f}"]
+            + [
+                row.seeds,
+                rate,
+                f"{row.loss:.3f}",
+                f"{row.bytes:,.0f}",
+                f"{row.ms:.0f}",
+                "" if math.isnan(row.peak) else f"{row.peak / 1e6:.0f}",
+            ]
         )
     header = ["method", "rank", "modules", "parameters without the head", "test accuracy, %", "validation, %"]
-    header += ["seeds", "rate", "last training loss", "bytes saved", "ms a step"]
+    header += ["seeds", "rate", "last training loss", "bytes saved", "ms a step", "MB beyond the base"]
     return without_empty(header, lines)
 
 

@@ -5,16 +5,19 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.settings import Settings
 from recipes.pretrained.text import Task, base_model
 from recipes.training.finetuning import Steps, accuracy, classes_of, digest, groups, saved, trainable
+from recipes.training.memory import peak
 
 
 EVALUATED_TOGETHER = 64
@@ -92,7 +95,22 @@ def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
         batch = task.collate([task.validation[at] for at in range(min(EVALUATED_TOGETHER, len(task.validation)))])
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         result["adapter"] = saved(model, origin, inputs, folder)
+    longest = max(range(len(task.training)), key=task.training["length"].__getitem__)
+    batch = task.collate(settings.batch_size * [task.training[longest]])
+    plain = base_model(settings, task.classes).to(trainer.args.device)
+    batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
+    result["peak_bytes"] = peak(partial(_two_steps, plain, settings, batch))
     return result
+
+
+def _two_steps(base: nn.Module, settings: Settings, batch: dict[str, Tensor]) -> None:
+    """What a training holds beyond the base: adapter, activations, gradients, moments of AdamW."""
+    model = wrap(base, settings)
+    optimizer = torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr))
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _seconds(parts: dict[str, tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, dict[str, float]]:

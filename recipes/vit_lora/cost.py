@@ -10,14 +10,12 @@ the machine slows all of them alike. Settings on the command line narrow the gri
 with a shape measures a ViT of that size with random weights.
 """
 
-import gc
-import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 
@@ -29,6 +27,7 @@ from recipes.lab.results import read_measurement
 from recipes.reports.tables import markdown
 from recipes.tasks.data import Split
 from recipes.tasks.models import CLASSES, SHAPES
+from recipes.training.memory import peak
 from recipes.vit_lora.settings import KEYS, Settings
 from recipes.vit_lora.training import train
 
@@ -43,21 +42,6 @@ def images(settings: Settings) -> Split:
     labels = torch.arange(n) % classes
     labels[-1] = classes - 1
     return Split(pixels, labels).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def peak(settings: Settings, split: Split, output: Path) -> int:
-    """The most bytes that torch has allocated at once."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train(settings, split, split, output, shorter=2)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train(settings, split, split, output, shorter=2)
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
 
 
 def costs(runs: list[Settings], output: Path, steps: int, rounds: int) -> list[dict]:
@@ -75,7 +59,8 @@ def costs(runs: list[Settings], output: Path, steps: int, rounds: int) -> list[d
             "settings": run.record(),
             "trained": sum(results[0]["trainable"].values()),
         }
-        rows.append(row | {"step_ms": times, "setup_s": setup, "peak_mb": peak(run, images(run), output) / 1e6})
+        memory = peak(partial(train, run, *2 * (images(run),), output, shorter=2))
+        rows.append(row | {"step_ms": times, "setup_s": setup, "peak_mb": memory / 1e6})
     return rows
 
 

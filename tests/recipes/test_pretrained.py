@@ -70,6 +70,7 @@ def test_every_yaml_runs_tiny(file, shared, settings, capsys):
         if result["settings"]["method"] not in ("full", "head", "bitfit"):
             assert result["adapter"]["max_difference"] <= 1e-6
         assert result["examples"] == {"training": 16, "validation": 12, "test": 12}
+        assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
         right = 12 * result["accuracy"]["test"]  # of all test examples
         assert right == pytest.approx(round(right), abs=1e-6)
     assert "| weight, fastjl | " in capsys.readouterr().out
