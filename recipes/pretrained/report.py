@@ -131,21 +131,19 @@ def _methods(rows: pd.DataFrame) -> list[str]:
 
 
 def _pairs(rows: pd.DataFrame) -> list[str]:
+    """A row a d and split, and one a split for all differences together."""
     first, second = (label.split(", ")[1] for label in PAIR)
     header = ["d", "rate", "accuracy of the", first, second, "difference ± standard error", "by seed"]
     header += ["sampling error of one difference"]
-    lines = [
-        [
-            f"{row.d:,}",
-            f"{row.lr:g}",
-            f"{row.split} set",
-            f"{row.first:.2f}",
-            f"{row.second:.2f}",
-            spread(row.mean, row.error),
-        ]
-        + [", ".join(f"{each:+.2f}" for each in row.each), f"{row.sampling:.2f}"]
-        for row in rows.itertuples()
-    ]
+    lines = []
+    for row in rows.itertuples():
+        by_seed, sampling = ", ".join(f"{each:+.2f}" for each in row.each), f"{row.sampling:.2f}"
+        accuracies = [f"{row.first:.2f}", f"{row.second:.2f}", spread(row.mean, row.error)]
+        lines.append([f"{row.d:,}", f"{row.lr:g}", f"{row.split} set", *accuracies, by_seed, sampling])
+    for split, part in rows.groupby("split", sort=False):
+        every = pd.Series(part.each.sum())
+        accuracies = [f"{part.first.mean():.2f}", f"{part.second.mean():.2f}", spread(every.mean(), every.sem())]
+        lines.append(["all", "", f"{split} set", *accuracies, f"{len(every)} pairs", ""])
     return markdown(header, lines)
 
 

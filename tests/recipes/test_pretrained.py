@@ -12,7 +12,7 @@ from recipes import run
 from recipes.lab.grid import read
 from recipes.pretrained import text
 from recipes.pretrained.methods import HEAD, wrap
-from recipes.pretrained.report import differences
+from recipes.pretrained.report import _pairs, differences
 from recipes.pretrained.settings import Settings
 from recipes.training.finetuning import trainable
 from tests.recipes.files import RECIPES, options, results, written
@@ -146,9 +146,12 @@ def test_differences_are_paired_by_seed():
         | {"validation_examples": 100}
         for (label, seed), value in accuracies.items()
     ]
-    row = differences(pd.DataFrame(rows)).set_index("split").loc["test"]
+    rows += [row | {"d": 256, "test": row["test"] + row["seed"]} for row in rows]
+    paired = differences(pd.DataFrame(rows))
+    row = paired.set_index(["d", "split"]).loc[64, "test"]
     assert row.each == [-1, 2]
     assert (row["mean"], row.error) == pytest.approx((0.5, 1.5))
+    assert "| all |  | test set | 82.25 | 81.75 | 0.50 ± 0.87 | 4 pairs |  |" in _pairs(paired)
 
 
 @pytest.mark.parametrize(
