@@ -23,6 +23,7 @@ NEAR = 3.0
 DIRECTIONS = 2
 TRIALS = 6  # of a length, for each direction
 FIRST = 1e-3
+ENTRIES = 2**22  # of the outputs that are compared: the logits of a vocabulary over a batch of tokens can be gigabytes
 
 
 def is_theta_d(name: str) -> bool:
@@ -147,7 +148,8 @@ def _outputs(model: nn.Module, batch: Any, places: list[Tensor]) -> list[Tensor]
     """The outputs, and what entered the last module that is trained whole: [samples, features] each, float32."""
     places.clear()
     found = [_first(run(model, batch)), *places[-1:]]
-    return [f.float().reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found if f is not None]
+    rows = [f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found if f is not None]
+    return [f[:: 1 + f.numel() // ENTRIES].float() for f in rows]
 
 
 def _first(output: Any) -> Tensor | None:

@@ -67,6 +67,13 @@ def test_a_new_head_that_is_zero():
     assert sensitivity(linear(), X).head is None
 
 
+def test_large_outputs_are_compared_by_some_of_their_rows(monkeypatch):
+    model, x = linear(), torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    whole = sensitivity(model, x)
+    monkeypatch.setattr("subspace_peft.sensitivity.ENTRIES", 1000)
+    assert sensitivity(model, x).theta_d == pytest.approx(whole.theta_d, rel=0.1)
+
+
 def test_what_has_none():
     with pytest.raises(ValueError, match="must have a trainable theta_d, it has none"):
         sensitivity(nn.Linear(6, 4), X)
