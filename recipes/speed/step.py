@@ -73,7 +73,7 @@ class Contender:
         self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()
         self.inputs = inputs
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         self.wall: list[float] = []
         self.cpu: list[float] = []
 

@@ -128,7 +128,7 @@ def steps(case: tuple[str, str, str], R: int, rounds: int, accelerator: Accelera
     """The times of a step and of the set-up, for R runs of one case."""
     model, dataset, projection = case
     d, batch = CASES[case]
-    runs = settings(model, dataset, projection, d, R)
+    runs = settings(model, dataset, projection, d, R, lr=0.1)
     images = torch.randint(256, (4 * batch, *SHAPES[dataset]), dtype=torch.uint8)
     data = Split(images, torch.randint(CLASSES[dataset], (4 * batch,))).to(accelerator.device)
     setup, step, some = Clock(accelerator.device), Clock(accelerator.device), runs[:DS]
