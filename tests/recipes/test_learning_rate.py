@@ -53,7 +53,7 @@ def test_every_run_is_made_once_and_kept(tiny, monkeypatch, capsys):
     assert (tiny.parent / "plots" / "tiny.png").exists()
 
     trained = []
-    monkeypatch.setattr(sweep, "fine_tune", lambda *run: trained.append(run[1:]) or (50.0, [0.01]))
+    monkeypatch.setattr(sweep, "fine_tune", lambda *run: trained.append(run[1:]) or (50.0, [0.01, 0.01]))
     assert made("--seed", "0") == first
     assert not trained
     assert made()[: len(GRID)] == first
