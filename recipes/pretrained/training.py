@@ -1,7 +1,6 @@
 """One training by transformers' Trainer."""
 
 import copy
-import os
 import statistics
 import tempfile
 import time
@@ -16,7 +15,16 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.settings import Settings
 from recipes.pretrained.text import Task, base_model
-from recipes.training.finetuning import Steps, accuracy, classes_of, digest, groups, saved, trainable
+from recipes.training.finetuning import (
+    Steps,
+    accuracy,
+    classes_of,
+    digest,
+    groups,
+    saved,
+    share_of_a_process,
+    trainable,
+)
 from recipes.training.memory import peak
 
 
@@ -25,15 +33,10 @@ NOT_TRAINED_BY_ADAPTERS = ("full", "head", "bitfit")
 
 
 def arguments(settings: Settings, folder: str, examples: int) -> TrainingArguments:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % processes:
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {processes} processes, got {settings.batch_size}; change one."
-        )
     return TrainingArguments(
         folder,
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size // processes,
+        per_device_train_batch_size=share_of_a_process(settings.batch_size),
         per_device_eval_batch_size=EVALUATED_TOGETHER,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * settings.epochs * -(-examples // settings.batch_size)),

@@ -1,6 +1,7 @@
 """What recipes share that fine-tune a pretrained model by transformers' Trainer, with a new head beside an adapter."""
 
 import hashlib
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,20 @@ class Steps(TrainerCallback):
             torch.cuda.synchronize()
         self.wall.append(1e3 * (time.perf_counter() - self.started[0]))
         self.cpu.append(1e3 * (time.process_time() - self.started[1]))
+
+
+def share_of_a_process(batch_size: int) -> int:
+    """How many samples of a batch each of the processes that train together has.
+
+    Raises:
+        ValueError: if they cannot have as many.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % processes:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {processes} processes, got {batch_size}; change one."
+        )
+    return batch_size // processes
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

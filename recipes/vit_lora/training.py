@@ -1,7 +1,6 @@
 """One training by transformers' Trainer, with evaluate's accuracy."""
 
 import copy
-import os
 import statistics
 import tempfile
 import time
@@ -14,7 +13,16 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes.tasks.data import Split
-from recipes.training.finetuning import Steps, accuracy, classes_of, digest, groups, saved, trainable
+from recipes.training.finetuning import (
+    Steps,
+    accuracy,
+    classes_of,
+    digest,
+    groups,
+    saved,
+    share_of_a_process,
+    trainable,
+)
 from recipes.vit_lora.images import Batches
 from recipes.vit_lora.methods import HEAD, base_model, wrap
 from recipes.vit_lora.settings import Settings
@@ -34,16 +42,11 @@ class Reallocation(TrainerCallback):
 
 
 def arguments(settings: Settings, folder: str, steps: int, shorter: int = 0) -> TrainingArguments:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % processes:
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {processes} processes, got {settings.batch_size}; change one."
-        )
     return TrainingArguments(
         folder,
         num_train_epochs=settings.epochs,
         max_steps=shorter or -1,
-        per_device_train_batch_size=settings.batch_size // processes,
+        per_device_train_batch_size=share_of_a_process(settings.batch_size),
         per_device_eval_batch_size=min(EVALUATED_TOGETHER, 8 * settings.batch_size),
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * steps),
