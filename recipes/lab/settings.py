@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 
 class Run(Protocol):
@@ -35,6 +35,15 @@ class Named:
     def name(self) -> str:
         plain = {key: value.name if isinstance(value, Named) else value for key, value in self._named()}
         return digest({key: value for key, value in plain.items() if value != getattr(type(self), key)})
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """A run from one point of the grid.
+
+        Raises:
+            ValueError: for a value of another type, and all that the class refuses.
+        """
+        return cls(**{key: typed(key, value, cls.__annotations__[key]) for key, value in values.items()})
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if not f.metadata)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from recipes.lab.results import Results
 from recipes.pretrained.settings import METHODS, Settings
 from recipes.reports.figures import COLOURS, GREY, MARKERS, count, counted, headline, panels, save
 from recipes.reports.labels import labels, name
-from recipes.reports.tables import markdown, over_seeds, spread, without_empty
+from recipes.reports.tables import check_common, markdown, over_seeds, spread, without_empty
 
 
 COMMON = ("dataset", "base", "pooling", "length", "examples", "epochs", "batch_size", "warmup")
@@ -21,11 +22,7 @@ PAIR = ("weight, kronecker", "weight, fastjl")
 """What is compared seed by seed."""
 
 
-def check(runs: list[Settings]) -> None:
-    """Raises ValueError if the runs differ in what a table must share."""
-    for key in COMMON:
-        if len(values := {getattr(run, key) for run in runs}) > 1:
-            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+check = partial(check_common, keys=COMMON)
 
 
 def point(run: Settings) -> str:

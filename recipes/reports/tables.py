@@ -19,6 +19,13 @@ MARKED = re.compile(rf"(<!-- results: (?P<marker>[^>\n]+?) -->\n)(?P<text>.*?)({
 BEGUN = re.compile(r"<!-- results:[^\n]*")
 
 
+def check_common(runs: Iterable[Any], keys: Iterable[str]) -> None:
+    """Raises ValueError if the runs differ in these settings, which a table must share."""
+    for key in keys:
+        if len(values := {getattr(run, key) for run in runs}) > 1:
+            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+
+
 def markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
     """The lines of a table."""
     header = list(header)

@@ -1,6 +1,7 @@
 """What the results say: tables, and accuracy against how many parameters are trained."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from recipes.lab.results import Results, read_measurement
 from recipes.reports.dimension import dimension
 from recipes.reports.figures import COLOURS, GREY, count, counted, headline, panels, save
 from recipes.reports.labels import labels, name
-from recipes.reports.tables import over_seeds, without_empty
+from recipes.reports.tables import check_common, over_seeds, without_empty
 from recipes.vit_lora.settings import Settings
 from subspace_peft.measure import Dimension, intrinsic_dimension
 
@@ -24,11 +25,7 @@ PROJECTIONS = {"sparse": "^", "fastjl": "s", "fastfood": "o"}
 Measured = dict[str, dict[str, float]]
 
 
-def check(runs: list[Settings]) -> None:
-    """Raises ValueError if the runs differ in what a table must share."""
-    for key in COMMON:
-        if len(values := {getattr(run, key) for run in runs}) > 1:
-            raise ValueError(f"A table must be of one `{key}`, got {', '.join(map(str, sorted(values)))}; give one.")
+check = partial(check_common, keys=COMMON)
 
 
 def point(run: Settings) -> str:

@@ -1,9 +1,8 @@
 """What a run of this recipe is: a flat record of settings."""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
-from recipes.lab.settings import Named, typed, unnamed
+from recipes.lab.settings import Named, unnamed
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 
@@ -79,10 +78,4 @@ class Settings(Named):
 KEYS = [f.name for f in fields(Settings)]
 
 
-def settings(values: dict[str, Any]) -> Settings:
-    """A run from one point of the grid.
-
-    Raises:
-        ValueError: for a value of another type, and all that `Settings` refuses.
-    """
-    return Settings(**{key: typed(key, value, Settings.__annotations__[key]) for key, value in values.items()})
+settings = Settings.of  # from one point of the grid
