@@ -21,7 +21,7 @@ PER_INPUT = 0.5
 """The sensitivity over the root of the sum of the inputs of all layers: 0.4 to 0.6 in the networks measured."""
 
 LEAST_INPUTS = 1000
-"""Networks smaller than that are toys: nothing is said of rates from 3e-4."""
+"""Networks with fewer are toys, which train at any rate: with rows of norm 1 nothing is said from 3e-4 on."""
 
 _watched: dict[int, tuple[weakref.ref, float]] = {}
 _hooks: list[RemovableHandle] = []

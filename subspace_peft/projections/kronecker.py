@@ -35,9 +35,8 @@ class Kronecker(Projection):
     """P = M F: F is FastJL with ⌈r / n⌉ c rows, and M mixes its entries C into the tensor, a matrix [r, c].
 
     M is an isometry times √n, cropped to r rows, so the columns of P are as orthogonal as those of F, but for the rows
-    that are cut. It is a Kronecker fast
-    Johnson-Lindenstrauss transform (Jin, Kolda and Ward, "Faster Johnson-Lindenstrauss transforms via Kronecker
-    products", 2021) with a second transform, F, inside it.
+    that are cut. It is a Kronecker fast Johnson-Lindenstrauss transform (Jin, Kolda and Ward, "Faster
+    Johnson-Lindenstrauss transforms via Kronecker products", 2021) with a second transform, F, inside it.
 
     Small tensors and vectors, and those whose rows have no factor of 16 in their length, have n = 1, as in `fastjl`.
     """

@@ -13,6 +13,9 @@ from torch import Tensor
 BUFFERS = 2
 BUFFER_BYTES = 2**26  # of the largest that is kept: a weight of 4096 x 4096 in float32
 
+USERS = getattr(torch._C, "_storage_Use_Count", None)
+"""Counts the tensors and objects that share a storage; without it no memory is used again."""
+
 _buffers: list[torch.UntypedStorage] = []
 _lock = threading.Lock()
 
@@ -20,14 +23,15 @@ _lock = threading.Lock()
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A contiguous tensor in memory that nothing else uses; others get it when all tensors that share it are gone."""
     size = prod(shape) * like.itemsize
-    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu" or size > BUFFER_BYTES:
+    is_plain = type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu"
+    if not is_plain or size > BUFFER_BYTES or USERS is None:
         return like.new_empty(shape)
     with _lock:
         return torch.empty(0, dtype=like.dtype).set_(_free(size), 0, shape)
 
 
 def _free(size: int) -> torch.UntypedStorage:
-    free = [at for at, storage in enumerate(_buffers) if torch._C._storage_Use_Count(storage._cdata) == 1]
+    free = [at for at, storage in enumerate(_buffers) if USERS(storage._cdata) == 1]
     for at in free:
         if _buffers[at].nbytes() >= size and not _buffers[at].is_shared():
             return _buffers[at]

@@ -45,3 +45,9 @@ def test_what_is_larger_than_a_buffer_is_not_kept(monkeypatch):
     held = list(scratch._buffers)
     assert scratch.empty(torch.zeros(1), (26,)).shape == (26,)
     assert scratch._buffers == held
+
+
+def test_without_a_count_of_users_no_memory_is_given_again(monkeypatch):
+    monkeypatch.setattr(scratch, "USERS", None)
+    assert scratch.empty(torch.zeros(1), (26,)).shape == (26,)
+    assert not scratch._buffers
