@@ -5,20 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from recipes.lab.kinds import Kind, Report
+from recipes.pretrained import images, text
 from recipes.pretrained.settings import KEYS, Settings, settings
-from recipes.pretrained.text import load
 from recipes.pretrained.training import train
 
 
 def make(runs: list[Settings], output: Path, report: Report) -> list[dict[str, Any]]:
     (run,) = runs
-    result = train(run, load(run), output)
+    task = images if run.has_images else text
+    result = train(run, task.load(run), task.base_model, output)
     report(result["accuracy"]["validation"])
     return [result]
 
 
 def stays(part: dict[str, Any], key: str, values: list) -> bool:
-    """Full fine-tuning, BitFit and the head alone are baselines: settings of adapters do not narrow them."""
+    """Full fine-tuning, BitFit and the head alone are baselines: settings of adapters do not narrow them.
+
+    Nor does a rate narrow the runs whose rates are found.
+    """
+    if part.get("lr") in (0, [0]) and key in ("lr", "head_lr"):
+        return True
     methods = part.get("method", Settings.method)
     baseline = set(methods if isinstance(methods, list) else [methods]) <= {"full", "head", "bitfit"}
     return baseline and key in ("coordinates", "projection", "d", "rank", "modules")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from peft import (
     FourierFTConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     TinyLoraConfig,
@@ -26,7 +27,7 @@ from subspace_peft import SubspaceConfig
 
 
 HEAD = "classifier"
-Modules = dict[str, nn.Linear]
+Modules = dict[str, nn.Linear | nn.Conv2d]
 
 
 def wrap(model: nn.Module, settings: Settings) -> nn.Module:
@@ -43,16 +44,17 @@ def wrap(model: nn.Module, settings: Settings) -> nn.Module:
 
 
 def adapted(model: nn.Module, pattern: str) -> Modules:
-    """The linear modules but the head in whose names the regular expression is found.
+    """The linear modules and convolutions, but the head, in whose names the regular expression is found.
 
     Raises:
         ValueError: if there are none.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != HEAD}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n != HEAD}
     modules = {name: m for name, m in linear.items() if re.search(pattern, name)}
     if not modules:
         raise ValueError(
-            f"`modules` must be found in the name of a linear module, got {pattern!r}; one is {next(iter(linear))!r}."
+            "`modules` must be found in the name of a linear module or convolution, got "
+            f"{pattern!r}; one is {next(iter(linear))!r}."
         )
     return modules
 
@@ -75,6 +77,10 @@ def config(settings: Settings, modules: Modules) -> PeftConfig:
 
 def _lora(settings: Settings, modules: Modules) -> dict[str, object]:
     return {"r": settings.rank, "lora_alpha": settings.rank}
+
+
+def _lokr(settings: Settings, modules: Modules) -> dict[str, object]:
+    return {"r": settings.rank, "alpha": settings.rank}
 
 
 def _vera(settings: Settings, modules: Modules) -> dict[str, object]:
@@ -119,6 +125,7 @@ def _check_least(settings: Settings, least: int, words: str) -> None:
 
 PEFT: dict[str, tuple[type[PeftConfig], Callable[[Settings, Modules], dict[str, object]]]] = {
     "lora": (LoraConfig, _lora),
+    "lokr": (LoKrConfig, _lokr),
     "vera": (VeraConfig, _vera),
     "fourierft": (FourierFTConfig, _frequencies),
     "waveft": (WaveFTConfig, _frequencies),

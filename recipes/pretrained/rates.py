@@ -8,7 +8,7 @@ from recipes.lab.results import Results
 from recipes.pretrained.report import check as check
 from recipes.pretrained.report import table
 from recipes.pretrained.settings import METHODS, Settings
-from recipes.reports.figures import headline, panels, plain_ticks, save, style
+from recipes.reports.figures import GREY, headline, panels, plain_ticks, save, style
 from recipes.reports.tables import by_rate
 
 
@@ -16,11 +16,16 @@ KEYS = {"label": "method", "rank": "rank", "modules": "modules", "d": "d", "head
 
 
 def rates(runs: list[Settings], results: Results) -> pd.DataFrame:
-    """A row a run, with its `rate`: for the head alone its own, for others that of what is trained beside it."""
+    """A row a run, with its `rate`: for the head alone its own, for others that of what is trained beside it.
+
+    Rates that were found have 0.
+    """
     runs = table(runs, results)
-    alone = runs.label == METHODS["head"]
+    alone, found = runs.label == METHODS["head"], runs.lr == 0
     return runs.assign(
-        rate=runs.lr.where(~alone, runs.head_lr), head_lr=runs.head_lr.where(~alone, 0), accuracy=runs.validation
+        rate=runs.lr.where(~alone, runs.head_lr),
+        head_lr=runs.head_lr.where(~(alone | found), 0),
+        accuracy=runs.validation,
     )
 
 
@@ -30,14 +35,18 @@ def text(runs: list[Settings], results: Results) -> str:
 
 
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
-    """Accuracy against the rate."""
+    """Accuracy against the rate, with stars where rates were found."""
     measured = rates(runs, results)
     figure, ((axis,),) = panels(1, 1, width=8, height=5)
     for at, ((label, rank, _, d, _), line) in enumerate(measured.groupby(list(KEYS), sort=False)):
         words = label + f", rank {rank}" * bool(rank) + f", d = {d:,}" * bool(d)
+        if not line.rate.any():
+            continue
         by = line.groupby("rate").accuracy.mean()
         axis.plot(by.index, by, label=words, **style(at))
-    plain_ticks(axis, sorted(set(measured.rate)))
+    found = measured[measured.rate == 0]
+    axis.plot([rates[0] for rates in found.rates], found.accuracy, "*", color=GREY, markersize=11, label="rates found")
+    plain_ticks(axis, sorted(set(measured.rate) - {0}))
     axis.set(xlabel="learning rate", ylabel="accuracy on the validation set, %")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)
     headline(figure, "Which learning rate does each method like?")

@@ -14,7 +14,8 @@ from recipes.reports.labels import labels, name
 from recipes.reports.tables import check_common, markdown, over_seeds, spread, without_empty
 
 
-COMMON = ("dataset", "base", "pooling", "length", "examples", "epochs", "batch_size", "warmup")
+COMMON = ("dataset", "base", "pooling", "length", "image_size", "measured_examples", "examples", "epochs")
+COMMON += ("batch_size", "warmup")
 """What all rows of a table must share: accuracies of other settings are no spread over seeds."""
 LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--")}
 """Methods without a size: a line across the figure."""
@@ -50,6 +51,7 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
             "peak": result.get("peak_bytes"),
             "loss": result["train_loss"][-1],
         }
+        | {"rates": result.get("rates")}
         | {"ms": result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]}
         for run in runs
         if (result := results.load(run))
@@ -110,7 +112,7 @@ def text(runs: list[Settings], results: Results) -> str:
 def _methods(rows: pd.DataFrame) -> list[str]:
     lines = []
     for row in rows.itertuples():
-        rate = f"{row.head_lr if row.label == METHODS['head'] else row.lr:g}"
+        rate = f"{row.head_lr if row.label == METHODS['head'] else row.lr:g}" if row.lr else "found"
         lines.append(
             [row.label, row.rank or "", row.modules.replace("|", " or "), f"{row.adapter:,.0f}", row.said, row.held]
             + [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from recipes.lab.settings import Named, unnamed
+from recipes.tasks.data import HUB
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 
@@ -12,6 +13,7 @@ METHODS = {
     "head": "head alone",
     "bitfit": "BitFit",
     "lora": "LoRA",
+    "lokr": "LoKr",
     "vera": "VeRA",
     "fourierft": "FourierFT",
     "waveft": "WaveFT",
@@ -21,13 +23,15 @@ METHODS = {
     "subspace": "subspace",
 }
 """Method -> its name in words; `subspace` is ours."""
+FOUND = ", rates found"
 BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
 """Methods whose size is the number of their parameters, `d`: exactly, or the next that they can have below it."""
-BY_RANK = ("lora", "vera", "unilora")
+BY_RANK = ("lora", "lokr", "vera", "unilora")
+IMAGES = ("digits", *HUB)
 POOLING = ("mean", "first")
 CHOICES = {"method": METHODS, "pooling": POOLING, "coordinates": COORDINATES, "projection": PROJECTIONS}
 LEAST = dict.fromkeys(("epochs", "batch_size", "length"), 1)
-LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples"), 0)
+LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples", "image_size", "measured_examples"), 0)
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class Settings(Named):
     seed: int = 0  # of the new head, of P and what other methods draw, and of the order of the batches
     epochs: int = 2
     batch_size: int = 32  # of all processes together
-    lr: float = 1e-3
+    lr: float = 1e-3  # 0: that and the head's are found, by SubspaceTrainer
     head_lr: float = 1e-3  # of the head, whatever is trained beside it
     warmup: float = 0.06  # of all steps; the rate then falls as a cosine to zero
+    image_size: int = 0  # pixels of a side, to which images are resized; 0: as they are
+    measured_examples: int = 0  # the first images of the test set; 0, and sentences: all
     examples: int = 2000  # of the training set, the same for every seed; 0: all
     data: str = unnamed("")  # a folder of parquet files, or another Hub id, in place of the data set's
     weights: str = unnamed("")  # a folder, or another Hub id, that holds the weights of `base`
@@ -69,14 +75,28 @@ class Settings(Named):
                 )
         if self.method == "head":
             self._reset("lr")
+        if self.rates_are_found:
+            if self.method != "subspace":
+                raise ValueError(
+                    f"`lr` must be above 0 for {self.label}, got {self.lr}; rates are found for ours alone."
+                )
+            self._reset("head_lr")
         if self.method in ("full", "head", "bitfit"):
             self._reset("modules")
+
+    @property
+    def has_images(self) -> bool:
+        return self.dataset in IMAGES
+
+    @property
+    def rates_are_found(self) -> bool:
+        return self.lr == 0
 
     @property
     def label(self) -> str:
         """The method in words, without its size."""
         if self.method == "subspace":
-            return f"{self.coordinates.replace('_', ' ')}, {self.projection}"
+            return f"{self.coordinates.replace('_', ' ')}, {self.projection}" + FOUND * self.rates_are_found
         return METHODS[self.method]
 
     def __str__(self) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import torch
@@ -14,24 +13,13 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recipes.pretrained.settings import Settings
+from recipes.pretrained.task import HELD_OUT, Task, chosen
 
 
 HUB = {"sst2": "SetFit/sst2", "subj": "SetFit/subj"}
 """Copies whose test set has labels."""
 SENTENCE = ("sentence", "text")
 """What the column of the sentences may be called."""
-HELD_OUT = 1000
-"""The last so many training examples validate, where a data set has no validation set."""
-
-
-class Task(NamedTuple):
-    """What a model is trained and measured on, each batch as its `collate` makes it of examples."""
-
-    training: Dataset
-    validation: Dataset
-    test: Dataset
-    collate: Callable[[list[dict]], dict[str, Tensor]]
-    classes: int
 
 
 def load(settings: Settings) -> Task:
@@ -54,13 +42,8 @@ def _load(dataset: str, data: str, source: str, length: int, examples: int) -> T
     if "validation" not in splits:
         splits["validation"] = training.select(range(len(training) - HELD_OUT, len(training)))
         training = training.select(range(len(training) - HELD_OUT))
-    if not examples <= len(training):
-        raise ValueError(
-            f"`examples` must be at most the {len(training)} training examples of {dataset!r}, got {examples}; lower "
-            "it, or give 0 for all."
-        )
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
-    training = training.select(order[: examples or len(training)].tolist())
+    training = training.select(chosen(examples, len(training), dataset))
+    longest = training[max(range(len(training)), key=training["length"].__getitem__)]
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
         batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
@@ -68,7 +51,8 @@ def _load(dataset: str, data: str, source: str, length: int, examples: int) -> T
         return {name: batch[name] for name in names} | {"labels": torch.tensor([row["labels"] for row in rows])}
 
     classes = 1 + max(training["labels"])
-    return Task(training, _by_length(splits["validation"]), _by_length(splits["test"]), collate, classes)
+    measured = [_by_length(splits[name]) for name in ("validation", "test")]
+    return Task(training, *measured, collate, classes, longest, order="group_by_length")  # so that little is padded
 
 
 def _rows(dataset: str, data: str) -> dict[str, Dataset]:

@@ -4,6 +4,7 @@ import copy
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.settings import Settings
-from recipes.pretrained.text import Task, base_model
+from recipes.pretrained.task import Task
 from recipes.training.finetuning import (
     Steps,
     accuracy,
@@ -26,13 +27,15 @@ from recipes.training.finetuning import (
     trainable,
 )
 from recipes.training.memory import peak
+from subspace_peft import SubspaceTrainer
 
 
 EVALUATED_TOGETHER = 64
+BaseModel = Callable[[Settings, int], nn.Module]
 NOT_TRAINED_BY_ADAPTERS = ("full", "head", "bitfit")
 
 
-def arguments(settings: Settings, folder: str, examples: int) -> TrainingArguments:
+def arguments(settings: Settings, folder: str, examples: int, order: str) -> TrainingArguments:
     return TrainingArguments(
         folder,
         num_train_epochs=settings.epochs,
@@ -44,7 +47,7 @@ def arguments(settings: Settings, folder: str, examples: int) -> TrainingArgumen
         seed=settings.seed,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=False,
-        train_sampling_strategy="group_by_length",  # so that little is padded
+        train_sampling_strategy=order,
         remove_unused_columns=False,
         label_names=["labels"],
         logging_strategy="epoch",
@@ -54,7 +57,7 @@ def arguments(settings: Settings, folder: str, examples: int) -> TrainingArgumen
     )
 
 
-def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
+def train(settings: Settings, task: Task, base_model: BaseModel, output: Path) -> dict[str, Any]:
     """What there is to say of a run; the adapter, where it is saved, is in adapters/ of the output folder."""
     started = time.perf_counter(), time.process_time()
     base = base_model(settings, task.classes)
@@ -63,15 +66,15 @@ def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
     model = wrap(base, settings)
     callback = Steps()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = (SubspaceTrainer if settings.rates_are_found else Trainer)(
             model,
-            arguments(settings, folder, len(task.training)),
+            arguments(settings, folder, len(task.training), task.order),
             data_collator=task.collate,
             train_dataset=task.training,
             compute_metrics=accuracy,
             preprocess_logits_for_metrics=classes_of,
             callbacks=[callback],
-            optimizers=(torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr)), None),
+            optimizers=(None if settings.rates_are_found else _adamw(model, settings), None),
         )
         trainer.remove_callback(PrinterCallback)
         set_up = time.perf_counter(), time.process_time()
@@ -91,6 +94,7 @@ def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
         "seconds": _seconds(
             {"setup": (started, set_up), "train": (set_up, trained), "evaluate": (trained, evaluated)}
         ),
+        "rates": [group["initial_lr"] for group in trainer.optimizer.param_groups],
         "processes": trainer.args.world_size,
     }
     if trainer.is_world_process_zero():
@@ -98,18 +102,21 @@ def train(settings: Settings, task: Task, output: Path) -> dict[str, Any]:
         batch = task.collate([task.validation[at] for at in range(min(EVALUATED_TOGETHER, len(task.validation)))])
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         result["adapter"] = saved(model, origin, inputs, folder)
-    longest = max(range(len(task.training)), key=task.training["length"].__getitem__)
-    batch = task.collate(settings.batch_size * [task.training[longest]])
+    batch = task.collate(settings.batch_size * [task.longest])
     plain = base_model(settings, task.classes).to(trainer.args.device)
     batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
     result["peak_bytes"] = peak(partial(_two_steps, plain, settings, batch))
     return result
 
 
+def _adamw(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr))
+
+
 def _two_steps(base: nn.Module, settings: Settings, batch: dict[str, Tensor]) -> None:
     """What a training holds beyond the base: adapter, activations, gradients, moments of AdamW."""
     model = wrap(base, settings)
-    optimizer = torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr))
+    optimizer = _adamw(model, settings)
     for _ in range(2):
         model(**batch).loss.backward()
         optimizer.step()

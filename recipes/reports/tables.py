@@ -55,7 +55,7 @@ def without_empty(header: list[str], rows: list[list[Any]], keep: int = 1) -> li
 
 
 def by_rate(runs: pd.DataFrame, keys: dict[str, str]) -> list[str]:
-    """Mean accuracy (%) by learning rate, the best of a row in bold.
+    """Mean accuracy (%) by learning rate, the best of a row in bold; rates that were found are 0.
 
     Args:
         runs: A row a run, with `rate`, `accuracy` and the keys.
@@ -67,7 +67,7 @@ def by_rate(runs: pd.DataFrame, keys: dict[str, str]) -> list[str]:
     for index, row in grid.iterrows():
         cells = ["" if pd.isna(v) else f"**{v:.1f}**" if v == row.max() else f"{v:.1f}" for v in row]
         rows.append([*(value or "" for value in (index if isinstance(index, tuple) else (index,))), *cells])
-    return without_empty([*keys.values(), *(f"{rate:g}" for rate in grid)], rows)
+    return without_empty([*keys.values(), *(f"{rate:g}" if rate else "found" for rate in grid)], rows)
 
 
 def joined(parts: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The recipe that fine-tunes a pretrained encoder, tiny: random weights, sentences of six words."""
+"""The recipe that fine-tunes pretrained models, tiny: random weights, sentences of six words, the digits."""
 
 import itertools
 from pathlib import Path
@@ -6,14 +6,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from recipes import run
 from recipes.lab.grid import read
-from recipes.pretrained import text
+from recipes.pretrained import images, text
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.report import _pairs, differences
 from recipes.pretrained.settings import Settings
+from recipes.tasks.networks.efficientnet_lite import EfficientNetLite0
 from recipes.training.finetuning import trainable
 from tests.recipes.files import RECIPES, options, results, written
 
@@ -54,27 +56,56 @@ def settings(encoder, data) -> dict:
     return {"data": str(data), "weights": str(encoder), "length": 12}
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> dict:
+    """Settings for the digits, and a folder with an EfficientNet-Lite0."""
+    folder = tmp_path_factory.mktemp("network")
+    torch.manual_seed(0)
+    save_file(EfficientNetLite0().state_dict(), folder / "model.safetensors")
+    return {"dataset": "digits", "data": "", "weights": str(folder), "image_size": 16, "measured_examples": 12}
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
     """A folder for all YAMLs: tiny, many of their runs are the same, and none is made again."""
     return tmp_path_factory.mktemp("shared")
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_yaml_runs_tiny(file, shared, settings, capsys):
-    tiny = TINY | settings
-    run.main([str(file), *options(tiny, shared)])
-    made = [results(shared)[each.name] for each in read(file, tiny).runs]
+YAMLS = sorted(FOLDER.glob("*.yaml"))
+WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images]
+WITH_SENTENCES = [file for file in YAMLS if file not in WITH_IMAGES]
+
+
+@pytest.mark.parametrize("file", WITH_SENTENCES, ids=lambda file: file.stem)
+def test_every_yaml_with_sentences_runs_tiny(file, shared, settings, capsys):
+    for result in _made(file, shared, TINY | settings):
+        assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
+    assert "| weight, fastjl | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", WITH_IMAGES, ids=lambda file: file.stem)
+def test_every_yaml_with_images_runs_tiny(file, shared, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(images, "HELD_OUT", 12)
+    for result in _made(file, shared, TINY | pictures):
+        assert 0 < result["peak_bytes"] < 80e6  # the base has 14 MB, its gradient and moments three times that
+    assert "| weight, kronecker" in capsys.readouterr().out
+
+
+def _made(file: Path, folder: Path, tiny: dict) -> list[dict]:
+    """The results of a YAML with these values, checked."""
+    run.main([str(file), *options(tiny, folder)])
+    made = [results(folder)[each.name] for each in read(file, tiny).runs]
     assert {each["settings"]["method"] for each in made} == {each.method for each in read(file).runs}
     for result in made:
         if result["settings"]["method"] not in ("full", "head", "bitfit"):
             assert result["adapter"]["max_difference"] <= 1e-6
+        found = result["settings"]["lr"] == 0
+        assert (result["rates"][-1] == 0.012) is not found
         assert result["examples"] == {"training": 16, "validation": 12, "test": 12}
-        assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
         right = 12 * result["accuracy"]["test"]  # of all test examples
         assert right == pytest.approx(round(right), abs=1e-6)
-    assert "| weight, fastjl | " in capsys.readouterr().out
-    assert (shared / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+    assert (folder / "plots" / f"{file.stem}.png").stat().st_size > 10_000
+    return made
 
 
 SIDES = 4 * (32 + 32) + 2 * (32 + 64)
@@ -104,6 +135,38 @@ def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, settings):
     made = Settings(**values, **settings)
     model = wrap(text.base_model(made, 2), made)
     assert trainable(model, HEAD) == {"adapter": adapter, "head": 2 * 32 + 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "adapter"),
+    [
+        ({"method": "lora", "rank": 1, "modules": "pw|conv_head"}, 22_784),
+        ({"method": "lokr", "rank": 1, "modules": "pw|conv_head"}, 7_709),
+        ({"method": "bitfit"}, 21_008),  # of the batch norms
+        ({"method": "full"}, 3_371_008),
+        ({"method": "subspace", "d": 101}, 101),
+    ],
+    ids=str,
+)
+def test_a_method_trains_as_many_numbers_of_a_network_of_images(values, adapter, pictures):
+    made = Settings(**values, **pictures)
+    model = wrap(images.base_model(made, 10), made)
+    assert trainable(model, HEAD) == {"adapter": adapter, "head": 12_810}
+
+
+def test_images_are_split_once_and_batch_norms_keep_their_statistics(pictures, monkeypatch):
+    monkeypatch.setattr(images, "HELD_OUT", 20)
+    made = Settings(examples=30, **pictures)
+    task = images.load(made)
+    assert [len(part) for part in (task.training, task.validation, task.test)] == [30, 20, 12]
+    batches = [task.collate(list(part)) for part in (task.training, task.validation, task.test)]
+    distinct = {tuple(picture.flatten().tolist()) for batch in batches for picture in batch["pixel_values"]}
+    assert len(distinct) == 62
+    assert batches[0]["pixel_values"].shape == (30, 3, 16, 16)
+    model = images.base_model(made, 10).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(**batches[0]).loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
@@ -161,6 +224,7 @@ def test_differences_are_paired_by_seed():
         ({"method": "unilora", "d": 5}, "`rank` must be at least 1 for Uni-LoRA, got 0"),
         ({"method": "tinylora"}, "`d` must be at least 1 for TinyLoRA, got 0"),
         ({"length": 0}, "`length` must be at least 1"),
+        ({"method": "lora", "rank": 2, "lr": 0}, "`lr` must be above 0 for LoRA, got 0; rates are found for ours"),
     ],
 )
 def test_bad_settings_are_errors(values, message):
@@ -173,7 +237,10 @@ def test_bad_settings_are_errors(values, message):
     [
         ({"method": "fourierft", "d": 5}, "`d` must be at least 6 for FourierFT, one for each module, got 5"),
         ({"method": "vblora", "d": 91}, "`d` must be at least 92 for VB-LoRA, two vectors and their logits, got 91"),
-        ({"method": "lora", "rank": 1, "modules": "attn"}, "`modules` must be found in the name of a linear module"),
+        (
+            {"method": "lora", "rank": 1, "modules": "attn"},
+            "`modules` must be found in the name of a linear",
+        ),
     ],
 )
 def test_a_size_that_the_model_does_not_allow_is_an_error(values, message, settings):

@@ -1,0 +1,99 @@
+"""Images, and the pretrained network under a new head."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from recipes.pretrained.settings import Settings
+from recipes.pretrained.task import HELD_OUT, Task, chosen
+from recipes.tasks import data
+from recipes.tasks.networks.efficientnet_lite import FEATURES, EfficientNetLite0, renamed
+
+
+def load(settings: Settings) -> Task:
+    return _load(
+        settings.dataset, settings.data, settings.image_size, settings.examples, settings.measured_examples, HELD_OUT
+    )
+
+
+@cache
+def _load(dataset: str, source: str, size: int, examples: int, measured: int, held_out: int) -> Task:
+    """The task of all runs with these settings; an example is the number of its image.
+
+    Raises:
+        ValueError: if there are fewer training examples than asked for, or no such data.
+    """
+    training, test = (data.load(dataset, source, split) for split in ("train", "test"))
+    total = len(training.labels) - held_out
+    taken = chosen(examples, total, dataset)
+    parts = [(training, taken), (training, slice(total, None)), (test, slice(measured or None))]
+    images = torch.cat([split.images[part] for split, part in parts])
+    labels = torch.cat([split.labels[part] for split, part in parts])
+
+    def collate(numbers: list[int]) -> dict[str, Tensor]:
+        pixels = images[numbers].float() / 127.5 - 1  # as the network was pretrained
+        if size:
+            pixels = interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+        pixels = pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return {"pixel_values": pixels, "labels": labels[numbers]}
+
+    first, second = len(taken), len(taken) + held_out
+    return Task(
+        training=range(first),
+        validation=range(first, second),
+        test=range(second, len(labels)),
+        collate=collate,
+        classes=1 + int(labels.max()),
+        longest=0,
+    )
+
+
+class ImageClassifier(nn.Module):
+    """EfficientNet-Lite0 under a new head. Its batch norms keep the statistics of the pretraining."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.network = EfficientNetLite0()
+        self.network.classifier = nn.Identity()
+        self.classifier = nn.Linear(FEATURES, classes)
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.classifier(self.network(pixel_values))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def base_model(settings: Settings, classes: int) -> ImageClassifier:
+    """The pretrained model under a new head that is drawn from the seed."""
+    torch.manual_seed(settings.seed)
+    model, whole = ImageClassifier(classes), EfficientNetLite0()
+    weights = renamed(_weights(settings.weights or settings.base), whole)
+    head = [name for name in weights if name.startswith("classifier.")]
+    model.network.load_state_dict({name: value for name, value in weights.items() if name not in head})
+    return model
+
+
+@cache
+def _weights(source: str) -> dict[str, Tensor]:
+    """The tensors of a file, of a folder's model.safetensors, or of that of a Hub id."""
+    path = Path(source)
+    if not path.exists():
+        path = Path(hf_hub_download(source, "model.safetensors"))
+    if path.is_dir():
+        path /= "model.safetensors"
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
