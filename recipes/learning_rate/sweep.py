@@ -122,7 +122,12 @@ def fine_tune(
     model.get_submodule(head).reset_parameters()
     if method in ("subspace", "found"):
         config = SubspaceConfig(
-            d=d, seed=seed, target_modules=NETWORKS[network][2], exclude_modules=[head], modules_to_save=[head]
+            d=d,
+            projection="fastfood",
+            seed=seed,
+            target_modules=NETWORKS[network][2],
+            exclude_modules=[head],
+            modules_to_save=[head],
         )
         model = get_peft_model(model, config)
         data = half("train", 5)

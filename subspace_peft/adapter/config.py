@@ -134,7 +134,7 @@ class SubspaceConfig(PeftConfig):
     """
 
     d: int | None = None
-    projection: str = "fastfood"
+    projection: str = "kronecker"
     coordinates: str = "weight"
     rank: int | None = None
     alpha: float | None = None

@@ -80,7 +80,7 @@ WITH_SENTENCES = [file for file in YAMLS if file not in WITH_IMAGES]
 def test_every_yaml_with_sentences_runs_tiny(file, shared, settings, capsys):
     for result in _made(file, shared, TINY | settings):
         assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
-    assert "| weight, fastjl | " in capsys.readouterr().out
+    assert "| weight, kronecker" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", WITH_IMAGES, ids=lambda file: file.stem)
