@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,11 +22,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def same_random(model: nn.Module) -> AbstractContextManager:
+    """Torch's random numbers are afterwards as they were, so each time they begin as the time before."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    return torch.random.fork_rng(list(devices), device_type=kind)
+
+
 def run(model: nn.Module, inputs: Any) -> Any:
-    """What the model gives for keyword arguments (a mapping), arguments (a tuple) or one argument."""
+    """What the model gives for keyword arguments (a mapping), arguments (a tuple or list) or one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -36,5 +43,6 @@ def moved(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Mapping):
         return {key: moved(each, device) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(moved(each, device) for each in value)
+        every = [moved(each, device) for each in value]
+        return every if isinstance(value, list) else tuple(every)
     return value

@@ -1,11 +1,13 @@
 """Rates: the learning rates of theta_d, of a head that trains beside it, and of the factors that it moves."""
 
+from collections.abc import Callable
 from math import isfinite, sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .evaluation import run
 from .sensitivity import is_theta_d, sensitivity, trained_theta_d
 
 
@@ -37,7 +39,7 @@ class Rates(NamedTuple):
     head: float
 
 
-def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
+def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.Module, Any], Any] = run) -> Rates:
     """The rates for Adam without a search, where they fall to zero over the training:
 
         theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 1.5 / (mean of |x - mean x|_1)
@@ -49,6 +51,7 @@ def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor; of some dozens of samples.
         steps: The number of updates of the whole training.
+        forward: What gives the outputs of the model for the batch. Default: the model itself.
 
     Raises:
         ValueError: if `steps` is not positive, no theta_d trains, or the outputs do not depend on it or on the sample.
@@ -56,7 +59,7 @@ def find_rates(model: nn.Module, batch: Any, steps: int) -> Rates:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
     d = sum(vector.numel() for vector in trained_theta_d(model))
-    found = sensitivity(model, batch)
+    found = sensitivity(model, batch, forward)
     rate = RELATIVE_STEP / (found.theta_d * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / d) ** 0.25
     return Rates(rate, HEAD_TIMES * rate if found.head is None else HEAD_STEP / found.head)
 

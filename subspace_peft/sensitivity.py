@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .evaluation import evaluating, moved, run
-from .optim.processes import mean_over_processes
+from .evaluation import evaluating, moved, run, same_random
+from .optim.processes import process_count, sum_over_processes
 from .plain_model import unwrapped
 
 
@@ -58,7 +58,7 @@ class Sensitivity(NamedTuple):
 
 
 @torch.no_grad()
-def sensitivity(model: nn.Module, batch: Any) -> Sensitivity:
+def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] = run) -> Sensitivity:
     """How far the outputs of a model move with theta_d and with a head, for one batch.
 
     The outputs are `logits`, or the first tensor, or what enters the last module that is trained whole, whichever
@@ -67,40 +67,57 @@ def sensitivity(model: nn.Module, batch: Any) -> Sensitivity:
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor, of at least two samples (or tokens).
+        forward: What gives the outputs of the model for the batch. Default: the model itself.
 
     Raises:
-        ValueError: if no theta_d trains, or the outputs do not depend on theta_d or on the sample.
+        ValueError: if no theta_d trains, or the outputs do not depend on theta_d or on the sample. With several
+            processes all raise it, or none.
     """
     theta_d = trained_theta_d(model)
     model = unwrapped(model)
     batch = moved(batch, theta_d[0].device)
     before = [vector.clone() for vector in theta_d]
     with evaluating(model), _seen(model) as places:
-        start = _outputs(model, batch, places)
+
+        def outputs() -> list[Tensor]:
+            places.clear()
+            with same_random(model):
+                return _rows(forward(model, batch), places)
+
+        start = outputs()
+        known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
+        start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
         sizes = [_norm(f - f.mean(0)) for f in start]
-        if not any(sizes):
+        if not _mean(any(sizes), theta_d[0]):
             raise ValueError(
-                "A batch must have samples with different outputs, all of this one are the same; give more samples."
+                "A batch must have samples with different outputs, "
+                f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
+                "samples, or a learning rate."
             )
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
                 vector.copy_(old + sigma * z)
-            ends = _outputs(model, batch, places)
+            ends = [f.where(at, 0) for f, at in zip(outputs(), known, strict=True)]
             changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
-            return _mean(max(changes))
+            return _mean(max(changes, default=None), theta_d[0])
 
         try:
             slopes = [_slope(change, direction) for direction in _directions(theta_d)]
         finally:
             for vector, old in zip(theta_d, before, strict=True):
                 vector.copy_(old)
-    head = _mean((start[-1] - start[-1].mean(0)).abs().sum(1).mean().item()) if places else None
-    return Sensitivity(sum(slopes) / len(slopes), head or None)
+    head = places[-1].volume * (start[-1] - start[-1].mean(0)).abs().sum(1).mean().item() if places else None
+    return Sensitivity(sum(slopes) / len(slopes), _mean(head, theta_d[0]) or None)
 
 
-def _mean(value: float) -> float:
-    return mean_over_processes(torch.tensor(value, dtype=torch.float64)).item()
+def _mean(value: float | None, like: Tensor) -> float:
+    """The mean over those processes that have a value; 0 if none has."""
+    found = torch.tensor([value or 0.0, value is not None], dtype=torch.float32, device=like.device)
+    if process_count() == 1:
+        return value or 0.0
+    total, count = sum_over_processes(found).tolist()
+    return total / count if count else 0.0
 
 
 def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:
@@ -125,15 +142,23 @@ def _slope(change, direction: list[Tensor]) -> float:
     )
 
 
-@contextmanager
-def _seen(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What entered the modules that are trained whole in the last run, where they are called with floats."""
-    places: list[Tensor] = []
+class _Place(NamedTuple):
+    """What entered a head: [..., features], and how many of these its outputs read."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    features: Tensor
+    volume: int  # of a convolution's kernel
+
+
+@contextmanager
+def _seen(model: nn.Module) -> Iterator[list[_Place]]:
+    """What entered the modules that are trained whole in the last run, where they are called with floats."""
+    places: list[_Place] = []
+
+    def hook(wrapper: nn.Module, args: tuple, kwargs: dict) -> None:
         value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if value is not None and value.is_floating_point():
-            places.append(value)
+            kernel = getattr(wrapper.original_module, "kernel_size", ()) if _is_convolution(wrapper) else ()
+            places.append(_Place(value.movedim(-1 - len(kernel), -1), prod(kernel)))
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     handles = [wrapper.register_forward_pre_hook(hook, with_kwargs=True) for wrapper in wrappers]
@@ -144,10 +169,13 @@ def _seen(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _outputs(model: nn.Module, batch: Any, places: list[Tensor]) -> list[Tensor]:
+def _is_convolution(wrapper: ModulesToSaveWrapper) -> bool:
+    return isinstance(wrapper.original_module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _rows(output: Any, places: list[_Place]) -> list[Tensor]:
     """The outputs, and what entered the last module that is trained whole: [samples, features] each, float32."""
-    places.clear()
-    found = [_first(run(model, batch)), *places[-1:]]
+    found = [_first(output), *(place.features for place in places[-1:])]
     rows = [f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found if f is not None]
     return [f[:: 1 + f.numel() // ENTRIES].float() for f in rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -114,7 +115,7 @@ class SubspaceTrainer(Trainer):
     _update: Update | None = None
     _undo: Callable[[], None] | None = None
     _logits = False
-    _rates_are_due = False
+    _due: torch.optim.Optimizer | None = None  # the first step finds its rates
 
     def train(self, *args, **kwargs):
         self._end()
@@ -154,24 +155,39 @@ class SubspaceTrainer(Trainer):
     def _group(self, model: nn.Module) -> None:
         """Give theta_d and the head groups of their own, whose rates the first step corrects."""
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if issubclass(kind, RATE_OF_THE_ENTRY) and any(is_theta_d(name) for name, _ in model.named_parameters()):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if issubclass(kind, RATE_OF_THE_ENTRY) and any(map(is_theta_d, trained)):
             lr = settings.pop("lr")
-            groups = parameter_groups(model, lr, head_lr=lr, weight_decay=self.args.weight_decay)
-            self.optimizer, self._rates_are_due = kind(groups, **settings), True
+            theta_d, *head = parameter_groups(model, lr, head_lr=lr)
+            if self.args.weight_decay:
+                head = [part for group in head for part in self._decaying(model, group)]
+            self.optimizer = self._due = kind([theta_d, *head], **settings)
+
+    def _decaying(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The group in two, as Trainer makes them: biases and norms do not decay."""
+        names = set(self.get_decay_parameter_names(model))
+        decaying = {p for name, p in model.named_parameters() if name in names}
+        for weight_decay in (self.args.weight_decay, 0.0):
+            if part := [p for p in group["params"] if (p in decaying) == bool(weight_decay)]:
+                yield group | {"params": part, "weight_decay": weight_decay}
 
     def _find_rates(self, inputs: dict) -> None:
-        """Multiply the rates of the optimiser and of the schedule by what their starts must be multiplied by."""
-        with self.compute_loss_context_manager():
-            rates = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps)
-        times = [rate / self.args.learning_rate for rate in rates]
-        for group, factor in zip(
-            self.optimizer.param_groups, times, strict=False
-        ):  # without a head there is no second
-            group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
-        for name in ("base_lrs", "_last_lr"):
-            if hasattr(self.lr_scheduler, name):
-                values = getattr(self.lr_scheduler, name)
-                setattr(self.lr_scheduler, name, [lr * factor for lr, factor in zip(values, times, strict=False)])
+        """Set the rates that are due, and begin the schedule from them."""
+        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        if optimizer is self._due and not optimizer.state:  # a checkpoint's state comes with its rates
+            with self.compute_loss_context_manager():
+                rates = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, self._outputs)
+            for group, rate in zip(optimizer.param_groups, (rates.theta_d, rates.head, rates.head), strict=False):
+                group["lr"] = rate
+                group.pop("initial_lr", None)
+            optimizer.defaults["lr"] = rates.theta_d  # where schedules with an absolute end read it
+            self.lr_scheduler = None
+            self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps, self.optimizer)
+        self._due = None
+
+    def _outputs(self, model: nn.Module, inputs: dict) -> object:
+        """As the loss sees them, which may be the user's own."""
+        return self.compute_loss(model, dict(inputs), return_outputs=True)[1]
 
     # ------------------------------------------------------------------------------------------------------- closures
 
@@ -231,10 +247,8 @@ class SubspaceTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        if self._rates_are_due:
-            self._rates_are_due = False
-            if not self.state.global_step:  # a checkpoint holds the rates
-                self._find_rates(inputs)
+        if self._due is not None:
+            self._find_rates(inputs)
         if self._undo is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._logits:

@@ -29,6 +29,7 @@ NAMES = {
     "mlp": "MLP",
     "vit": "ViT",
     "fastfood": "Fastfood",
+    "kronecker": "Kronecker",
     "fastjl": "FastJL",
     "sgd": "SGD",
     "adam": "Adam",

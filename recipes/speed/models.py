@@ -1,23 +1,25 @@
-"""A training step of a small ViT and of two language models of Llama's kind, and what it holds beyond the base.
+"""A training step of a small ViT and of language models, of Llama's kind and of GPT-2's, and its memory.
 
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
     python recipes/speed/models.py --report
 
 Every linear module but the head, AdamW, d = 1024, random tokens or images. The methods take turns; times are CPU time.
-Memory is that of tensors held for backward and 16 bytes for each trained number (value, gradient, Adam's averages).
+Memory is what is held for backward and 16 bytes for each trained number (value, gradient, Adam's averages), and the
+most that torch allocates at once beyond the base in two steps: that, P, and what is formed on the way.
 """
 
 import gc
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.lab import command
 from recipes.lab.measurement import at_least
 from recipes.lab.results import read_measurement
-from recipes.reports.tables import markdown
+from recipes.reports.tables import without_empty
 from recipes.speed import step
 from recipes.speed.layer import BYTES_A_NUMBER
 from recipes.speed.record import FOLDER, measured, parser
+from recipes.training.memory import peak
 
 
-METHODS = ("full", "lora", "unilora", "fastjl", "kronecker")
+METHODS = ("full", "lora", "unilora", "fastjl", "kronecker", "sparse", "fastfood")
 TOKENS = 256
 
 
@@ -52,19 +55,24 @@ def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.
     return make
 
 
+def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """GPT-2 medium, 355 M parameters."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+    tokens = torch.randint(0, 8000, (1, TOKENS))
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "ViT 384": vit,
     "Llama 768": llama(768, 2048, 8),
     "Llama 2048": llama(2048, 8192, 2),
+    "GPT-2 350 M": gpt2,
 }
 
 
 def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
-    contenders = {}
-    for method in METHODS:
-        torch.manual_seed(0)
-        model, inputs = MODELS[name]()
-        contenders[method] = step.Contender(method, model, inputs)
+    peaks = {method: peak(partial(_two_steps, method, *_made(name))) for method in METHODS}
+    contenders = {method: step.Contender(method, *_made(name)) for method in METHODS}
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + 1), unit="round", desc=name):
@@ -73,7 +81,19 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
             if at == 0:
                 contender.cpu.clear()
     gc.enable()
-    return {method: _result(contender, contenders) for method, contender in contenders.items()}
+    results = {method: _result(contender, contenders) for method, contender in contenders.items()}
+    return {method: result | {"peak_mb": round(peaks[method] / 2**20, 1)} for method, result in results.items()}
+
+
+def _made(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def _two_steps(method: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    contender = step.Contender(method, model, inputs)
+    contender.step()
+    contender.step()
 
 
 def _result(contender: step.Contender, contenders: dict[str, step.Contender]) -> dict[str, Any]:
@@ -92,11 +112,13 @@ def _result(contender: step.Contender, contenders: dict[str, step.Contender]) ->
 
 def text(models: dict[str, dict]) -> str:
     rows = [
-        [name, method, f"{r['cpu_s']:.2f}", f"{r['of_full']:.2f}", f"{r['of_lora']:.2f}", f"{r['held_mb']:.0f}"]
+        [name, method, f"{r['cpu_s']:.2f}", f"{r['of_full']:.2f}", f"{r['of_lora']:.2f}"]
+        + [f"{r[key]:.0f}" if key in r else "" for key in ("held_mb", "peak_mb")]
         for name, methods in models.items()
         for method, r in methods.items()
     ]
-    return "\n".join(markdown(["model", "method", "CPU s a step", "of full", "of LoRA", "MB beyond the base"], rows))
+    header = ["model", "method", "CPU s a step", "of full", "of LoRA", "MB held beyond the base", "MB at most"]
+    return "\n".join(without_empty(header, rows))
 
 
 def tables() -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch.autograd import Variable
 from ..coordinates import Coordinates
 from ..plain_model import is_partitioned
 from ..projections.recorded import is_transformed
+from ..projections.scratch import is_scratch
 from .modules import MATRICES, in_place_of
 
 
@@ -75,34 +76,42 @@ class FormedAgain:
     in a backward pass until another tensor is formed, or the backward pass ends.
     """
 
-    last: tuple[FormedAgain, Tensor] | None = None
-
     def __init__(self, form: Form, like: Tensor):
         self.form = form.frozen()
         self.stride, self.dtype, self.version = like.stride(), like.dtype, _version(like)
+        self.offset = like.storage_offset()
         sources = (self.form.origin, self.form.base, *(z for _, z in self.form.terms))
         self.sources = [(x, _version(x)) for x in sources if x is not None and not is_partitioned(x)]
         self.uses = 0
 
     def __call__(self) -> Tensor:
-        last = FormedAgain.last
+        last = _last[0]
         if last is not None and last[0] is self:
             return last[1]
         for source, version in self.sources:
             check_version(source, version)
-        FormedAgain.last = None
+        _forget()
         with torch.no_grad():
             tensor = self.form()
             if tensor.stride() != self.stride:  # small tensors that were formed together are laid out as the origin
                 tensor = tensor.new_empty_strided(tensor.shape, self.stride).copy_(tensor)
-        if self.uses > 1:
-            FormedAgain.last = self, tensor
+        if self.uses > 1 and _is_in_backward():
             Variable._execution_engine.queue_callback(_forget)
+            _last[0] = self, tensor
         return tensor
 
 
+_last: list[tuple[FormedAgain, Tensor] | None] = [None]
+"""In a list, because threads that replace a class's attribute at once break its cache."""
+
+
 def _forget() -> None:
-    FormedAgain.last = None
+    _last[0] = None
+
+
+def _is_in_backward() -> bool:
+    """Not so where somebody looks at what a node has saved."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def check_version(tensor: Tensor, version: int) -> None:
@@ -132,12 +141,17 @@ class _Hooks:
         }
         self.outer = OUTER_HOOKS(False)
 
+    def find(self, tensor: Tensor) -> FormedAgain | None:
+        """How it was formed, if it was, and was not written to since."""
+        formed = self.formed.get(tensor.untyped_storage()._cdata) if type(tensor) is Tensor else None
+        is_as_formed = formed and (tensor.dtype, _version(tensor)) == (formed.dtype, formed.version)
+        return formed if is_as_formed else None
+
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
-        if type(tensor) is Tensor:
-            formed = self.formed.get(tensor.untyped_storage()._cdata)
-            if formed is not None and (tensor.dtype, _version(tensor)) == (formed.dtype, formed.version):
-                formed.uses += 1
-                return _View(formed, tensor)
+        formed = self.find(tensor)
+        if formed is not None:
+            formed.uses += 1
+            return _View(formed, tensor)
         if self.outer is not None:
             return _Outer(self.outer[0](tensor), self.outer[1])
         return _Held(tensor)
@@ -145,10 +159,12 @@ class _Hooks:
 
 class _View:
     def __init__(self, formed: FormedAgain, tensor: Tensor):
-        self.formed, self.layout = formed, (tensor.shape, tensor.stride(), tensor.storage_offset())
+        self.formed, self.offset = formed, tensor.storage_offset() - formed.offset
+        self.layout = tensor.shape, tensor.stride()
 
     def __call__(self) -> Tensor:
-        return self.formed().as_strided(*self.layout)
+        tensor = self.formed()
+        return tensor.as_strided(*self.layout, tensor.storage_offset() + self.offset)
 
 
 class _Outer:
@@ -170,17 +186,19 @@ class _Held:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, or x W + b if `transposed`. The gradient of W is written over W, which was formed for that of x."""
+    """x Wᵀ + b, or x W + b if `transposed`.
+
+    The gradient of W is written over W, which was formed for that of x, if nothing else has saved it.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, transposed):
-        ctx.transposed = transposed
+    def forward(ctx, x, weight, bias, transposed, formed):
+        ctx.transposed, ctx.formed = transposed, formed
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         weight = weight if transposed else weight.t()
-        out = x.new_empty(*x.shape[:-1], weight.shape[1])  # no view, which a caller could not write to
-        rows, y = x.flatten(0, -2), out.view(-1, weight.shape[1])
-        torch.mm(rows, weight, out=y) if bias is None else torch.addmm(bias, rows, weight, out=y)
-        return out
+        rows = x.flatten(0, -2)
+        y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[1]])  # a caller may not write to a view
 
     @staticmethod
     def backward(ctx, grad):
@@ -192,13 +210,14 @@ class _Product(torch.autograd.Function):
             to_bias = grad.flatten(0, -2).sum(0)
         if ctx.needs_input_grad[1]:
             left, right = (x, grad) if ctx.transposed else (grad, x)
-            is_written = weight is not None and not torch.is_grad_enabled() and not is_transformed()
-            out = weight.detach() if is_written and weight.is_contiguous() else None
+            is_free = weight is not None and ctx.formed is not None and ctx.formed.uses == 1
+            is_free = is_free and not torch.is_grad_enabled() and not is_transformed()
+            out = weight.detach() if is_free and weight.is_contiguous() else None
             to_weight = torch.mm(left.flatten(0, -2).t(), right.flatten(0, -2), out=out)
-        return to_x, to_weight, to_bias, None
+        return to_x, to_weight, to_bias, None, None
 
 
-def _product(module: nn.Module, *args, **kwargs) -> Tensor:
+def _product(module: nn.Module, hooks: _Hooks, *args, **kwargs) -> Tensor:
     """The forward of a module that multiplies by its weight, which is formed."""
     x, weight, bias = args[0] if args else next(iter(kwargs.values())), module.weight, module.bias
     is_plain = type(x) is Tensor and x.dim() > 1 and x.layout == torch.strided and x.dtype == weight.dtype
@@ -206,21 +225,23 @@ def _product(module: nn.Module, *args, **kwargs) -> Tensor:
     is_plain = is_plain and (bias is None or bias.dtype == x.dtype)
     if not is_plain or is_autocast or not weight.requires_grad:
         return type(module).forward(module, *args, **kwargs)
-    return _Product.apply(x, weight, bias, MATRICES[type(module).forward])
+    return _Product.apply(x, weight, bias, MATRICES[type(module).forward], hooks.find(weight))
 
 
 @contextmanager
 def formed(module: nn.Module, forms: dict[str, Form]):
     """Run `module` with tensors of these forms, by name, in place of its parameters; yields these."""
     tensors = {path: form() for path, form in forms.items()}
-    large = {path: forms[path] for path, x in tensors.items() if x.numel() > HELD_ENTRIES and _can_return(x)}
-    if not large or not torch.is_grad_enabled() or is_transformed() or OUTER_HOOKS is None:
+    large = {}
+    if torch.is_grad_enabled() and not is_transformed() and _has_hooks():
+        large = {path: forms[path] for path, x in tensors.items() if x.numel() > HELD_ENTRIES and _can_return(x)}
+    if not large:
         with in_place_of(module, tensors):
             yield tensors
         return
     hooks, forward = _Hooks(large, tensors), {}
     if type(module).forward in MATRICES and "forward" not in module.__dict__ and "weight" in large:
-        forward = {"forward": partial(_product, module)}
+        forward = {"forward": partial(_product, module, hooks)}
     try:
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, _unpack), in_place_of(module, tensors | forward):
             yield tensors
@@ -232,6 +253,13 @@ def _unpack(packed: Callable[[], Tensor]) -> Tensor:
     return packed()
 
 
+def _has_hooks() -> bool:
+    return OUTER_HOOKS is not None and torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
 def _can_return(tensor: Tensor) -> bool:
-    """Whether the same memory can be made again."""
-    return type(tensor) is Tensor and tensor.device.type != "meta" and not tensor.is_complex()
+    """Whether the same memory can be made again: not that of a cache, of which the tensor is a part."""
+    if type(tensor) is not Tensor or tensor.device.type == "meta" or tensor.is_complex():
+        return False
+    storage = tensor.untyped_storage()
+    return storage.nbytes() == tensor.numel() * tensor.itemsize or is_scratch(storage)

@@ -18,7 +18,7 @@ from . import merging, outside, quantised, statistics
 from .forming import Form
 from .forward import adapted
 from .mixed_batch import mixed_batch
-from .modules import device_of, features, is_linear_in_parameters
+from .modules import alone, device_of, features, is_linear_in_parameters
 from .reading import Reads
 from .strength import Strength
 from .vectors import VECTORS, SubspaceVectors, ThetaD
@@ -234,13 +234,15 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         adapter_names = self.samples if adapter_names is None else adapter_names
         if adapter_names is not None:
-            return mixed_batch(self, adapter_names, *args, **kwargs)
+            with alone(self.base_layer):
+                return mixed_batch(self, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.acting()
         if not adapters:
             return self.base_layer(*args, **kwargs)
-        with align_module_device(self.base_layer):  # offloaded weights are read before the base module's own forward
+        # offloaded weights are read before the base module's own forward
+        with alone(self.base_layer), align_module_device(self.base_layer):
             return adapted(self, adapters, *args, **kwargs)
 
     @torch.no_grad()

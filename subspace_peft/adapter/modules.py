@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import warnings
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -63,6 +65,15 @@ def features(module: nn.Module) -> tuple[int | None, int | None]:
 
 def device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""Apart from the modules, which are copied and pickled."""
+
+
+def alone(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Until it is left, no other thread runs this module: one would find the tensors that are in place of its own."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(module, threading.RLock())
 
 
 @contextlib.contextmanager

@@ -179,7 +179,8 @@ class Projection(Redrawn):
 
     def move(self, theta_d: Tensor, origin: Tensor) -> Tensor:
         """origin + P theta_d, without derivatives: [..., d] -> [..., *shape]; the result is new memory."""
-        return self.apply(theta_d).view((*theta_d.shape[:-1], *origin.shape)).add_(origin)
+        entries = self.apply(theta_d)
+        return torch.ops.aten._unsafe_view(entries, (*theta_d.shape[:-1], *origin.shape)).add_(origin)  # no view
 
     @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:

@@ -46,15 +46,12 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         (x, z), (mixing, F, transposed) = ctx.saved_tensors, ctx.constants
         to_output = grad if ctx.needs_input_grad[2] else None
-        wanted = [each for each, is_needed in zip((x, z), ctx.needs_input_grad, strict=False) if is_needed]
         if torch.is_grad_enabled():  # derivatives of higher order go through the operations
-            y = product(x, z, None, *ctx.constants)
-            found = list(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
-            return (
-                *(found.pop(0) if is_needed else None for is_needed in ctx.needs_input_grad[:2]),
-                to_output,
-                *[None] * 3,
-            )
+            ends = x.view_as(x), z.view_as(z)  # x may depend on z: the graph ends at these
+            y, needed = product(*ends, None, *ctx.constants), ctx.needs_input_grad[:2]
+            wanted = [end for end, is_needed in zip(ends, needed, strict=True) if is_needed]
+            found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
+            return *(next(found) if is_needed else None for is_needed in needed), to_output, *[None] * 3
         with full_precision(x):
             C, (matrix, signs), outputs = operands(x, z, mixing, F, transposed)
             to_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None

@@ -5,6 +5,7 @@ On a CPU a large tensor takes fresh pages, and to touch these takes half as long
 
 import threading
 from math import prod
+from sys import getrefcount
 
 import torch
 from torch import Tensor
@@ -27,11 +28,16 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not is_plain or size > BUFFER_BYTES or USERS is None:
         return like.new_empty(shape)
     with _lock:
-        return torch.empty(0, dtype=like.dtype).set_(_free(size), 0, shape)
+        return torch.empty(0, dtype=like.dtype, device="cpu").set_(_free(size), 0, shape)
+
+
+def is_scratch(storage: torch.UntypedStorage) -> bool:
+    return any(storage is buffer for buffer in _buffers)
 
 
 def _free(size: int) -> torch.UntypedStorage:
-    free = [at for at, storage in enumerate(_buffers) if USERS(storage._cdata) == 1]
+    # nothing shares the memory, and of the storage, which Python has one object of, only the list knows
+    free = [at for at in range(len(_buffers)) if USERS(_buffers[at]._cdata) == 1 and getrefcount(_buffers[at]) == 2]
     for at in free:
         if _buffers[at].nbytes() >= size and not _buffers[at].is_shared():
             return _buffers[at]

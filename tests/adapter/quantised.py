@@ -14,12 +14,12 @@ torchao = pytest.importorskip("torchao.quantization")
 
 
 class MODEL(nn.Module):
-    """Three Linears, one without a bias."""
+    """Three Linears, one without a bias, and two larger than what is held for the backward pass."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.fc1, self.norm, self.fc2 = nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64)
+        self.fc1, self.norm, self.fc2 = nn.Linear(64, 192), nn.LayerNorm(192), nn.Linear(192, 64)
         self.out = nn.Linear(64, 32, bias=False)
 
     def forward(self, x):

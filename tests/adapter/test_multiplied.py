@@ -215,3 +215,26 @@ def test_rows_of_padding_that_a_tied_output_layer_shares_stay(products):
         model(ids)[..., 0], (model.base_model.model[0](ids) @ base[0].weight[0]), rtol=1e-4, atol=1e-4
     )
     assert products == []
+
+
+def test_second_derivatives_where_the_input_depends_on_theta_d_too():
+    base = nn.Sequential(nn.Linear(2304, 2304), nn.Tanh(), nn.Linear(2304, 2304))  # too large for a cache of P z
+    model = wrapped(base, target_modules=["0", "2"])
+    x = torch.randn(2, 2304, generator=torch.Generator().manual_seed(2))
+
+    def gradient(create_graph):
+        return torch.autograd.grad(model(x).square().mean(), theta_d(model), create_graph=create_graph)[0]
+
+    first = gradient(create_graph=True)
+    torch.testing.assert_close(first, gradient(create_graph=False), rtol=1e-5, atol=1e-7)
+    v = torch.randn(70, generator=torch.Generator().manual_seed(3))
+    (second,) = torch.autograd.grad(first @ v, theta_d(model))
+    with torch.no_grad():
+        theta_d(model).add_(v, alpha=1e-4)
+        ahead = theta_d(model).detach().clone()
+    later = gradient(create_graph=False)
+    with torch.no_grad():
+        theta_d(model).copy_(ahead - 2e-4 * v)
+    torch.testing.assert_close(
+        second, (later - gradient(create_graph=False)) / 2e-4, rtol=0.02, atol=0.02 * second.norm()
+    )

@@ -40,6 +40,17 @@ def test_memory_that_other_processes_share_is_not_given_again():
     assert scratch.empty(torch.zeros(1), (1000,)).data_ptr() != at
 
 
+def test_memory_of_which_somebody_has_the_storage_is_not_given_again():
+    storage = scratch.empty(torch.zeros(1), (1000,)).fill_(1).untyped_storage()
+    scratch.empty(torch.zeros(1), (1000,)).fill_(2)
+    assert torch.equal(torch.empty(0).set_(storage, 0, (1000,)), torch.ones(1000))
+
+
+def test_it_is_that_of_the_tensor_whatever_the_default_device():
+    with torch.device("meta"):
+        assert scratch.empty(torch.zeros(1, device="cpu"), (26,)).device.type == "cpu"
+
+
 def test_what_is_larger_than_a_buffer_is_not_kept(monkeypatch):
     monkeypatch.setattr(scratch, "BUFFER_BYTES", 100)
     held = list(scratch._buffers)

@@ -77,6 +77,7 @@ def test_whole_models(record, monkeypatch):
     assert list(methods) == list(models.METHODS)
     assert methods["lora"]["of_lora"] == methods["full"]["of_full"] == 1
     assert methods["kronecker"]["held_mb"] <= methods["lora"]["held_mb"] < methods["full"]["held_mb"]
+    assert 0 < methods["kronecker"]["peak_mb"] < methods["full"]["peak_mb"]
 
 
 def test_what_a_gpu_would_measure(record, monkeypatch):
