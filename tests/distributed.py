@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from subspace_peft import Spectra, Trajectory
+from subspace_peft import Spectra, Trajectory, find_rates
 from subspace_peft.spectra import matrices
 from tests.cases import BY_NAME, settings, theta_d, wrap
 
@@ -134,7 +134,20 @@ def watched(accelerator: Accelerator) -> dict:
     return results
 
 
-KINDS = (replicated, sharded, flattened, refused, recorded, watched)
+def rates(accelerator: Accelerator) -> dict:
+    """Of batches of one process and of both; where that of one process has one row, and where both have one."""
+    model, rows = wrap(BY_NAME["mlp"]), torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    parts = {"both": 8, "one": 8 if accelerator.is_main_process else 1, "none": 1}
+    results = {}
+    for name, count in parts.items():
+        try:
+            results[name] = find_rates(model, rows[:count], 100).theta_d
+        except ValueError as error:
+            results[name] = str(error)
+    return {name: broadcast_object_list([value, None], 1)[0] for name, value in results.items()}
+
+
+KINDS = (replicated, sharded, flattened, refused, recorded, watched, rates)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from subspace_peft import find_rates
 from tests import distributed
 from tests.cases import BY_NAME, wrap
 
@@ -42,6 +44,14 @@ def test_replicated_training_is_that_of_one_process(alone, together):
 
 def test_a_step_exchanges_d_numbers(together):
     assert together["replicated"]["moved"] == [7] * distributed.STEPS
+
+
+def test_processes_find_one_rate_or_none(together):
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    alone = find_rates(wrap(BY_NAME["mlp"]), rows, 100).theta_d
+    assert together["rates"]["both"] == pytest.approx(alone, rel=1e-5)
+    assert together["rates"]["one"] == pytest.approx(alone, rel=1e-5)
+    assert together["rates"]["none"].startswith("A batch must have samples with different outputs")
 
 
 def test_one_process_records_the_whole_model_and_all_can_read_it(together):

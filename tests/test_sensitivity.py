@@ -74,7 +74,79 @@ def test_large_outputs_are_compared_by_some_of_their_rows(monkeypatch):
     assert sensitivity(model, x).theta_d == pytest.approx(whole.theta_d, rel=0.1)
 
 
+class Pixels(nn.Module):
+    """Images to a map of classes, by a new head that is a convolution, or a Linear for each pixel."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.convolution = nn.Conv2d(3, 8, 1), convolution
+        self.head = nn.Conv2d(8, 4, 1) if convolution else nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(x).tanh()
+        return self.head(x) if self.convolution else self.head(x.movedim(1, -1))
+
+
+def test_a_head_that_is_a_convolution():
+    x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        sensitivity(get_peft_model(Pixels(kind), settings(target_modules=["body"], modules_to_save=["head"])), x).head
+        for kind in (True, False)
+    )
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode too, and excludes a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.inner(x) + torch.randn(len(x), 4)
+        return torch.cat([y, torch.full((len(x), 1), -torch.inf)], 1)
+
+
+def test_random_numbers_are_the_same_in_each_evaluation_and_infinite_logits_are_passed_over():
+    torch.manual_seed(0)
+    model = get_peft_model(Noisy(), settings(target_modules=["inner"]))
+    state = torch.get_rng_state()
+    found = sensitivity(model, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sensitivity(model, X) == found
+    sigma = 1e-2  # far below the noise
+    z = torch.randn(theta_d(model).shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(X)[:, :4]
+        theta_d(model).copy_(sigma * z)
+        torch.set_rng_state(state)
+        after = model(X)[:, :4]
+    slope = (after - before).norm() / (before - before.mean(0)).norm() / sigma
+    assert found.theta_d == pytest.approx(slope.item(), rel=0.7)  # the other direction has another one
+
+
+def test_a_list_reaches_the_model_as_a_list():
+    class Takes(nn.Linear):
+        def forward(self, xs):
+            assert isinstance(xs, list)
+            return super().forward(xs[0])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Takes(6, 4)
+
+        def forward(self, xs):
+            return self.inner(xs)
+
+    assert sensitivity(get_peft_model(Model(), settings(target_modules=["inner"])), {"xs": [X]}).theta_d > 0
+
+
 def test_what_has_none():
+    with pytest.raises(ValueError, match="the model returned no tensor of floats; give more samples, or a learning"):
+        sensitivity(linear(), X, lambda model, x: {"loss": model(x).sum()})
     with pytest.raises(ValueError, match="must have a trainable theta_d, it has none"):
         sensitivity(nn.Linear(6, 4), X)
     with pytest.raises(ValueError, match="samples with different outputs"):

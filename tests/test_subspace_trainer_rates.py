@@ -61,3 +61,86 @@ def test_otherwise_it_is_trainer(changes, tmp_path):
     for run in runs:
         run.train()
     assert torch.equal(*(theta_d(run.model) for run in runs))
+
+
+def rates_of(run):
+    return [group["initial_lr"] for group in run.optimizer.param_groups]
+
+
+def test_a_checkpoint_without_the_optimizer_has_no_rates(tmp_path):
+    whole = trainer(tmp_path, batch=4, save_strategy="steps", save_steps=2, save_only_model=True)
+    whole.train()
+    resumed = trainer(tmp_path, batch=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert min(rates_of(resumed)) > 10 * TrainingArguments.learning_rate
+
+
+class Fails(SubspaceTrainer):
+    """The evaluation of this number does not succeed."""
+
+    fails_at = 3
+
+    def compute_loss(self, *args, **kwargs):
+        self.fails_at -= 1
+        if not self.fails_at:
+            raise RuntimeError("out of memory")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_search_that_fails_is_made_again(tmp_path):
+    run, plain = trainer(tmp_path, Fails, batch=4), trainer(tmp_path, batch=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    run.train()
+    plain.train()
+    assert rates_of(run) == rates_of(plain)
+
+
+def test_a_rate_that_is_given_after_a_search_that_failed(tmp_path):
+    run = trainer(tmp_path, Fails, batch=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    run.args.learning_rate, run.optimizer, run.lr_scheduler = 1e-3, None, None
+    run.train()
+    assert set(rates_of(run)) == {1e-3}
+
+
+def test_the_users_own_loss(tmp_path):
+    """The model never sees the labels, without which this one has a loss of its own."""
+    run = trainer(tmp_path, batch=4)
+    run.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: (outputs.logits**2).mean()
+    run.train()
+    assert min(rates_of(run)) > 10 * TrainingArguments.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"), [("cosine_with_min_lr", {"min_lr": 1e-5}), ("polynomial", {"lr_end": 1e-5})]
+)
+def test_a_schedule_ends_where_it_is_told(schedule, kwargs, tmp_path):
+    run = trainer(tmp_path, batch=4, lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs)
+    run.train()
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5, rel=1e-3)
+    assert run.optimizer.param_groups[0]["initial_lr"] > 1e-3
+
+
+def test_without_a_theta_d_that_trains_it_is_trainer(tmp_path):
+    runs = [trainer(tmp_path, cls, batch=4) for cls in (SubspaceTrainer, Trainer)]
+    for run in runs:
+        theta_d(run.model).requires_grad_(False)
+        run.train()
+    heads = ({name: p for name, p in run.model.named_parameters() if p.requires_grad} for run in runs)
+    first, second = heads
+    assert first
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_biases_of_the_head_do_not_decay(tmp_path):
+    run = trainer(tmp_path, batch=4, weight_decay=0.1)
+    run.train()
+    groups = [(group["weight_decay"], [p.dim() for p in group["params"]]) for group in run.optimizer.param_groups]
+    assert groups == [(0.0, [1]), (0.1, [2]), (0.0, [1])]
+
+
+def test_a_batch_of_one_sample_is_an_error_that_names_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="all of this one are the same; give more samples, or a learning rate"):
+        trainer(tmp_path, batch=1).train()

@@ -90,7 +90,8 @@ class Kronecker(Projection):
         operands = self._operands(z)
         rows = [each if each is None else each.reshape(-1, each.shape[-1]) for each in (x, output)]
         z, *constants = operands
-        y = (product if is_transformed() else Product.apply)(rows[0], z, rows[1], *constants, transposed)
+        by_operations = is_transformed() or torch.autograd.forward_ad._current_level >= 0
+        y = (product if by_operations else Product.apply)(rows[0], z, rows[1], *constants, transposed)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def is_look_up_cheaper(self, count: int) -> bool:

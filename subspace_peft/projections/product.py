@@ -40,7 +40,6 @@ class Product(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, z, _, *ctx.constants = inputs
         ctx.save_for_backward(x, z)
-        ctx.save_for_forward(x, z)
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,16 +66,6 @@ class Product(torch.autograd.Function):
                 to_C = (to_C.mT if transposed else to_C).reshape(-1)
                 to_C = (to_C if F is None else F.adjoint(to_C)).to(z.dtype)
         return to_x, to_C, to_output, None, None, None
-
-    @staticmethod
-    def jvp(ctx, x, z, output, *_):
-        saved_x, saved_z = ctx.saved_tensors
-        terms = [] if output is None else [output]
-        if x is not None:
-            terms.append(product(x, saved_z, None, *ctx.constants))
-        if z is not None:
-            terms.append(product(saved_x, z, None, *ctx.constants))
-        return sum(terms)
 
 
 # as in base.py

@@ -112,7 +112,7 @@ def test_derivatives_of_every_kind(shape, transposed):
     function = lambda x, z: (projection.product(x, z, transposed) / 10) ** 3  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, z), check_forward_ad=True)
     assert projection.mixing.n == 4
-    assert torch.autograd.gradgradcheck(function, (x, z), rtol=1e-2)
+    assert torch.autograd.gradgradcheck(function, (x, z), rtol=1e-2, check_fwd_over_rev=True)
     for wanted in (x, z):  # one of the two alone
         first = torch.autograd.grad(function(x, z).sum(), wanted, create_graph=True)[0]
         assert torch.autograd.grad(first.square().sum(), wanted)[0].isfinite().all()
