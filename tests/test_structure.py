@@ -31,7 +31,7 @@ PARTS = {  # a folder or file of the package -> what all its files may import; "
     "landscape": TORCH,
     "spectra": {".evaluation", ".plain_model"} | TORCH,
     "measure": {"numpy", "pandas", "tqdm"},
-    "rates": {".sensitivity"} | TORCH,
+    "rates": {".evaluation", ".sensitivity"} | TORCH,
     "slow_rate": {".rates"} | TORCH,
     "sensitivity": {".evaluation", ".optim", ".plain_model", "peft"} | TORCH,
     "evaluation": TORCH,

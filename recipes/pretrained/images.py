@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, interpolate
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from recipes.pretrained.settings import Settings
-from recipes.pretrained.task import HELD_OUT, Task, chosen
 from recipes.tasks import data
 from recipes.tasks.networks.efficientnet_lite import FEATURES, EfficientNetLite0, renamed
+from recipes.training.finetuning import HELD_OUT, Task, chosen
 
 
 def load(settings: Settings) -> Task:

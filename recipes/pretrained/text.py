@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recipes.pretrained.settings import Settings
-from recipes.pretrained.task import HELD_OUT, Task, chosen
+from recipes.training.finetuning import HELD_OUT, Task, chosen
 
 
 HUB = {"sst2": "SetFit/sst2", "subj": "SetFit/subj"}

@@ -15,9 +15,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.settings import Settings
-from recipes.pretrained.task import Task
 from recipes.training.finetuning import (
     Steps,
+    Task,
     accuracy,
     classes_of,
     digest,

@@ -1,4 +1,4 @@
-"""The pages whose tables come from results: READMEs of recipes and docs/results.md."""
+"""The pages whose tables come from results: READMEs of recipes and pages of docs/."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def pages() -> Iterator[Path]:
     """Those that have tables between markers."""
-    for page in [*sorted((ROOT / "recipes").rglob("README.md")), ROOT / "docs" / "results.md"]:
+    for page in [*sorted((ROOT / "recipes").rglob("README.md")), *sorted((ROOT / "docs").glob("*.md"))]:
         if markers(page.read_text(encoding="utf-8")):
             yield page
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.lab import command
 from recipes.lab.measurement import at_least
 from recipes.lab.results import read_measurement
-from recipes.reports.tables import without_empty
+from recipes.reports.tables import markdown, without_empty
 from recipes.speed import step
 from recipes.speed.layer import BYTES_A_NUMBER
 from recipes.speed.record import FOLDER, measured, parser
@@ -121,9 +121,20 @@ def text(models: dict[str, dict]) -> str:
     return "\n".join(without_empty(header, rows))
 
 
+def beside_lora(models: dict[str, dict]) -> str:
+    """CPU time of a step and memory at most, of LoRA's."""
+    rows = []
+    for name, methods in models.items():
+        memory = methods["lora"]["peak_mb"]
+        cells = [f"{r['of_lora']:.2f}, {r['peak_mb'] / memory:.2f}" for m, r in methods.items() if m != "lora"]
+        rows.append([name, *cells])
+    return "\n".join(markdown(["model", *(m for m in next(iter(models.values())) if m != "lora")], rows))
+
+
 def tables() -> dict[str, str]:
-    """What the committed results say, for the README."""
-    return {"": text(read_measurement(FOLDER / "models.jsonl")["models"])}
+    """What the committed results say, for pages."""
+    models = read_measurement(FOLDER / "models.jsonl")["models"]
+    return {"methods": text(models), "beside LoRA": beside_lora(models)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,8 +4,9 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import evaluate
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
 from recipes.training.train import ACCURACY
+
+
+HELD_OUT = 1000
+"""The last so many training examples validate, where a data set has no validation set."""
 
 
 class Steps(TrainerCallback):
@@ -32,6 +37,32 @@ class Steps(TrainerCallback):
             torch.cuda.synchronize()
         self.wall.append(1e3 * (time.perf_counter() - self.started[0]))
         self.cpu.append(1e3 * (time.process_time() - self.started[1]))
+
+
+class Task(NamedTuple):
+    """What a model is trained and measured on, each batch as its `collate` makes it of examples."""
+
+    training: Sequence
+    validation: Sequence
+    test: Sequence
+    collate: Callable[[list], dict[str, Tensor]]
+    classes: int
+    longest: Any  # the training example that needs most memory
+    order: str = "random"  # of the training examples, as Trainer calls it
+
+
+def chosen(count: int, total: int, dataset: str) -> list[int]:
+    """Which training examples, of `total`: the same for every seed; all, for a count of 0.
+
+    Raises:
+        ValueError: if there are fewer than asked for.
+    """
+    if count > total:
+        raise ValueError(
+            f"`examples` must be at most the {total} training examples of {dataset!r}, got {count}; lower it, or give "
+            "0 for all."
+        )
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[: count or total].tolist()
 
 
 def share_of_a_process(batch_size: int) -> int:

@@ -9,7 +9,7 @@ from subspace_peft.coordinates.base import Shape
 
 
 SHAPES = {"a.weight": Shape((2, 3)), "a.bias": Shape((2,)), "b.weight": Shape((4, 2))}
-CONFIG = SubspaceConfig(d=3)
+CONFIG = SubspaceConfig(projection="fastfood", d=3)
 
 
 def test_eight_digits_for_each_tensor_in_order():
@@ -73,7 +73,7 @@ def test_an_average_of_equal_marks_is_the_mark(dtype):
 @pytest.mark.parametrize("share", [0.5, 0.001])
 def test_an_average_of_different_marks_is_refused(share):
     """Also where the other adapter has a small share of it."""
-    other = SubspaceConfig(d=3, seed=1)
+    other = SubspaceConfig(projection="fastfood", d=3, seed=1)
     with pytest.raises(ValueError, match='must share one P to be averaged.*"seed": 0.*; start each of them from this'):
         check_mark((1 - share) * mark(CONFIG) + share * mark(other), CONFIG)
     with pytest.raises(ValueError, match="must belong to the adapter it is loaded into"):

@@ -2,9 +2,7 @@
 
 import copy
 import gc
-import sys
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -279,70 +277,6 @@ def test_an_output_can_be_written_to_in_place(kind):
     y += 1
     y.sum().backward()
     assert theta_d(model).grad.isfinite().all()
-
-
-HOOKS = {
-    "read before": lambda base: base.register_forward_pre_hook(lambda _, args: args[0] / base.weight.norm()),
-    "run again": lambda base: base.register_forward_hook(lambda _, args, output: output + base.forward(args[0])),
-    "written to": lambda base: base.register_forward_pre_hook(lambda *_: base.weight.mul_(0.5) is None or None),
-}
-
-
-@pytest.mark.parametrize("projection", ["fastjl", "dense"])
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("kind", ["linear", "conv1d of transformers"])
-def test_a_weight_that_hooks_use_too(kind, hook, projection):
-    base = base_of(kind)
-    model = wrapped(copy.deepcopy(base), projection)
-    HOOKS[hook](model.base_model.model[1].base_layer)
-    x, v = inputs(), torch.randn(20, generator=torch.Generator().manual_seed(3))
-
-    def loss():
-        return model(x).double().square().mean()
-
-    value = loss()
-    (once,) = torch.autograd.grad(value, theta_d(model), retain_graph=True)
-    (again,) = torch.autograd.grad(value, theta_d(model))
-    assert torch.equal(once, again)
-    ends = []
-    for step in (1e-3, -2e-3):
-        with torch.no_grad():
-            theta_d(model).add_(v, alpha=step)
-            ends.append(loss().item())
-    assert (once @ v).item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-2)
-
-
-def test_threads_run_one_model_at_once():
-    model = wrapped(nn.Sequential(nn.LayerNorm(SIDE), nn.Linear(SIDE, 512), nn.Tanh(), nn.Linear(512, 512)))
-    x = inputs()
-    with torch.no_grad():
-        expected = model(x)
-
-    def run(_):
-        with torch.no_grad():
-            return torch.equal(model(x), expected)
-
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(run, range(100)))
-    assert run(0)
-
-
-def test_threads_have_backward_passes_at_once():
-    models = [wrapped(base_of("recurrent")) for _ in range(4)]
-    x = inputs().detach()
-    expected = torch.autograd.grad(models[0](x).sum(), theta_d(models[0]))[0]
-
-    def run(model):
-        return [torch.autograd.grad(model(x).sum(), theta_d(model))[0] for _ in range(10)]
-
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(4) as threads:
-            found = [gradient for gradients in threads.map(run, models) for gradient in gradients]
-    finally:
-        sys.setswitchinterval(switching)
-    assert all(torch.allclose(gradient, expected, rtol=1e-4) for gradient in found)
 
 
 def test_where_hooks_of_saved_tensors_are_disabled_tensors_are_held(formed_tensors):

@@ -7,14 +7,13 @@ from recipes.reports.pages import ROOT, table, write_pages
 from recipes.reports.tables import markers
 
 
-MARKED = [
-    (page, marker)
-    for page in [*sorted((ROOT / "recipes").rglob("README.md")), ROOT / "docs" / "results.md"]
-    for marker in markers(page.read_text(encoding="utf-8"))
-]
+MARKED = [(page, marker) for page in pages.pages() for marker in markers(page.read_text(encoding="utf-8"))]
+IDS = [f"{page.parent.name}-{page.stem}-{marker}" for page, marker in MARKED]
 
 
-@pytest.mark.parametrize(("page", "marker"), MARKED, ids=[f"{page.parent.name}-{marker}" for page, marker in MARKED])
+@pytest.mark.parametrize(
+    ("page", "marker"), MARKED, ids=[f"{page.parent.name}-{page.stem}-{marker}" for page, marker in MARKED]
+)
 def test_a_table_says_what_the_results_say(page, marker):
     """If it does not: `python recipes/run.py <the YAML> --report`, or `python <the script> --report`."""
     assert markers(page.read_text(encoding="utf-8"))[marker] == table(marker).strip()
