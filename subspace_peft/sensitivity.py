@@ -87,7 +87,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         start = outputs()
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
-        sizes = [_norm(f - f.mean(0)) for f in start]
+        sizes = [_spread(f) for f in start]
         if not _mean(any(sizes), theta_d[0]):
             raise ValueError(
                 "A batch must have samples with different outputs, "
@@ -188,6 +188,12 @@ def _first(output: Any) -> Tensor | None:
         output = [output["logits"]] if "logits" in output else list(output.values())
     found = (_first(each) for each in output) if isinstance(output, (tuple, list)) else ()
     return next((f for f in found if f is not None), None)
+
+
+def _spread(f: Tensor) -> float:
+    """How far the outputs of samples are from their mean; 0 if that is rounding alone."""
+    spread = _norm(f - f.mean(0))
+    return spread if spread > 10 * torch.finfo(f.dtype).eps * _norm(f) else 0.0
 
 
 def _norm(x: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from .evaluation import run
 from .optim import PPlusBFGS, repeatable
 from .rates import RATE_OF_THE_ENTRY, find_rates, parameter_groups
 from .sensitivity import is_theta_d
@@ -161,7 +162,8 @@ class SubspaceTrainer(Trainer):
             theta_d, *head = parameter_groups(model, lr, head_lr=lr)
             if self.args.weight_decay:
                 head = [part for group in head for part in self._decaying(model, group)]
-            self.optimizer = self._due = kind([theta_d, *head], **settings)
+            # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
+            self.optimizer = self._due = kind([theta_d, *head], lr=1.0, **settings)
 
     def _decaying(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The group in two, as Trainer makes them: biases and norms do not decay."""
@@ -171,23 +173,42 @@ class SubspaceTrainer(Trainer):
             if part := [p for p in group["params"] if (p in decaying) == bool(weight_decay)]:
                 yield group | {"params": part, "weight_decay": weight_decay}
 
-    def _find_rates(self, inputs: dict) -> None:
-        """Set the rates that are due, and begin the schedule from them."""
+    def _find_rates(self, inputs: Any, num_items: Tensor | int | None) -> None:
+        """Begin the schedule from the rates that are due, or from those of the checkpoint that was loaded."""
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        if optimizer is self._due and not optimizer.state:  # a checkpoint's state comes with its rates
-            with self.compute_loss_context_manager():
-                rates = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, self._outputs)
-            for group, rate in zip(optimizer.param_groups, (rates.theta_d, rates.head, rates.head), strict=False):
-                group["lr"] = rate
-                group.pop("initial_lr", None)
-            optimizer.defaults["lr"] = rates.theta_d  # where schedules with an absolute end read it
-            self.lr_scheduler = None
-            self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps, self.optimizer)
+        if optimizer is self._due:
+            groups = optimizer.param_groups
+            if optimizer.state:
+                self._schedule_from(optimizer, [group.get("initial_lr", group["lr"]) for group in groups])
+            else:
+                with self.compute_loss_context_manager():
+                    forward = partial(self._outputs, num_items=num_items)
+                    theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
+                self._schedule_from(optimizer, [theta_d, *[head] * (len(groups) - 1)])
         self._due = None
 
-    def _outputs(self, model: nn.Module, inputs: dict) -> object:
-        """As the loss sees them, which may be the user's own."""
-        return self.compute_loss(model, dict(inputs), return_outputs=True)[1]
+    def _schedule_from(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+        """Let the schedule begin from these rates: where it is, callbacks may hold it."""
+        held, now = self.lr_scheduler, [group["lr"] for group in optimizer.param_groups]
+        state = held.state_dict() if optimizer.state else None
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            group.pop("initial_lr", None)
+        optimizer.defaults["lr"] = rates[0]  # where schedules with an absolute end read it
+        self.lr_scheduler = None
+        begun = self.create_scheduler(self.state.max_steps, self.optimizer)
+        if state is not None:
+            begun.load_state_dict(state)
+            for group, lr in zip(optimizer.param_groups, now, strict=True):
+                group["lr"] = lr
+        held.__dict__.update(begun.__dict__)
+        self.lr_scheduler = held
+
+    def _outputs(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
+        """As the loss sees them, which may be the user's own; it may change the mapping that it is given."""
+        given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
+        return found[1] if isinstance(found, tuple) else run(model, inputs)
 
     # ------------------------------------------------------------------------------------------------------- closures
 
@@ -248,7 +269,7 @@ class SubspaceTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if self._due is not None:
-            self._find_rates(inputs)
+            self._find_rates(inputs, num_items_in_batch)
         if self._undo is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._logits:

@@ -144,6 +144,12 @@ def test_a_list_reaches_the_model_as_a_list():
     assert sensitivity(get_peft_model(Model(), settings(target_modules=["inner"])), {"xs": [X]}).theta_d > 0
 
 
+def test_samples_that_are_equal_up_to_rounding():
+    model = get_peft_model(MLP(), settings(target_modules=["fc1", "fc2"]))
+    with pytest.raises(ValueError, match="all of this one are the same"):
+        sensitivity(model, X[:1].expand(7, -1) * (1 + 1e-7 * torch.arange(7.0)[:, None]))
+
+
 def test_what_has_none():
     with pytest.raises(ValueError, match="the model returned no tensor of floats; give more samples, or a learning"):
         sensitivity(linear(), X, lambda model, x: {"loss": model(x).sum()})

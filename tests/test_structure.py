@@ -37,7 +37,7 @@ PARTS = {  # a folder or file of the package -> what all its files may import; "
     "evaluation": TORCH,
     "plain_model": TORCH,
     "recording": {"tqdm", "transformers"} | TORCH,
-    "trainer": {".optim", ".rates", ".sensitivity", "accelerate", "transformers"} | TORCH,
+    "trainer": {".evaluation", ".optim", ".rates", ".sensitivity", "accelerate", "transformers"} | TORCH,
 }
 FILES = {  # what single files may import besides
     "coordinates.factored": {"transformers.pytorch_utils"},  # Conv1D

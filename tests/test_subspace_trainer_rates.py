@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.data import default_collate
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subspace_peft import SubspaceTrainer, find_rates
 from tests.cases import theta_d, wrap
@@ -108,19 +108,52 @@ def test_a_rate_that_is_given_after_a_search_that_failed(tmp_path):
 def test_the_users_own_loss(tmp_path):
     """The model never sees the labels, without which this one has a loss of its own."""
     run = trainer(tmp_path, batch=4)
-    run.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: (outputs.logits**2).mean()
+    run.compute_loss_func = lambda outputs, labels, num_items_in_batch: (outputs.logits**2).sum() / num_items_in_batch
     run.train()
     assert min(rates_of(run)) > 10 * TrainingArguments.learning_rate
 
 
-@pytest.mark.parametrize(
-    ("schedule", "kwargs"), [("cosine_with_min_lr", {"min_lr": 1e-5}), ("polynomial", {"lr_end": 1e-5})]
-)
-def test_a_schedule_ends_where_it_is_told(schedule, kwargs, tmp_path):
-    run = trainer(tmp_path, batch=4, lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs)
+class OnlyLoss(SubspaceTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+def test_a_loss_without_outputs(tmp_path):
+    runs = [trainer(tmp_path, cls, batch=4) for cls in (OnlyLoss, SubspaceTrainer)]
+    for run in runs:
+        run.train()
+    assert rates_of(runs[0]) == rates_of(runs[1])
+
+
+SCHEDULES = [("cosine_with_min_lr", {"min_lr": 1e-3}), ("polynomial", {"lr_end": 1e-3}), ("linear", {})]
+
+
+@pytest.mark.parametrize(("schedule", "kwargs"), SCHEDULES)
+def test_a_schedule_ends_where_it_is_told_also_when_resumed(schedule, kwargs, tmp_path):
+    options = {"batch": 4, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs}
+    whole = trainer(tmp_path, save_strategy="steps", save_steps=2, **options)
+    whole.train()
+    assert whole.optimizer.param_groups[0]["lr"] == pytest.approx(*kwargs.values() or [0], rel=1e-3)
+    assert whole.optimizer.param_groups[0]["initial_lr"] > 2e-3
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(theta_d(resumed.model), theta_d(whole.model))
+    assert logged(resumed, "learning_rate")[-4:] == logged(whole, "learning_rate")[-4:]
+
+
+def test_callbacks_that_hold_the_schedule_see_it_move(tmp_path):
+    class Watches(TrainerCallback):
+        def on_train_begin(self, args, state, control, lr_scheduler=None, **rest):
+            self.schedule, self.seen = lr_scheduler, []
+
+        def on_step_end(self, args, state, control, **rest):
+            self.seen.append(self.schedule.get_last_lr()[0])
+
+    watch, run = Watches(), trainer(tmp_path, batch=4, lr_scheduler_type="linear")
+    run.add_callback(watch)
     run.train()
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5, rel=1e-3)
-    assert run.optimizer.param_groups[0]["initial_lr"] > 1e-3
+    assert watch.schedule is run.lr_scheduler
+    assert watch.seen == pytest.approx([rates_of(run)[0] * left / 6 for left in (5, 4, 3, 2, 1, 0)])
 
 
 def test_without_a_theta_d_that_trains_it_is_trainer(tmp_path):

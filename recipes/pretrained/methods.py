@@ -27,6 +27,7 @@ from subspace_peft import SubspaceConfig
 
 
 HEAD = "classifier"
+OF_CONVOLUTIONS = ("subspace", "lora", "lokr")
 Modules = dict[str, nn.Linear | nn.Conv2d]
 
 
@@ -60,6 +61,17 @@ def adapted(model: nn.Module, pattern: str) -> Modules:
 
 
 def config(settings: Settings, modules: Modules) -> PeftConfig:
+    """Of an adapter of these modules.
+
+    Raises:
+        ValueError: if one of them is none that the method takes, or the method cannot have this size.
+    """
+    others = [name for name, module in modules.items() if not isinstance(module, nn.Linear)]
+    if others and settings.method not in OF_CONVOLUTIONS:
+        raise ValueError(
+            f"`method` must be one of {', '.join(OF_CONVOLUTIONS)} for convolutions, such as {others[0]!r}, got "
+            f"{settings.method!r}; name linear modules in `modules`."
+        )
     common = {"target_modules": list(modules), "modules_to_save": [HEAD]}
     if settings.method == "subspace":
         return SubspaceConfig(

@@ -38,14 +38,15 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """Accuracy against the rate, with stars where rates were found."""
     measured = rates(runs, results)
     figure, ((axis,),) = panels(1, 1, width=8, height=5)
-    for at, ((label, rank, _, d, _), line) in enumerate(measured.groupby(list(KEYS), sort=False)):
+    searched = measured[measured.rate > 0].groupby(list(KEYS), sort=False)
+    for at, ((label, rank, _, d, _), line) in enumerate(searched):
         words = label + f", rank {rank}" * bool(rank) + f", d = {d:,}" * bool(d)
-        if not line.rate.any():
-            continue
         by = line.groupby("rate").accuracy.mean()
         axis.plot(by.index, by, label=words, **style(at))
     found = measured[measured.rate == 0]
-    axis.plot([rates[0] for rates in found.rates], found.accuracy, "*", color=GREY, markersize=11, label="rates found")
+    if len(found):
+        places = [first for first, *_ in found.rates]
+        axis.plot(places, found.accuracy, "*", color=GREY, markersize=11, label="rates found")
     plain_ticks(axis, sorted(set(measured.rate) - {0}))
     axis.set(xlabel="learning rate", ylabel="accuracy on the validation set, %")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)

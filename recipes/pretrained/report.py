@@ -140,8 +140,9 @@ def _pairs(rows: pd.DataFrame) -> list[str]:
         accuracies = [f"{row.first:.2f}", f"{row.second:.2f}", spread(row.mean, row.error)]
         lines.append([f"{row.d:,}", f"{row.lr:g}", f"{row.split} set", *accuracies, by_seed, sampling])
     for split, part in rows.groupby("split", sort=False):
-        every = pd.Series(part.each.sum())
-        accuracies = [f"{part.first.mean():.2f}", f"{part.second.mean():.2f}", spread(every.mean(), every.sem())]
+        every, pairs = pd.Series(part.each.sum()), part.each.map(len)
+        means = [(part[side] * pairs).sum() / pairs.sum() for side in ("first", "second")]
+        accuracies = [*(f"{mean:.2f}" for mean in means), spread(every.mean(), every.sem())]
         lines.append(["all", "", f"{split} set", *accuracies, f"{len(every)} pairs", ""])
     return markdown(header, lines)
 

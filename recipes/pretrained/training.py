@@ -110,7 +110,8 @@ def train(settings: Settings, task: Task, base_model: BaseModel, output: Path) -
 
 
 def _adamw(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups(model, settings.lr, HEAD, settings.head_lr))
+    lr = settings.lr or Settings.lr  # where the rates are found, what a step holds is the same at any
+    return torch.optim.AdamW(groups(model, lr, HEAD, settings.head_lr))
 
 
 def _two_steps(base: nn.Module, settings: Settings, batch: dict[str, Tensor]) -> None:

@@ -83,27 +83,28 @@ def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
     Each becomes an instance attribute, which hides the parameter of that name. `torch.func.functional_call` would
     exchange the parameters, without effect where FSDP has set instance attributes of its own.
     """
-    hidden, attributes = [], module.__dict__
-    if getattr(module, "sparse", False):  # an embedding; torch cannot pass sparse gradients on to a dense theta_d
-        tensors = {**tensors, "sparse": False}
-    for name, tensor in tensors.items():
-        hidden.append((name, attributes.get(name)))
-        attributes[name] = tensor
-    if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
-        names = module._flat_weights_names
-        flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
-        hidden.append(("_flat_weights", module._flat_weights))
-        attributes["_flat_weights"] = flat
-    keeps_values = has_cache(module)
-    try:
-        if keeps_values:
-            renew(module)
-        yield
-    finally:
-        for name, before in hidden:
-            if before is None:
-                del attributes[name]
-            else:
-                attributes[name] = before
-        if keeps_values:
-            renew(module)
+    with alone(module):
+        hidden, attributes = [], module.__dict__
+        if getattr(module, "sparse", False):  # an embedding; torch cannot pass sparse gradients on to a dense theta_d
+            tensors = {**tensors, "sparse": False}
+        for name, tensor in tensors.items():
+            hidden.append((name, attributes.get(name)))
+            attributes[name] = tensor
+        if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
+            names = module._flat_weights_names
+            flat = [tensors.get(name, weight) for name, weight in zip(names, module._flat_weights, strict=True)]
+            hidden.append(("_flat_weights", module._flat_weights))
+            attributes["_flat_weights"] = flat
+        keeps_values = has_cache(module)
+        try:
+            if keeps_values:
+                renew(module)
+            yield
+        finally:
+            for name, before in hidden:
+                if before is None:
+                    del attributes[name]
+                else:
+                    attributes[name] = before
+            if keeps_values:
+                renew(module)

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .mixed_batch import is_mixed
-from .modules import in_place_of
+from .modules import alone, in_place_of
 from .reading import MovedTensor, MovingBySample, read, refuse_by_sample
 
 
@@ -29,12 +29,13 @@ OF_THE_BASE = ("weight", "bias")
 def get(layer: BaseTunerLayer, name: str) -> Any:
     """The attribute of the base module as the acting adapters move it: a parameter, a method, a property."""
     base, adapters = layer.base_layer, layer.acting()
-    if any(name in layer.coordinates[adapter] for adapter in adapters):
-        return read(layer, name, adapters) if not is_mixed(layer) else MovedTensor(MovingBySample(layer, name, {}))
-    if adapters and isinstance(getattr(type(base), name, None), property):
-        with _moved_base(layer, adapters)():
-            return getattr(base, name)
-    value = getattr(base, name)
+    with alone(base):
+        if any(name in layer.coordinates[adapter] for adapter in adapters):
+            return read(layer, name, adapters) if not is_mixed(layer) else MovedTensor(MovingBySample(layer, name, {}))
+        if adapters and isinstance(getattr(type(base), name, None), property):
+            with _moved_base(layer, adapters)():
+                return getattr(base, name)
+        value = getattr(base, name)
     if adapters and isinstance(value, types.MethodType) and value.__self__ is base:
         method = functools.partial(run, layer, name)
         return method if torch.compiler.is_compiling() else functools.wraps(value)(method)
@@ -43,7 +44,8 @@ def get(layer: BaseTunerLayer, name: str) -> Any:
 
 def run(layer: BaseTunerLayer, method: str, *args, **kwargs) -> Any:
     """What a method of the base module returns with the moved tensors in place; each step, if it is a generator."""
-    moved_base = _moved_base(layer, layer.acting())
+    with alone(layer.base_layer):
+        moved_base = _moved_base(layer, layer.acting())
     with moved_base():
         result = getattr(layer.base_layer, method)(*args, **kwargs)
     return _steps(result, moved_base) if isinstance(result, types.GeneratorType) else result

@@ -108,6 +108,55 @@ def test_threads_run_one_model_at_once():
     assert run(0)
 
 
+class Other(nn.Linear):
+    """Run by another method than forward."""
+
+    def other(self, x):
+        return super().forward(x)
+
+
+class ByMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Other(64, 256)
+
+    def forward(self, x):
+        return self.inner.other(x)
+
+
+class ByWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Embedding(400, 64)
+
+    def forward(self, x):
+        return self.inner(x.abs().mul(100).long().clamp_max(399)) @ self.inner.weight.T
+
+
+@pytest.mark.parametrize("projection", ["fastjl", "kronecker"])
+@pytest.mark.parametrize("kind", [ByMethod, ByWeight])
+def test_threads_read_and_run_what_is_not_forward(kind, projection):
+    torch.manual_seed(0)
+    model = get_peft_model(kind(), SubspaceConfig(d=20, projection=projection, target_modules=["inner"]))
+    move(model, size=0.05)
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        expected = model(x)
+
+    def right(_):
+        with torch.no_grad():
+            return torch.allclose(model(x), expected, atol=1e-5)
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(right, range(200)))
+    finally:
+        sys.setswitchinterval(switching)
+    assert right(0)
+
+
 def test_threads_have_backward_passes_at_once():
     models = [wrapped(base_of("recurrent")) for _ in range(4)]
     x = inputs().detach()

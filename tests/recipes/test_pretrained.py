@@ -154,6 +154,15 @@ def test_a_method_trains_as_many_numbers_of_a_network_of_images(values, adapter,
     assert trainable(model, HEAD) == {"adapter": adapter, "head": 12_810}
 
 
+@pytest.mark.parametrize("method", ["vblora", "tinylora", "unilora", "fourierft", "vera"])
+def test_a_method_that_takes_no_convolution_says_so(method, pictures):
+    made = Settings(method=method, d=1024, rank=2, **pictures)
+    with pytest.raises(
+        ValueError, match="`method` must be one of subspace, lora, lokr for convolutions, such as 'n"
+    ):
+        wrap(images.base_model(made, 10), made)
+
+
 def test_images_are_split_once_and_batch_norms_keep_their_statistics(pictures, monkeypatch):
     monkeypatch.setattr(images, "HELD_OUT", 20)
     made = Settings(examples=30, **pictures)
