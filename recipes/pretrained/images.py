@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import batch_norm, cross_entropy, interpolate
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from recipes.pretrained.settings import Settings
@@ -54,21 +54,30 @@ def _load(dataset: str, source: str, size: int, examples: int, measured: int, he
     )
 
 
-class ImageClassifier(nn.Module):
-    """EfficientNet-Lite0 under a new head. Its batch norms keep the statistics of the pretraining."""
+class FrozenBatchNorm(nn.Module):
+    """A batch norm that keeps its statistics."""
 
-    def __init__(self, classes: int):
+    def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
-        self.network = EfficientNetLite0()
-        self.network.classifier = nn.Identity()
-        self.classifier = nn.Linear(FEATURES, classes)
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
 
-    def train(self, mode: bool = True) -> "ImageClassifier":
-        super().train(mode)
-        for module in self.modules():
+    def forward(self, x: Tensor) -> Tensor:
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class ImageClassifier(nn.Module):
+    """A network, of which the batch norms keep the statistics of the pretraining, under a new head."""
+
+    def __init__(self, network: EfficientNetLite0, classes: int):
+        super().__init__()
+        self.network = network
+        self.network.classifier = nn.Identity()
+        for name, module in list(network.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
+                network.set_submodule(name, FrozenBatchNorm(module))
+        self.classifier = nn.Linear(FEATURES, classes)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         logits = self.classifier(self.network(pixel_values))
@@ -78,12 +87,10 @@ class ImageClassifier(nn.Module):
 
 def base_model(settings: Settings, classes: int) -> ImageClassifier:
     """The pretrained model under a new head that is drawn from the seed."""
+    network = EfficientNetLite0()
+    network.load_state_dict(renamed(_weights(settings.weights or settings.base), network))
     torch.manual_seed(settings.seed)
-    model, whole = ImageClassifier(classes), EfficientNetLite0()
-    weights = renamed(_weights(settings.weights or settings.base), whole)
-    head = [name for name in weights if name.startswith("classifier.")]
-    model.network.load_state_dict({name: value for name, value in weights.items() if name not in head})
-    return model
+    return ImageClassifier(network, classes)
 
 
 @cache

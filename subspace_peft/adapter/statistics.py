@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from .vectors import PREFIX
 
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v")
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = (*RUNNING, "_u", "_v", "weight_u", "weight_v")
 BUFFERS = tuple(PREFIX + name for name in STATISTICS)
 """The attributes of a layer in which the adapters' statistics are: dictionaries by the adapter's name."""
 
 
 def kept_by(module: nn.Module) -> list[str]:
-    """The names of the statistics that a module keeps."""
-    return [name for name in STATISTICS if isinstance(module._buffers.get(name), Tensor)]
+    """The names of the statistics that a module keeps: frozen batch norms have no momentum by which to gather any."""
+    gathers = hasattr(module, "momentum")
+    names = [name for name in STATISTICS if gathers or name not in RUNNING]
+    return [name for name in names if isinstance(module._buffers.get(name), Tensor)]
 
 
 def add_buffers(layer: BaseTunerLayer) -> None:

@@ -227,3 +227,22 @@ class TestWhoeverTouchesThem:
         with twin.disable_adapter():
             assert torch.equal(outputs(twin, self.case), base_outputs(self.case))
         assert_same_state(twin, state)
+
+
+class Frozen(nn.Module):
+    """As in detectors: statistics that no training changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.randn(4))
+        self.register_buffer("running_var", torch.rand(4))
+
+    def forward(self, x):
+        return (x - self.running_mean) * (self.running_var + 1e-5).rsqrt()
+
+
+def test_a_frozen_batch_norm_has_the_bases_statistics_and_none_are_saved():
+    base = nn.Sequential(nn.Linear(3, 4), Frozen())
+    model = get_peft_model(base, settings(d=5, target_modules=["0"]))
+    assert isinstance(model.base_model.model[1], Frozen)
+    assert not [key for key in get_peft_model_state_dict(model) if "running" in key]

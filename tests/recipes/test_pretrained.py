@@ -157,9 +157,7 @@ def test_a_method_trains_as_many_numbers_of_a_network_of_images(values, adapter,
 @pytest.mark.parametrize("method", ["vblora", "tinylora", "unilora", "fourierft", "vera"])
 def test_a_method_that_takes_no_convolution_says_so(method, pictures):
     made = Settings(method=method, d=1024, rank=2, **pictures)
-    with pytest.raises(
-        ValueError, match="`method` must be one of subspace, lora, lokr for convolutions, such as 'n"
-    ):
+    with pytest.raises(ValueError, match="`method` must be one of subspace, lora, lokr for convolutions, such as 'n"):
         wrap(images.base_model(made, 10), made)
 
 
