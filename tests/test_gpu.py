@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 from subspace_peft.projections import PROJECTIONS
 from tests.adapter import quantised, test_golden_adapter
@@ -62,11 +61,11 @@ def test_a_projection_is_that_of_the_cpu(name, shape, device):
 @pytest.mark.parametrize("name", test_golden_adapter.ADAPTERS)
 @torch.no_grad()
 def test_golden_adapters_give_their_outputs(name, device):
-    golden = test_golden_adapter
-    expected = load_file(golden.FOLDER / name / "outputs.safetensors")["outputs"]
-    model = PeftModel.from_pretrained(golden.base(name).to(device), golden.FOLDER / name).eval()
+    adapters = test_golden_adapter
+    expected = adapters.golden(name)["outputs"]
+    model = PeftModel.from_pretrained(adapters.base(name).to(device), adapters.FOLDER / name).eval()
     assert theta_d(model).device.type == device.type
-    close(model(golden.inputs(name).to(device)), expected)
+    close(model(adapters.inputs(name).to(device)), expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"projection": "kronecker"}, {"projection": "sparse"}], ids=str)
