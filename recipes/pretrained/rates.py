@@ -23,6 +23,7 @@ def rates(runs: list[Settings], results: Results) -> pd.DataFrame:
     runs = table(runs, results)
     alone, found = runs.label == METHODS["head"], runs.lr == 0
     return runs.assign(
+        modules=runs.modules.str.replace("|", " or "),
         rate=runs.lr.where(~alone, runs.head_lr),
         head_lr=runs.head_lr.where(~(alone | found), 0),
         accuracy=runs.validation,
