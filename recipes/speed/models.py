@@ -72,7 +72,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
 
 def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
     peaks = {method: peak(partial(_two_steps, method, *_made(name))) for method in METHODS}
-    contenders = {method: step.Contender(method, *_made(name)) for method in METHODS}
+    gc.collect()
+    shared, contenders = _made(name)[0], {}
+    for method in METHODS:
+        model, inputs = _made(name)
+        for parameter, one in zip(model.parameters(), shared.parameters() if method != "full" else (), strict=False):
+            parameter.data = one.data  # frozen: one copy for all of them
+        contenders[method] = step.Contender(method, model, inputs)
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + 1), unit="round", desc=name):
