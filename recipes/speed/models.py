@@ -1,4 +1,4 @@
-"""A training step of a small ViT and of language models, of Llama's kind and of GPT-2's, and its memory.
+"""A training step of a small ViT and of two language models of Llama's kind, and its memory.
 
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
     python recipes/speed/models.py --report
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,30 +55,16 @@ def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.
     return make
 
 
-def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """GPT-2 medium, 355 M parameters."""
-    model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
-    tokens = torch.randint(0, 8000, (1, TOKENS))
-    return model, {"input_ids": tokens, "labels": tokens}
-
-
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "ViT 384": vit,
     "Llama 768": llama(768, 2048, 8),
     "Llama 2048": llama(2048, 8192, 2),
-    "GPT-2 350 M": gpt2,
 }
 
 
 def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
     peaks = {method: peak(partial(_two_steps, method, *_made(name))) for method in METHODS}
-    gc.collect()
-    shared, contenders = _made(name)[0], {}
-    for method in METHODS:
-        model, inputs = _made(name)
-        for parameter, one in zip(model.parameters(), shared.parameters() if method != "full" else (), strict=False):
-            parameter.data = one.data  # frozen: one copy for all of them
-        contenders[method] = step.Contender(method, model, inputs)
+    contenders = {method: step.Contender(method, *_made(name)) for method in METHODS}
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
     for at in tqdm(range(rounds + 1), unit="round", desc=name):
@@ -128,11 +114,11 @@ def text(models: dict[str, dict]) -> str:
 
 
 def beside_lora(models: dict[str, dict]) -> str:
-    """CPU time of a step and memory at most, of LoRA's."""
+    """CPU time of a step and memory beyond the base, of LoRA's."""
     rows = []
     for name, methods in models.items():
-        memory = methods["lora"]["peak_mb"]
-        cells = [f"{r['of_lora']:.2f}, {r['peak_mb'] / memory:.2f}" for m, r in methods.items() if m != "lora"]
+        memory = methods["lora"]["held_mb"]
+        cells = [f"{r['of_lora']:.2f}, {r['held_mb'] / memory:.2f}" for m, r in methods.items() if m != "lora"]
         rows.append([name, *cells])
     return "\n".join(markdown(["model", *(m for m in next(iter(models.values())) if m != "lora")], rows))
 
