@@ -113,9 +113,9 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
 
 def _mean(value: float | None, like: Tensor) -> float:
     """The mean over those processes that have a value; 0 if none has."""
-    found = torch.tensor([value or 0.0, value is not None], dtype=torch.float32, device=like.device)
     if process_count() == 1:
         return value or 0.0
+    found = torch.tensor([value or 0.0, value is not None], dtype=torch.float32, device=like.device)
     total, count = sum_over_processes(found).tolist()
     return total / count if count else 0.0
 
@@ -157,7 +157,8 @@ def _seen(model: nn.Module) -> Iterator[list[_Place]]:
     def hook(wrapper: nn.Module, args: tuple, kwargs: dict) -> None:
         value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if value is not None and value.is_floating_point():
-            kernel = getattr(wrapper.original_module, "kernel_size", ()) if _is_convolution(wrapper) else ()
+            head = wrapper.original_module
+            kernel = head.kernel_size if isinstance(head, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
             places.append(_Place(value.movedim(-1 - len(kernel), -1), prod(kernel)))
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -167,10 +168,6 @@ def _seen(model: nn.Module) -> Iterator[list[_Place]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_convolution(wrapper: ModulesToSaveWrapper) -> bool:
-    return isinstance(wrapper.original_module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _rows(output: Any, places: list[_Place]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, cross_entropy, interpolate
+from torch.nn.functional import batch_norm, cross_entropy
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from recipes.pretrained.settings import Settings
@@ -37,11 +37,8 @@ def _load(dataset: str, source: str, size: int, examples: int, measured: int, he
     labels = torch.cat([split.labels[part] for split, part in parts])
 
     def collate(numbers: list[int]) -> dict[str, Tensor]:
-        pixels = images[numbers].float() / 127.5 - 1  # as the network was pretrained
-        if size:
-            pixels = interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        pixels = pixels.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        return {"pixel_values": pixels, "labels": labels[numbers]}
+        pixels = data.pixels(images[numbers], size).expand(-1, 3, -1, -1)  # as the network was pretrained
+        return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last), "labels": labels[numbers]}
 
     first, second = len(taken), len(taken) + held_out
     return Task(

@@ -50,8 +50,8 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
             "bytes": result["adapter"]["bytes"],
             "peak": result.get("peak_bytes"),
             "loss": result["train_loss"][-1],
+            "rates": result.get("rates"),
         }
-        | {"rates": result.get("rates")}
         | {"ms": result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]}
         for run in runs
         if (result := results.load(run))

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 
 HUB = {
@@ -66,6 +66,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     sample, rows, columns = (i.to(images.device) for i in (torch.arange(N)[:, None, None], rows, columns))
     padded = pad(images, (4, 4, 4, 4)).movedim(1, -1)
     return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+
+
+def pixels(images: Tensor, size: int) -> Tensor:
+    """uint8 images as floats in [-1, 1], resized to squares of `size` pixels, if that is not 0."""
+    scaled = images.float() / 127.5 - 1
+    if size in (0, scaled.shape[-1]):
+        return scaled
+    return interpolate(scaled, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def load(dataset: str, source: str, split: str) -> Split:

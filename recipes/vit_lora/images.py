@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from recipes.tasks.data import Split, augment, load
+from recipes.tasks.data import Split, augment, load, pixels
 from recipes.vit_lora.settings import Settings
 
 
@@ -42,7 +41,5 @@ class Batches:
         images = self.split.images[index]
         if self.random is not None:
             images = augment(images, self.random)
-        pixels = images.float() / 127.5 - 1  # as google/vit-base-patch16-224-in21k wants them
-        if self.size and self.size != pixels.shape[-1]:
-            pixels = interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        return {"pixel_values": pixels, "labels": self.split.labels[index]}
+        # in [-1, 1], as google/vit-base-patch16-224-in21k wants them
+        return {"pixel_values": pixels(images, self.size), "labels": self.split.labels[index]}

@@ -79,7 +79,6 @@ class FormedAgain:
     def __init__(self, form: Form, like: Tensor):
         self.form = form.frozen()
         self.stride, self.dtype, self.version = like.stride(), like.dtype, _version(like)
-        self.offset = like.storage_offset()
         sources = (self.form.origin, self.form.base, *(z for _, z in self.form.terms))
         self.sources = [(x, _version(x)) for x in sources if x is not None and not is_partitioned(x)]
         self.uses = 0
@@ -159,12 +158,10 @@ class _Hooks:
 
 class _View:
     def __init__(self, formed: FormedAgain, tensor: Tensor):
-        self.formed, self.offset = formed, tensor.storage_offset() - formed.offset
-        self.layout = tensor.shape, tensor.stride()
+        self.formed, self.layout = formed, (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def __call__(self) -> Tensor:
-        tensor = self.formed()
-        return tensor.as_strided(*self.layout, tensor.storage_offset() + self.offset)
+        return self.formed().as_strided(*self.layout)
 
 
 class _Outer:
