@@ -27,7 +27,7 @@ def stays(part: dict[str, Any], key: str, values: list) -> bool:
         return True
     methods = part.get("method", Settings.method)
     baseline = set(methods if isinstance(methods, list) else [methods]) <= {"full", "head", "bitfit"}
-    return baseline and key in ("coordinates", "projection", "d", "rank", "modules")
+    return baseline and key in ("coordinates", "projection", "parameters", "d", "rank", "modules")
 
 
 KIND = Kind(

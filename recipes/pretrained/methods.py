@@ -74,13 +74,15 @@ def config(settings: Settings, modules: Modules) -> PeftConfig:
         )
     common = {"target_modules": list(modules), "modules_to_save": [HEAD]}
     if settings.method == "subspace":
+        if settings.parameters == "vectors":
+            common["target_modules"] = "all"
         return SubspaceConfig(
             d=None if settings.projection == "identity" else settings.d,
             projection=settings.projection,
             coordinates=settings.coordinates,
             rank=settings.rank or None,
             seed=settings.seed,
-            parameters=["weight"],  # as LoRA: no biases
+            parameters=["weight"] if settings.parameters == "weight" else settings.parameters,
             **common,
         )
     kind, choices = PEFT[settings.method]

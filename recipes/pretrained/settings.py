@@ -29,7 +29,10 @@ BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
 BY_RANK = ("lora", "lokr", "vera", "unilora")
 IMAGES = ("digits", *HUB)
 POOLING = ("mean", "first")
+PARAMETERS = {"weight": "", "vectors": "norms and biases"}
+"""What ours moves in the adapted modules: as LoRA their weights, or as BitFit what has one dimension; in words."""
 CHOICES = {"method": METHODS, "pooling": POOLING, "coordinates": COORDINATES, "projection": PROJECTIONS}
+CHOICES |= {"parameters": PARAMETERS}
 LEAST = dict.fromkeys(("epochs", "batch_size", "length"), 1)
 LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples", "image_size", "measured_examples"), 0)
 
@@ -45,6 +48,7 @@ class Settings(Named):
     method: str = "full"
     coordinates: str = "weight"
     projection: str = "fastjl"
+    parameters: str = "weight"  # or vectors: those of one dimension, in all modules but the head
     d: int = 0
     rank: int = 0  # of LoRA, VeRA, Uni-LoRA and low_rank coordinates
     modules: str = ""  # a regular expression, found in the names of the linear modules to adapt; "": all but the head
@@ -64,7 +68,7 @@ class Settings(Named):
     def __post_init__(self):
         self._check(CHOICES, LEAST)
         if self.method != "subspace":
-            self._reset("coordinates", "projection")
+            self._reset("coordinates", "projection", "parameters")
         ranked = self.method in BY_RANK or (self.method == "subspace" and self.coordinates == "low_rank")
         for key, wanted in (("d", self.method in BY_D), ("rank", ranked)):
             if not wanted:
@@ -81,7 +85,7 @@ class Settings(Named):
                     f"`lr` must be above 0 for {self.label}, got {self.lr}; rates are found for ours alone."
                 )
             self._reset("head_lr")
-        if self.method in ("full", "head", "bitfit"):
+        if self.method in ("full", "head", "bitfit") or self.parameters == "vectors":
             self._reset("modules")
 
     @property
@@ -96,7 +100,8 @@ class Settings(Named):
     def label(self) -> str:
         """The method in words, without its size."""
         if self.method == "subspace":
-            return f"{self.coordinates.replace('_', ' ')}, {self.projection}" + FOUND * self.rates_are_found
+            words = PARAMETERS[self.parameters] or self.coordinates.replace("_", " ")
+            return f"{words}, {self.projection}" + FOUND * self.rates_are_found
         return METHODS[self.method]
 
     def __str__(self) -> str:

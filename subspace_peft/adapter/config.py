@@ -23,6 +23,8 @@ from .renaming import Substitutions
 
 
 NORMALIZATIONS = ("rows", "columns")
+OF_ONE_DIMENSION = "vectors"
+"""What `parameters` is for those of one dimension."""
 PROJECTION_VERSION = 1
 CHOICES: dict[str, Sequence[object]] = {
     "projection": tuple(PROJECTIONS),
@@ -102,7 +104,8 @@ class SubspaceConfig(PeftConfig):
             at each position. Default: 1.
         target_modules: The names of the modules, a regular expression, "all-linear", or "all" for every module that
             owns parameters.
-        parameters (`list[str]`): Which parameters of each target, such as `["weight"]`. Default: all that it owns.
+        parameters (`list[str]` or `str`): Which parameters of each target, such as `["weight"]`; "vectors" for those
+            of one dimension, the weights of norms and all biases. Default: all that it owns.
         target_parameters (`list[str]`): Parameters by the last parts of their names, as in LoRA, such as
             `["experts.down_proj"]`; alone, or beside `target_modules` and whatever `parameters` says. With `low_rank`
             each matrix of a tensor [experts, ., .] has factors of its own.
@@ -146,7 +149,7 @@ class SubspaceConfig(PeftConfig):
     normalization: str = "rows"
     nnz_per_row: int | None = None
     target_modules: list[str] | str | None = None
-    parameters: list[str] | None = None
+    parameters: list[str] | str | None = None
     target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -261,9 +264,11 @@ class SubspaceConfig(PeftConfig):
                 f"`layers_pattern` needs `layers_to_transform`, got `layers_pattern` = {self.layers_pattern!r} alone; "
                 "set `layers_to_transform` too."
             )
-        for name in ("parameters", "target_parameters"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"`{name}` must be a list of names, got {getattr(self, name)!r}; write it as a list.")
+        for name, shorthand in {"parameters": OF_ONE_DIMENSION, "target_parameters": None}.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value != shorthand:
+                rule = "a list of names" + (f" or {shorthand!r}" if shorthand else "")
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}; write it as a list.")
 
     def to_dict(self) -> dict:
         """The content of adapter_config.json, without a basis or mask: it is saved with the weights, or is a path."""

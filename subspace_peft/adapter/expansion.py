@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .experts import routers, stacked_parameters
+from .base_modules import asked_for, base_modules, computed_from, own_parameters
+from .experts import is_experts, routers, stacked_parameters
 from .layer import SubspaceLayer
 from .quantised import is_packed_linear
-from .targets import base_modules, computed_from, own_parameters
 
 
 def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str]) -> PeftConfig:
@@ -30,7 +30,7 @@ def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str])
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if is_all or is_all_linear:
         names = _all(model) if is_all else _all_linear(model, config)
-        config.target_modules = {rename(name) for name in names}
+        config.target_modules = {rename(name) for name in _owning(names, model, config)}
     if config.expected_fingerprint is None:
         stacked = stacked_parameters(model, config, is_all_linear, rename)
         config.target_parameters = sorted({*(config.target_parameters or ()), *stacked}) or None
@@ -50,6 +50,22 @@ def _all(model: nn.Module) -> set[str]:
             "the model in another module, or name the target modules."
         )
     return {name for name, _, _, module in base_modules(model) if own_parameters(module) or is_packed_linear(module)}
+
+
+def _owning(names: set[str], model: nn.Module, config: PeftConfig) -> set[str]:
+    """Those of the modules that own a parameter which the config asks for; all where none does, for the error."""
+    owning = {
+        name
+        for name, _, _, module in base_modules(model)
+        if name in names
+        and (
+            is_packed_linear(module)
+            or is_experts(module)  # whose stacks have names of their own
+            or isinstance(module, nn.MultiheadAttention)  # which is named with its out_proj
+            or any(asked_for(path, parameter, config) for path, parameter in own_parameters(module).items())
+        )
+    }
+    return owning or names
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 
-from .targets import base_modules, own_parameters
+from .base_modules import asked_for, base_modules, own_parameters
 
 
 FORMER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -62,9 +62,9 @@ def stacked_parameters(
     for name, _, _, module in base_modules(model):
         if not is_experts(module):
             continue
-        for path in own_parameters(module):
+        for path, parameter in own_parameters(module).items():
             kind = "bias" if path.endswith("bias") else "weight"
-            is_asked_for = config.parameters is None or {path, kind} & set(config.parameters)
+            is_asked_for = any(asked_for(each, parameter, config) for each in (path, kind))
             if is_asked_for and _is_named(f"{name}.", path.removesuffix("_bias"), config, all_linear, rename):
                 found.add(rename(f"{name}.{path}"))
     return found

@@ -15,6 +15,7 @@ from torch import nn
 from ..plain_model import unwrapped
 from . import file as adapter_file
 from . import merging, quantised, statistics
+from .base_modules import base_modules
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .expansion import expanded
@@ -26,7 +27,7 @@ from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
 from .saved_whole import with_heads
-from .targets import Target, base_modules, find_targets, near_names
+from .targets import Target, find_targets, near_names
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors
 from .walk import uncompiled, unique_coordinates

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..plain_model import COMPILED, is_distributed, is_partitioned
 from . import statistics
-from .layer import SubspaceLayer
+from .base_modules import asked_for, base_modules, computed_from, own_parameters
+from .config import OF_ONE_DIMENSION
 from .modules import is_linear_in_parameters
 from .quantised import check_not_packed, is_quantised, is_quantised_linear
 from .saved_whole import check_saved, is_saved_whole
@@ -36,48 +35,6 @@ class Target:
     def layer(self) -> nn.Module:
         """The module itself, or the SubspaceLayer that an earlier adapter put around it."""
         return self.parent._modules[self.child]
-
-
-def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every module as if the model had no adapter: its name, its parent, its name in the parent, the module.
-
-    Args:
-        saved: Whether those are among them that other adapters hold copies of, in `modules_to_save`.
-
-    Raises:
-        ValueError: if a module already has an adapter of another PEFT method.
-    """
-
-    def visit(prefix: str, parent: nn.Module):
-        for child, module in parent._modules.items():  # named_children leaves out a module's second name
-            name = prefix if child == COMPILED else f"{prefix}.{child}" if prefix else child
-            if saved and isinstance(module, ModulesToSaveWrapper):
-                module = module.original_module
-            if module is None or isinstance(module, AuxiliaryTrainingWrapper):
-                continue
-            if isinstance(module, SubspaceLayer):
-                module = module.base_layer
-            elif isinstance(module, BaseTunerLayer):
-                raise ValueError(
-                    f"A module can hold adapters of one PEFT type: `{name}` is already a {type(module).__name__}; "
-                    "unload that adapter first."
-                )
-            if name and COMPILED not in module._modules:  # a compiled module goes by the one inside
-                yield name, parent, child, module
-            yield from visit(name, module)
-
-    yield from visit("", model)
-
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module owns directly, by their name in it."""
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
-
-
-def computed_from(name: str, module: nn.Module) -> list[str]:
-    """The names of the modules that hold what parameters of this one are computed from (torch's parametrize)."""
-    lists = module.parametrizations if is_parametrized(module) else {}
-    return [f"{name}.parametrizations.{parameter}" for parameter in lists]
 
 
 def find_targets(
@@ -185,7 +142,7 @@ def _chosen_paths(
         known |= set(owned)
         paths = list(owned)
         if config.parameters is not None:
-            paths = [path for path in owned if path in config.parameters or path in named.get(name, ())]
+            paths = [path for path in owned if asked_for(path, owned[path], config) or path in named.get(name, ())]
         else:
             _check_computed(name, module, config, matches)
         if not paths:
@@ -195,13 +152,14 @@ def _chosen_paths(
         for path in paths:
             child, _, own = path.rpartition(".")
             chosen.setdefault(f"{name}.{child}" if child else name, []).append(own)
+    _check_parameters(config, known)
     if empty and (not chosen or _are_named(config, empty)):
-        what = "parameters" if config.parameters is None else f"parameters named {sorted(config.parameters)}"
+        what = f"parameters named {sorted(config.parameters)}" if config.parameters else "parameters"
+        what = "parameters of one dimension" if config.parameters == OF_ONE_DIMENSION else what
         raise ValueError(
             f"A target module must own {what}: `{empty[0]}` owns none; name modules that do, or use "
             'target_modules="all".'
         )
-    _check_parameters(config, known)
     return chosen
 
 
@@ -272,8 +230,10 @@ def _check_whole(name: str, parameter: nn.Parameter) -> None:
 
 def _check_parameters(config: PeftConfig, known: set[str]) -> None:
     """Check the names in `config.parameters`, except of a saved adapter, which its fingerprint checks."""
-    unknown = sorted(set(config.parameters or ()) - known)
-    if not unknown or not known or config.expected_fingerprint is not None:
+    if config.parameters in (None, OF_ONE_DIMENSION) or not known or config.expected_fingerprint is not None:
+        return
+    unknown = sorted(set(config.parameters) - known)
+    if not unknown:
         return
     near = difflib.get_close_matches(unknown[0], sorted(known), 3, 0.5) or sorted(known)[:3]
     raise ValueError(

@@ -1,0 +1,64 @@
+"""Base modules: those of a model as if it had no adapter, and the parameters that they own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..plain_model import COMPILED
+from .config import OF_ONE_DIMENSION
+from .layer import SubspaceLayer
+
+
+def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every module as if the model had no adapter: its name, its parent, its name in the parent, the module.
+
+    Args:
+        saved: Whether those are among them that other adapters hold copies of, in `modules_to_save`.
+
+    Raises:
+        ValueError: if a module already has an adapter of another PEFT method.
+    """
+
+    def visit(prefix: str, parent: nn.Module):
+        for child, module in parent._modules.items():  # named_children leaves out a module's second name
+            name = prefix if child == COMPILED else f"{prefix}.{child}" if prefix else child
+            if saved and isinstance(module, ModulesToSaveWrapper):
+                module = module.original_module
+            if module is None or isinstance(module, AuxiliaryTrainingWrapper):
+                continue
+            if isinstance(module, SubspaceLayer):
+                module = module.base_layer
+            elif isinstance(module, BaseTunerLayer):
+                raise ValueError(
+                    f"A module can hold adapters of one PEFT type: `{name}` is already a {type(module).__name__}; "
+                    "unload that adapter first."
+                )
+            if name and COMPILED not in module._modules:  # a compiled module goes by the one inside
+                yield name, parent, child, module
+            yield from visit(name, module)
+
+    yield from visit("", model)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module owns directly, by their name in it."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def computed_from(name: str, module: nn.Module) -> list[str]:
+    """The names of the modules that hold what parameters of this one are computed from (torch's parametrize)."""
+    lists = module.parametrizations if is_parametrized(module) else {}
+    return [f"{name}.parametrizations.{parameter}" for parameter in lists]
+
+
+def asked_for(path: str, parameter: Tensor, config: PeftConfig) -> bool:
+    """Whether the config asks for a parameter of this name where it asks for its module."""
+    if config.parameters == OF_ONE_DIMENSION:
+        return parameter.dim() == 1
+    return config.parameters is None or path in config.parameters
