@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .base_modules import asked_for, base_modules, computed_from, own_parameters
-from .experts import is_experts, routers, stacked_parameters
+from .config import OF_ONE_DIMENSION
+from .experts import is_experts, kind_of, routers, stacked_parameters
 from .layer import SubspaceLayer
 from .quantised import is_packed_linear
 
@@ -29,7 +30,7 @@ def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str])
     config, is_all = copy.copy(config), config.target_modules == "all"
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if is_all or is_all_linear:
-        names = _all(model) if is_all else _all_linear(model, config)
+        names = _all(model, config) if is_all else _all_linear(model, config)
         config.target_modules = {rename(name) for name in _owning(names, model, config)}
     if config.expected_fingerprint is None:
         stacked = stacked_parameters(model, config, is_all_linear, rename)
@@ -37,13 +38,13 @@ def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str])
     return config
 
 
-def _all(model: nn.Module) -> set[str]:
+def _all(model: nn.Module, config: PeftConfig) -> set[str]:
     """The names that target_modules="all" stands for: every module that owns parameters.
 
     Raises:
         ValueError: if the model itself owns one, since nothing can be put around it.
     """
-    stray = [name for name, _ in model.named_parameters(recurse=False)]
+    stray = [name for name, parameter in own_parameters(model).items() if asked_for(name, parameter, config)]
     if stray:
         raise ValueError(
             f'target_modules="all" needs every parameter to lie in a submodule; the model itself owns {stray}; wrap '
@@ -54,18 +55,19 @@ def _all(model: nn.Module) -> set[str]:
 
 def _owning(names: set[str], model: nn.Module, config: PeftConfig) -> set[str]:
     """Those of the modules that own a parameter which the config asks for; all where none does, for the error."""
-    owning = {
-        name
-        for name, _, _, module in base_modules(model)
-        if name in names
-        and (
-            is_packed_linear(module)
-            or is_experts(module)  # whose stacks have names of their own
-            or isinstance(module, nn.MultiheadAttention)  # which is named with its out_proj
-            or any(asked_for(path, parameter, config) for path, parameter in own_parameters(module).items())
-        )
-    }
+    owning = {name for name, _, _, module in base_modules(model) if name in names and _owns(module, config)}
     return owning or names
+
+
+def _owns(module: nn.Module, config: PeftConfig) -> bool:
+    if is_packed_linear(module):
+        return config.parameters != OF_ONE_DIMENSION  # to be refused, but where its weight is not asked for
+    owned = own_parameters(module)
+    if isinstance(module, nn.MultiheadAttention):  # which is named with its out_proj
+        owned |= {f"out_proj.{path}": parameter for path, parameter in own_parameters(module.out_proj).items()}
+    if is_experts(module):
+        owned |= {kind_of(path): parameter for path, parameter in owned.items()}
+    return any(asked_for(path, parameter, config) for path, parameter in owned.items())
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:

@@ -44,6 +44,11 @@ def routers(model: nn.Module) -> set[str]:
     return found
 
 
+def kind_of(stack: str) -> str:
+    """What the stack is in its Linears."""
+    return "bias" if stack.endswith("bias") else "weight"
+
+
 def stacked_parameters(
     model: nn.Module, config: PeftConfig, all_linear: bool, rename: Callable[[str], str]
 ) -> set[str]:
@@ -63,8 +68,7 @@ def stacked_parameters(
         if not is_experts(module):
             continue
         for path, parameter in own_parameters(module).items():
-            kind = "bias" if path.endswith("bias") else "weight"
-            is_asked_for = any(asked_for(each, parameter, config) for each in (path, kind))
+            is_asked_for = any(asked_for(each, parameter, config) for each in (path, kind_of(path)))
             if is_asked_for and _is_named(f"{name}.", path.removesuffix("_bias"), config, all_linear, rename):
                 found.add(rename(f"{name}.{path}"))
     return found

@@ -63,7 +63,7 @@ LOW_RANK = {"coordinates": "low_rank", "rank": 2}
             {"target_modules": ["fc"], "layers_pattern": "h"},
             "`layers_pattern` needs `layers_to_transform`, got `layers_pattern` = 'h' alone",
         ),
-        ({"parameters": "weight"}, "`parameters` must be a list of names, got 'weight'"),
+        ({"parameters": "weight"}, "`parameters` must be a list of names or 'vectors', got 'weight'"),
         ({"task_type": "NONSENSE"}, "NONSENSE"),
     ],
     ids=str,

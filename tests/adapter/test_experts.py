@@ -139,6 +139,12 @@ def test_a_stacked_bias_is_a_bias():
     assert all(name.endswith("bias") for name in biases)
 
 
+def test_vectors_leave_stacks_alone():
+    for case in (CASE, CASES["gpt_oss"]):
+        expected = {name for name, parameter in case.model().named_parameters() if parameter.dim() == 1}
+        assert moved(wrap(case, target_modules="all", parameters="vectors")) == expected
+
+
 def test_target_parameters_alone_need_no_default_target_modules():
     model = get_peft_model(CASE.model(), settings(target_modules=[], target_parameters=["experts.down_proj"]))
     assert moved(model) == {f"{MOE}experts.down_proj"}

@@ -48,6 +48,12 @@ def test_what_is_beside_it_is_a_target(kind):
     assert adapted.base_model.D == 72
 
 
+@pytest.mark.parametrize("kind", PACKED)
+def test_vectors_of_all_modules_are_those_of_the_others(kind):
+    adapted = get_peft_model(model(kind), settings(target_modules="all", parameters="vectors"))
+    assert adapted.base_model.D == 8
+
+
 def test_integers_in_other_modules_are_no_weights():
     base = nn.Sequential(nn.Linear(8, 8))
     base[0].register_buffer("positions", torch.arange(8)[None])

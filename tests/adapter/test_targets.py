@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from subspace_peft.adapter.walk import unique_coordinates
@@ -22,6 +22,8 @@ def moved(model, adapter="default") -> set[str]:
         ({"target_modules": ".*2", "parameters": ["bias"], "d": 2}, ["fc2.bias"]),
         ({"target_modules": "all", "exclude_modules": ["fc1"]}, ["fc2.bias", "fc2.weight"]),
         ({"target_modules": "all-linear", "parameters": ["weight"]}, ["fc1.weight", "fc2.weight"]),
+        ({"target_modules": "all", "parameters": "vectors"}, ["fc1.bias", "fc2.bias"]),
+        ({"target_modules": ".*1", "parameters": "vectors"}, ["fc1.bias"]),
     ],
     ids=str,
 )
@@ -34,6 +36,38 @@ def test_all_finds_the_parameters_of_modules_with_children():
     vit = moved(wrap(BY_NAME["vit"]))
     assert vit == {name for name, _ in BY_NAME["vit"].model().named_parameters()}
     assert any(name.endswith("cls_token") for name in vit)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit", "convnet", "norms", "attention", "bare"])
+def test_vectors_are_the_parameters_of_one_dimension(name):
+    case = BY_NAME[name]
+    vectors = {name for name, p in case.model().named_parameters() if p.dim() == 1}
+    assert moved(wrap(case, target_modules="all", parameters="vectors")) == vectors
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "convnet"])
+def test_an_adapter_of_vectors_is_saved_loaded_and_merged(name, tmp_path):
+    case = BY_NAME[name]
+    model = wrap(case, target_modules="all", parameters="vectors", projection="kronecker")
+    move(model)
+    expected = outputs(model, case)
+    assert not torch.equal(expected, base_outputs(case))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.model(), tmp_path).eval()
+    assert moved(loaded) == moved(model)
+    assert torch.equal(outputs(loaded, case), expected)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), case), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shorthand", ["all", "all-linear"])
+def test_shorthands_leave_out_modules_without_such_a_parameter(shorthand):
+    """The embeddings of BERT and one Linear here have no bias."""
+    model = BY_NAME["bert"].model()
+    model.get_submodule("bert.encoder.layer.0.attention.self.query").bias = None
+    biases = moved(get_peft_model(model, settings(target_modules=shorthand, parameters=["bias"])))
+    assert len(biases) > 5
+    assert all(name.endswith(".bias") for name in biases)
+    assert "bert.encoder.layer.0.attention.self.query.bias" not in biases
 
 
 def test_torchs_attention_is_named_with_its_out_proj_unless_that_is_excluded():
@@ -85,7 +119,8 @@ def test_a_tied_weight_is_one_tensor_with_its_first_name():
             "must leave a module that `target_modules` = {'fc1'} names, {'fc1'} leaves none; exclude fewer",
         ),
         ({"target_modules": ["act"]}, "`act` owns none"),
-        ({"parameters": ["wieght"]}, "parameters named \\['wieght'\\]"),
+        ({"parameters": ["wieght"]}, "none owns `wieght`; names near to it: weight"),
+        ({"target_modules": ["act"], "parameters": "vectors"}, "own parameters of one dimension: `act` owns none"),
         ({"parameters": ["weight", "bais"]}, "none owns `bais`; names near to it: bias\\."),
         ({"target_modules": "all-linear", "d": 115}, "`d` must be at most the D = 114 adapted entries"),
         ({"d": 115}, "`d` must be at most the D = 114 adapted entries, got 115; lower `d` or widen"),
@@ -145,6 +180,7 @@ def test_a_root_that_owns_parameters_is_refused_by_all():
 
     with pytest.raises(ValueError, match="the model itself owns \\['gain'\\]"):
         get_peft_model(Root(), settings(d=1))
+    assert moved(get_peft_model(Root(), settings(d=1, parameters=["bias"]))) == {"inner.bias"}
 
 
 def test_a_module_with_another_methods_adapter_is_refused():
