@@ -7,9 +7,9 @@ import pandas as pd
 from recipes.lab.results import Results
 from recipes.pretrained.report import check as check
 from recipes.pretrained.report import table
-from recipes.pretrained.settings import FOUND, METHODS, Settings
+from recipes.pretrained.settings import METHODS, Settings
 from recipes.reports.figures import GREY, headline, panels, plain_ticks, save, style
-from recipes.reports.tables import by_rate, joined, markdown
+from recipes.reports.tables import by_rate, joined
 
 
 KEYS = {"label": "method", "rank": "rank", "modules": "modules", "d": "d", "head_lr": "rate of the head"}
@@ -30,37 +30,9 @@ def rates(runs: list[Settings], results: Results) -> pd.DataFrame:
     )
 
 
-def sizes(measured: pd.DataFrame) -> pd.DataFrame:
-    """A row a d at the rates that were found, between the head alone and full fine-tuning at their best rates.
-
-    `share` is how much of the way between these two it goes, on the test set.
-    """
-    best = measured.sort_values("validation", kind="stable").groupby("label").last()
-    ends = best.loc[[METHODS["head"], METHODS["full"]]].reset_index()
-    rows = pd.concat([ends[:1], measured[measured.rate == 0].sort_values("d"), ends[1:]])
-    low, high = ends.test
-    return rows.assign(share=(rows.test - low) / (high - low))
-
-
 def parts(runs: list[Settings], results: Results) -> dict[str, str]:
-    """The tables "rates": accuracy by rate, the best in bold; and "sizes": accuracy by d."""
-    measured = rates(runs, results)
-    tables = {"rates": "\n".join(by_rate(measured, KEYS))}
-    if {METHODS["head"], METHODS["full"]} <= set(measured.label) and (measured.rate == 0).any():
-        rows = [
-            [row.label.removesuffix(FOUND), f"{row.adapter:,.0f}", f"{row.validation:.1f}", f"{row.test:.1f}"]
-            + [f"{100 * row.share:.0f} %", f"{row.bytes:,.0f}"]
-            for row in sizes(measured).itertuples()
-        ]
-        header = [
-            "method",
-            "parameters without the head",
-            "validation, %",
-            "test, %",
-            "of the way to full fine-tuning",
-        ]
-        tables["sizes"] = "\n".join(markdown([*header, "bytes saved"], rows))
-    return tables
+    """The table "rates": accuracy by rate, the best in bold."""
+    return {"rates": "\n".join(by_rate(rates(runs, results), KEYS))}
 
 
 def text(runs: list[Settings], results: Results) -> str:

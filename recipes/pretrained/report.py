@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from recipes.lab.results import Results
-from recipes.pretrained.settings import METHODS, Settings
+from recipes.pretrained.settings import FOUND, METHODS, Settings
 from recipes.reports.figures import COLOURS, GREY, MARKERS, count, counted, headline, panels, save
 from recipes.reports.labels import labels, name
 from recipes.reports.tables import check_common, markdown, over_seeds, spread, without_empty
@@ -97,16 +97,40 @@ def differences(runs: pd.DataFrame, pair: tuple[str, str] = PAIR) -> pd.DataFram
 
 
 def parts(runs: list[Settings], results: Results) -> dict[str, str]:
-    """The tables "methods" and, where both have results, "pairs"."""
+    """The table "methods", and where there is something to compare, "pairs" and "sizes"."""
     measured = table(runs, results)
-    tables = {"methods": "\n".join(_methods(means(measured)))}
-    paired = differences(measured)
-    return tables | ({"pairs": "\n".join(_pairs(paired))} if len(paired) else {})
+    rows, paired = means(measured), differences(measured)
+    tables = {"methods": "\n".join(_methods(rows))}
+    if len(paired):
+        tables["pairs"] = "\n".join(_pairs(paired))
+    if set(LEVELS) <= set(rows.label) and (rows.lr == 0).any():
+        tables["sizes"] = "\n".join(_sizes(rows))
+    return tables
 
 
 def text(runs: list[Settings], results: Results) -> str:
     """All tables: accuracy with its standard deviation over seeds, and what each method costs."""
     return "\n\n".join(parts(runs, results).values())
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ours at the rates that were found, by d, between the head alone and full fine-tuning.
+
+    `share` is how much of the way between these two the mean test accuracy goes.
+    """
+    full, head = (rows[rows.label == METHODS[method]] for method in ("full", "head"))
+    between = pd.concat([head, rows[rows.lr.eq(0)], full])
+    return between.assign(share=(between.test - head.test.item()) / (full.test.item() - head.test.item()))
+
+
+def _sizes(rows: pd.DataFrame) -> list[str]:
+    lines = [
+        [row.label.removesuffix(FOUND), f"{row.adapter:,.0f}", row.said, f"{100 * row.share:.0f} %"]
+        + [f"{row.bytes:,.0f}", f"{row.ms:.0f}"]
+        for row in shares(rows).itertuples()
+    ]
+    header = ["method", "parameters without the head", "test accuracy, %", "of the way to full fine-tuning"]
+    return markdown([*header, "bytes saved", "ms a step"], lines)
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:

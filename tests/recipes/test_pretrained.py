@@ -13,7 +13,7 @@ from recipes import run
 from recipes.lab.grid import read
 from recipes.pretrained import images, text
 from recipes.pretrained.methods import HEAD, wrap
-from recipes.pretrained.report import _pairs, differences
+from recipes.pretrained.report import _pairs, differences, shares
 from recipes.pretrained.settings import Settings
 from recipes.tasks.networks.efficientnet_lite import EfficientNetLite0
 from recipes.training.finetuning import trainable
@@ -127,6 +127,8 @@ SIDES = 4 * (32 + 32) + 2 * (32 + 64)
         ({"method": "waveft", "d": 101}, 6 * 16),
         ({"method": "vblora", "d": 101}, 2 * (32 + SIDES // 32)),
         ({"method": "subspace", "d": 101}, 101),
+        ({"method": "subspace", "d": 101, "parameters": "vectors"}, 101),
+        ({"method": "subspace", "projection": "identity", "d": 1, "parameters": "vectors"}, 4 * 32 + 64 + 32 + 6 * 32),
         ({"method": "subspace", "d": 7, "coordinates": "low_rank", "rank": 2}, 7),
     ],
     ids=str,
@@ -145,6 +147,7 @@ def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, settings):
         ({"method": "bitfit"}, 21_008),  # of the batch norms
         ({"method": "full"}, 3_371_008),
         ({"method": "subspace", "d": 101}, 101),
+        ({"method": "subspace", "projection": "identity", "d": 1, "parameters": "vectors"}, 2 * 21_008),
     ],
     ids=str,
 )
@@ -222,6 +225,14 @@ def test_differences_are_paired_by_seed():
     assert row.each == [-1, 2]
     assert (row["mean"], row.error) == pytest.approx((0.5, 1.5))
     assert "| all |  | test set | 82.25 | 81.75 | 0.50 ± 0.87 | 4 pairs |  |" in _pairs(paired)
+
+
+def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
+    tests = {"full fine-tuning": 90, "head alone": 70, "weight, kronecker, rates found": 85, "LoRA": 99}
+    rows = pd.DataFrame({"label": tests.keys(), "test": tests.values(), "lr": [1e-3, 1e-3, 0, 1e-3]})
+    between = shares(rows)
+    assert between.label.tolist() == ["head alone", "weight, kronecker, rates found", "full fine-tuning"]
+    assert between.share.tolist() == [0, 0.75, 1]
 
 
 @pytest.mark.parametrize(
