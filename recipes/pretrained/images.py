@@ -1,6 +1,6 @@
 """Images, and the pretrained network under a new head."""
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,19 +17,23 @@ from recipes.training.finetuning import HELD_OUT, Task, chosen
 
 
 def load(settings: Settings) -> Task:
-    return _load(
-        settings.dataset, settings.data, settings.image_size, settings.examples, settings.measured_examples, HELD_OUT
-    )
+    sizes = (settings.image_size, settings.examples, settings.measured_examples, HELD_OUT)
+    return _load(settings.dataset, settings.data, settings.task, *sizes)
 
 
-@cache
-def _load(dataset: str, source: str, size: int, examples: int, measured: int, held_out: int) -> Task:
+def tasks(settings: Settings) -> int:
+    """How many tasks the coarse labels of the data set make."""
+    return 1 + int(_coarse(settings.dataset, settings.data, "test").max())
+
+
+@lru_cache(64)
+def _load(dataset: str, source: str, task: int, size: int, examples: int, measured: int, held_out: int) -> Task:
     """The task of all runs with these settings; an example is the number of its image.
 
     Raises:
         ValueError: if there are fewer training examples than asked for, or no such data.
     """
-    training, test = (data.load(dataset, source, split) for split in ("train", "test"))
+    training, test = (_split(dataset, source, split, task) for split in ("train", "test"))
     total = len(training.labels) - held_out
     taken = chosen(examples, total, dataset)
     parts = [(training, taken), (training, slice(total, None)), (test, slice(measured or None))]
@@ -49,6 +53,27 @@ def _load(dataset: str, source: str, size: int, examples: int, measured: int, he
         classes=1 + int(labels.max()),
         longest=0,
     )
+
+
+def _split(dataset: str, source: str, split: str, task: int) -> data.Split:
+    """A split, or those of its images that a task has, their labels from 0.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    whole = _decoded(dataset, source, split)
+    if task < 0:
+        return whole
+    coarse = _coarse(dataset, source, split)
+    if task > coarse.max():
+        raise ValueError(f"`task` must be at most {coarse.max()} for {dataset!r}, got {task}.")
+    among = coarse == task
+    labels = whole.labels[among]
+    return whole._replace(images=whole.images[among], labels=torch.searchsorted(labels.unique(), labels))
+
+
+_decoded = cache(data.load)
+_coarse = cache(data.coarse_labels)
 
 
 class FrozenBatchNorm(nn.Module):

@@ -7,13 +7,15 @@ from typing import Any
 from recipes.lab.kinds import Kind, Report
 from recipes.pretrained import images, text
 from recipes.pretrained.settings import KEYS, Settings, settings
+from recipes.pretrained.shared import shared_basis
 from recipes.pretrained.training import train
 
 
 def make(runs: list[Settings], output: Path, report: Report) -> list[dict[str, Any]]:
     (run,) = runs
     task = images if run.has_images else text
-    result = train(run, task.load(run), task.base_model, output)
+    basis = shared_basis(run, output) if run.projection == "basis" else None
+    result = train(run, task.load(run), task.base_model, output, basis)
     report(result["accuracy"]["validation"])
     return [result]
 

@@ -7,6 +7,7 @@ not set is PEFT's default.
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from peft import (
     FourierFTConfig,
@@ -31,8 +32,12 @@ OF_CONVOLUTIONS = ("subspace", "lora", "lokr")
 Modules = dict[str, nn.Linear | nn.Conv2d]
 
 
-def wrap(model: nn.Module, settings: Settings) -> nn.Module:
-    """The model with only the method's parameters and the head trainable."""
+def wrap(model: nn.Module, settings: Settings, basis: Path | None = None) -> nn.Module:
+    """The model with only the method's parameters and the head trainable.
+
+    Args:
+        basis: The file with the columns of a `basis`.
+    """
     if settings.method == "full":
         return model
     if settings.method in ("head", "bitfit"):
@@ -41,7 +46,7 @@ def wrap(model: nn.Module, settings: Settings) -> nn.Module:
             parameter.requires_grad_(chosen or name.startswith(HEAD))
         return model
     modules = adapted(model, settings.modules)
-    return get_peft_model(model, config(settings, modules))
+    return get_peft_model(model, config(settings, modules, basis))
 
 
 def adapted(model: nn.Module, pattern: str) -> Modules:
@@ -60,7 +65,7 @@ def adapted(model: nn.Module, pattern: str) -> Modules:
     return modules
 
 
-def config(settings: Settings, modules: Modules) -> PeftConfig:
+def config(settings: Settings, modules: Modules, basis: Path | None) -> PeftConfig:
     """Of an adapter of these modules.
 
     Raises:
@@ -77,11 +82,13 @@ def config(settings: Settings, modules: Modules) -> PeftConfig:
         if settings.parameters == "vectors":
             common["target_modules"] = "all"
         return SubspaceConfig(
-            d=None if settings.projection == "identity" else settings.d,
+            d=settings.d or None,
             projection=settings.projection,
             coordinates=settings.coordinates,
             rank=settings.rank or None,
             seed=settings.seed,
+            basis=None if basis is None else str(basis),
+            save_projection=None if basis is None else False,  # tasks share the file
             parameters=["weight"] if settings.parameters == "weight" else settings.parameters,
             **common,
         )

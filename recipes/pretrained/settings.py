@@ -23,6 +23,8 @@ METHODS = {
     "subspace": "subspace",
 }
 """Method -> its name in words; `subspace` is ours."""
+WORDS = {"basis": "basis of the other tasks", "identity": "all of them"}
+"""Projections whose names say too little."""
 FOUND = ", rates found"
 BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
 """Methods whose size is the number of their parameters, `d`: exactly, or the next that they can have below it."""
@@ -34,6 +36,7 @@ PARAMETERS = {"weight": "", "vectors": "norms and biases"}
 CHOICES = {"method": METHODS, "pooling": POOLING, "coordinates": COORDINATES, "projection": PROJECTIONS}
 CHOICES |= {"parameters": PARAMETERS}
 LEAST = dict.fromkeys(("epochs", "batch_size", "length"), 1)
+LEAST |= {"task": -1} | dict.fromkeys(("source_examples", "source_epochs"), 0)
 LEAST |= dict.fromkeys(("lr", "head_lr", "warmup", "examples", "image_size", "measured_examples"), 0)
 
 
@@ -61,6 +64,9 @@ class Settings(Named):
     image_size: int = 0  # pixels of a side, to which images are resized; 0: as they are
     measured_examples: int = 0  # the first images of the test set; 0, and sentences: all
     examples: int = 2000  # of the training set, the same for every seed; 0: all
+    task: int = -1  # one of the tasks that the coarse labels of a data set make; -1: the data set itself
+    source_examples: int = 0  # of each of the other tasks, whose adapters give a `basis`; 0: all
+    source_epochs: int = 0  # on each of them
     data: str = unnamed("")  # a folder of parquet files, or another Hub id, in place of the data set's
     weights: str = unnamed("")  # a folder, or another Hub id, that holds the weights of `base`
     save_adapter: bool = unnamed(False)
@@ -70,13 +76,21 @@ class Settings(Named):
         if self.method != "subspace":
             self._reset("coordinates", "projection", "parameters")
         ranked = self.method in BY_RANK or (self.method == "subspace" and self.coordinates == "low_rank")
-        for key, wanted in (("d", self.method in BY_D), ("rank", ranked)):
+        sized = self.method in BY_D and self.projection != "identity"
+        for key, wanted in (("d", sized), ("rank", ranked)):
             if not wanted:
                 self._reset(key)
             elif getattr(self, key) < 1:
                 raise ValueError(
                     f"`{key}` must be at least 1 for {self.label}, got {getattr(self, key)}; give `{key}`."
                 )
+        if self.projection != "basis":
+            self._reset("source_examples", "source_epochs")
+        elif self.task < 0 or self.parameters != "vectors" or self.source_epochs < 1:
+            raise ValueError(
+                "`basis` must come from other tasks: it needs a `task`, parameters: vectors and `source_epochs` of at "
+                f"least 1, got {self.task}, {self.parameters} and {self.source_epochs}."
+            )
         if self.method == "head":
             self._reset("lr")
         if self.rates_are_found:
@@ -101,12 +115,12 @@ class Settings(Named):
         """The method in words, without its size."""
         if self.method == "subspace":
             words = PARAMETERS[self.parameters] or self.coordinates.replace("_", " ")
-            return f"{words}, {self.projection}" + FOUND * self.rates_are_found
+            return f"{words}, {WORDS.get(self.projection, self.projection)}" + FOUND * self.rates_are_found
         return METHODS[self.method]
 
     def __str__(self) -> str:
         size = (f" d={self.d}" if self.d else "") + (f" rank={self.rank}" if self.rank else "")
-        size += f" in {self.modules}" if self.modules else ""
+        size += f" in {self.modules}" * bool(self.modules) + f" task {self.task}" * (self.task >= 0)
         return f"{self.label}{size} lr={self.head_lr if self.method == 'head' else self.lr:g} seed={self.seed}"
 
 

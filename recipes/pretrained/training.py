@@ -57,13 +57,19 @@ def arguments(settings: Settings, folder: str, examples: int, order: str) -> Tra
     )
 
 
-def train(settings: Settings, task: Task, base_model: BaseModel, output: Path) -> dict[str, Any]:
-    """What there is to say of a run; the adapter, where it is saved, is in adapters/ of the output folder."""
+def train(
+    settings: Settings, task: Task, base_model: BaseModel, output: Path, basis: Path | None = None
+) -> dict[str, Any]:
+    """What there is to say of a run; the adapter, where it is saved, is in adapters/ of the output folder.
+
+    Args:
+        basis: The file with the columns of a `basis`.
+    """
     started = time.perf_counter(), time.process_time()
     base = base_model(settings, task.classes)
     result = {"base_digest": digest(base, HEAD), "parameters": sum(p.numel() for p in base.parameters())}
     origin = None if settings.method in NOT_TRAINED_BY_ADAPTERS else copy.deepcopy(base)
-    model = wrap(base, settings)
+    model = wrap(base, settings, basis)
     callback = Steps()
     with tempfile.TemporaryDirectory() as folder:
         trainer = (SubspaceTrainer if settings.rates_are_found else Trainer)(
@@ -105,7 +111,7 @@ def train(settings: Settings, task: Task, base_model: BaseModel, output: Path) -
     batch = task.collate(settings.batch_size * [task.longest])
     plain = base_model(settings, task.classes).to(trainer.args.device)
     batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
-    result["peak_bytes"] = peak(partial(_two_steps, plain, settings, batch))
+    result["peak_bytes"] = peak(partial(_two_steps, plain, settings, batch, basis))
     return result
 
 
@@ -114,9 +120,9 @@ def _adamw(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups(model, lr, HEAD, settings.head_lr))
 
 
-def _two_steps(base: nn.Module, settings: Settings, batch: dict[str, Tensor]) -> None:
+def _two_steps(base: nn.Module, settings: Settings, batch: dict[str, Tensor], basis: Path | None) -> None:
     """What a training holds beyond the base: adapter, activations, gradients, moments of AdamW."""
-    model = wrap(base, settings)
+    model = wrap(base, settings, basis)
     optimizer = _adamw(model, settings)
     for _ in range(2):
         model(**batch).loss.backward()

@@ -82,25 +82,43 @@ def load(dataset: str, source: str, split: str) -> Split:
     `source`: "" for the Hub's copy, another Hub id, or a folder that holds train.parquet and test.parquet, in which
     {dataset} stands for the name of the data set.
     """
-    source = source.replace("{dataset}", dataset)
     if dataset == "digits":
         return _digits(split)
+    return _decode(_rows(dataset, source, split))
+
+
+def coarse_labels(dataset: str, source: str, split: str) -> Tensor:
+    """The class of each image's class, the column coarse_label of CIFAR-100; for digits, pairs of successive ones.
+
+    Raises:
+        ValueError: if the data have no such column.
+    """
+    if dataset == "digits":
+        return _digits(split).labels // 2
+    rows = _rows(dataset, source, split)
+    if "coarse_label" not in rows.column_names:
+        raise ValueError(
+            f"A `task` needs data with a column coarse_label, as CIFAR-100 has, {dataset!r} has none; leave it out."
+        )
+    return torch.tensor(rows["coarse_label"][:])
+
+
+def _rows(dataset: str, source: str, split: str) -> datasets.Dataset:
+    source = source.replace("{dataset}", dataset)
     if source and Path(source).is_dir():
         if not (Path(source) / f"{split}.parquet").is_file():
             raise ValueError(f"`data` must be a folder with {split}.parquet, {source!r} has none; give another.")
-        rows = datasets.load_dataset("parquet", data_files={split: f"{source}/{split}.parquet"}, split=split)
-    elif source or dataset in HUB:
+        return datasets.load_dataset("parquet", data_files={split: f"{source}/{split}.parquet"}, split=split)
+    if source or dataset in HUB:
         try:
-            rows = datasets.load_dataset(source or HUB[dataset], split=split)
+            return datasets.load_dataset(source or HUB[dataset], split=split)
         except OSError as error:
             raise ValueError(
                 f"`data` must be a folder with {split}.parquet, or a Hub id that can be reached, got "
                 f"{source or HUB[dataset]!r}: {' '.join(str(error).split())[:200]}"
             ) from None
-    else:
-        known = ", ".join(["digits", *HUB])
-        raise ValueError(f"`dataset` must be one of {known}, or come with a `data` folder or Hub id, got {dataset!r}.")
-    return _decode(rows)
+    known = ", ".join(["digits", *HUB])
+    raise ValueError(f"`dataset` must be one of {known}, or come with a `data` folder or Hub id, got {dataset!r}.")
 
 
 def check_batch_size(n: int, size: int) -> None:

@@ -1,12 +1,14 @@
 """The recipe that fine-tunes pretrained models, tiny: random weights, sentences of six words, the digits."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from recipes import run
@@ -15,8 +17,10 @@ from recipes.pretrained import images, text
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.report import _pairs, differences, shares
 from recipes.pretrained.settings import Settings
+from recipes.pretrained.shared import shared_basis
 from recipes.tasks.networks.efficientnet_lite import EfficientNetLite0
 from recipes.training.finetuning import trainable
+from subspace_peft.adapter.walk import named_layers
 from tests.recipes.files import RECIPES, options, results, written
 
 
@@ -72,8 +76,9 @@ def shared(tmp_path_factory) -> Path:
 
 
 YAMLS = sorted(FOLDER.glob("*.yaml"))
-WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images]
-WITH_SENTENCES = [file for file in YAMLS if file not in WITH_IMAGES]
+OF_TASKS = FOLDER / "cifar100_tasks.yaml"
+WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images and file != OF_TASKS]
+WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)]
 
 
 @pytest.mark.parametrize("file", WITH_SENTENCES, ids=lambda file: file.stem)
@@ -89,6 +94,48 @@ def test_every_yaml_with_images_runs_tiny(file, shared, pictures, capsys, monkey
     for result in _made(file, shared, TINY | pictures):
         assert 0 < result["peak_bytes"] < 80e6  # the base has 14 MB, its gradient and moments three times that
     assert "| weight, kronecker" in capsys.readouterr().out
+
+
+def test_a_basis_comes_from_the_other_tasks(pictures, tmp_path, monkeypatch, capsys):
+    """The five tasks are pairs of digits: the recipe makes two, and the basis trains on the others where they miss."""
+    monkeypatch.setattr(images, "HELD_OUT", 12)
+    tiny = pictures | {"examples": 16, "epochs": 1, "batch_size": 8, "d": 3, "source_examples": 16, "source_epochs": 1}
+    command = [str(OF_TASKS), *options(tiny, tmp_path), "--task", "0", "2"]
+    run.main(command)
+    lines = capsys.readouterr().out
+    made = {name: each for name, each in results(tmp_path).items() if each["settings"]["projection"] == "basis"}
+    assert {each["settings"]["task"] for each in made.values()} == {0, 2}
+    assert len(list((tmp_path / "adapters").iterdir())) == 5  # a training on each task, whichever basis it is for
+    for name, each in made.items():
+        assert each["trainable"]["adapter"] == 3
+        assert each["adapter"]["bytes"] < 20_000  # theta_d and the head, without the basis
+        assert each["adapter"]["max_difference"] <= 1e-6
+        columns = load_file(tmp_path / "bases" / f"{name}.safetensors")
+        P = torch.cat([columns[key] for key in sorted(columns)])
+        assert P.shape == (2 * 21_008, 3)
+        torch.testing.assert_close(P.T @ P, torch.eye(3), atol=1e-4, rtol=0)
+        others = [task for task in range(5) if task != each["settings"]["task"]]
+        moved = torch.stack([_moved(tmp_path, read(OF_TASKS, tiny | {"task": other}).runs[0]) for other in others], 1)
+        left = moved - P @ (P.T @ moved)
+        assert left.norm().item() == pytest.approx(torch.linalg.svdvals(moved)[3].item(), rel=1e-3)
+    assert "| norms and biases, basis of the other tasks | 3 |" in lines
+    assert "mean test accuracy of 2 tasks" in lines
+    with pytest.raises(ValueError, match="`d` must be at most 4, the number of other tasks, got 5; lower it"):
+        shared_basis(replace(read(OF_TASKS, tiny | {"task": 0}).runs[1], d=5), tmp_path)
+
+
+def _moved(output: Path, run: Settings) -> torch.Tensor:
+    """The increments of a run that saved its adapter, tensor after tensor by name."""
+    base = images.base_model(run, 2)
+    before = dict(base.named_parameters())
+    model = PeftModel.from_pretrained(base, output / "adapters" / run.name)
+    increments = {
+        f"{name}.{path}": increment.flatten()
+        for name, layer in named_layers(model.base_model.model)
+        for path, increment in layer.increments(["default"]).items()
+    }
+    assert increments.keys() < before.keys()
+    return torch.cat([increments[name] for name in sorted(increments)]).detach()
 
 
 def _made(file: Path, folder: Path, tiny: dict) -> list[dict]:
@@ -128,7 +175,7 @@ SIDES = 4 * (32 + 32) + 2 * (32 + 64)
         ({"method": "vblora", "d": 101}, 2 * (32 + SIDES // 32)),
         ({"method": "subspace", "d": 101}, 101),
         ({"method": "subspace", "d": 101, "parameters": "vectors"}, 101),
-        ({"method": "subspace", "projection": "identity", "d": 1, "parameters": "vectors"}, 4 * 32 + 64 + 32 + 6 * 32),
+        ({"method": "subspace", "projection": "identity", "parameters": "vectors"}, 4 * 32 + 64 + 32 + 6 * 32),
         ({"method": "subspace", "d": 7, "coordinates": "low_rank", "rank": 2}, 7),
     ],
     ids=str,
@@ -147,7 +194,7 @@ def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, settings):
         ({"method": "bitfit"}, 21_008),  # of the batch norms
         ({"method": "full"}, 3_371_008),
         ({"method": "subspace", "d": 101}, 101),
-        ({"method": "subspace", "projection": "identity", "d": 1, "parameters": "vectors"}, 2 * 21_008),
+        ({"method": "subspace", "projection": "identity", "parameters": "vectors"}, 2 * 21_008),
     ],
     ids=str,
 )
@@ -241,6 +288,10 @@ def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
         ({"method": "dora"}, "`method` must be one of full, head, bitfit, lora, .*, got 'dora'"),
         ({"method": "unilora", "d": 5}, "`rank` must be at least 1 for Uni-LoRA, got 0"),
         ({"method": "tinylora"}, "`d` must be at least 1 for TinyLoRA, got 0"),
+        (
+            {"method": "subspace", "projection": "basis", "d": 2, "parameters": "vectors"},
+            "needs a `task`, .* got -1, v",
+        ),
         ({"length": 0}, "`length` must be at least 1"),
         ({"method": "lora", "rank": 2, "lr": 0}, "`lr` must be above 0 for LoRA, got 0; rates are found for ours"),
     ],

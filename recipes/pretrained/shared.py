@@ -1,0 +1,72 @@
+"""A basis that tasks share: the principal components of what training moved on the other tasks."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.pretrained import images
+from recipes.pretrained.methods import HEAD
+from recipes.pretrained.settings import Settings
+from recipes.pretrained.training import train
+
+
+def sources(run: Settings) -> list[Settings]:
+    """The trainings of all norms and biases on each of the other tasks."""
+    source = replace(
+        run,
+        projection="identity",
+        d=0,
+        examples=run.source_examples,
+        epochs=run.source_epochs,
+        source_examples=0,
+        source_epochs=0,
+        save_adapter=True,
+    )
+    return [replace(source, task=task) for task in range(images.tasks(run)) if task != run.task]
+
+
+def shared_basis(run: Settings, output: Path) -> Path:
+    """A file with the first d left singular vectors of the increments [D, sources], by tensor; the task is not in it.
+
+    A source whose adapter is not in the output folder is trained for it.
+
+    Raises:
+        ValueError: if `d` is more than the number of sources.
+    """
+    others = sources(run)
+    if run.d > len(others):
+        raise ValueError(f"`d` must be at most {len(others)}, the number of other tasks, got {run.d}; lower it.")
+    for source in tqdm(others, desc="other tasks", leave=False):
+        if not _folder(source, output).exists():
+            train(source, images.load(source), images.base_model, output)
+    moved = [_increments(source, output) for source in others]
+    columns = torch.stack([torch.cat([tensor.flatten() for tensor in each.values()]) for each in moved], 1)
+    basis = torch.linalg.svd(columns, full_matrices=False).U[:, : run.d].float()
+    parts = basis.split([tensor.numel() for tensor in moved[0].values()])
+    named = {name: part.contiguous() for name, part in zip(moved[0], parts, strict=True)}
+    file = output / "bases" / f"{run.name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    save_file(named, written)
+    written.replace(file)
+    return file
+
+
+def _folder(source: Settings, output: Path) -> Path:
+    return output / "adapters" / source.name
+
+
+@torch.no_grad()
+def _increments(source: Settings, output: Path) -> dict[str, Tensor]:
+    """What the source moved, by tensor."""
+    base = images.base_model(source, images.load(source).classes).double()  # so that no increment is rounded away
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base, _folder(source, output)).merge_and_unload()
+    after = dict(merged.named_parameters())
+    return {name: after[name] - old for name, old in before.items() if old.dim() == 1 and not name.startswith(HEAD)}
