@@ -19,6 +19,7 @@ from tests.cases import loss, move, refused, theta_d, tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LOW_RANK = {"coordinates": "low_rank", "rank": 4}
+VECTORS = {"parameters": "vectors", "target_modules": "all"}
 BIASES = {"parameters": ["bias"], "target_modules": ["fc1", "fc2"]}
 
 
@@ -59,8 +60,8 @@ def test_names_and_shapes_are_those_of_the_plain_model(kind):
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"projection": "kronecker"}, LOW_RANK, {**LOW_RANK, "factors": 3}],
-    ids=["weight", "kronecker", "low_rank", "three"],
+    [{}, {"projection": "kronecker"}, LOW_RANK, {**LOW_RANK, "factors": 3}, VECTORS],
+    ids=["weight", "kronecker", "low_rank", "three", "vectors"],
 )
 def test_outputs_and_gradient_are_those_on_the_dequantised_base(kind, changes):
     model, plain = moved(quantised(kind), **changes), moved(dequantised(kind), **changes)
