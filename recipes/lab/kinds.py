@@ -38,6 +38,8 @@ class Kind:
         kept: The same run, told to keep what other runs need.
         alike: What a run has in common with the runs that can be made at once with it; None: it is made alone.
         check_left: Raises ValueError if what a run left does not suffice for another: (run, other, output folder).
+        accuracy: What a search for d compares with its threshold, in a result.
+        seconds: How long a run trained, in its result.
         report: The module that makes tables and figures, unless the YAML names another.
     """
 
@@ -55,6 +57,8 @@ class Kind:
     kept: Callable[[Any], Any] = lambda run: run
     alike: Callable[[Any], Any] = lambda run: None
     check_left: Callable[[Any, Any, Path], None] = lambda run, other, output: None
+    accuracy: Callable[[Values], float] = lambda result: result["final_accuracy"]
+    seconds: Callable[[Values], float] = lambda result: result["seconds"]["train"]
     report: str = ""
 
 

@@ -30,8 +30,9 @@ class SearchRequest(NamedTuple):
     full: list[Named]  # the full trainings that `fraction` is of
 
     def run(self, d: int, seed: int) -> Named:
-        trajectory = self.settings.trajectory and replace(self.settings.trajectory, seed=seed)
-        return replace(self.settings, d=d, seed=seed, trajectory=trajectory)
+        trajectory = getattr(self.settings, "trajectory", None)
+        of_the_trajectory = {"trajectory": replace(trajectory, seed=seed)} if trajectory else {}
+        return replace(self.settings, d=d, seed=seed, **of_the_trajectory)
 
     def record(self) -> dict[str, Any]:
         full = {"full": [run.name for run in self.full]} if self.full else {}
@@ -45,6 +46,8 @@ class SearchRequest(NamedTuple):
 
 def _lasting(record: Values, kind: type[Named]) -> Values:
     kept = {key: value for key, value in record.items() if key in ALWAYS or value != getattr(kind, key)}
+    if "trajectory" not in record:
+        return kept
     return kept | {"trajectory": record["trajectory"] and _lasting(record["trajectory"], kind)}
 
 

@@ -40,7 +40,7 @@ def carry_out(
                 goal = threshold(search, kind, output)
                 result = look_for(search, goal, kind, output, bar, executor, workers)
                 if main:
-                    results.write(search, outcome(search, goal, result, results) | environment.record())
+                    results.write(search, outcome(search, goal, result, kind, results) | environment.record())
                     _notes(search, output).unlink(missing_ok=True)
             finally:
                 if main:
@@ -98,7 +98,7 @@ def accuracy(run: Run, kind: Kind, output: Path) -> float:
         Sweep(kind, [run], output).carry_out(progress=False)
         if not results.has(run):
             time.sleep(WAIT)
-    return decided(lambda: results.load(run)["final_accuracy"])
+    return decided(lambda: kind.accuracy(results.load(run)))
 
 
 def bracket(tried: list[tuple[int, float]], goal: float) -> str:
@@ -113,9 +113,9 @@ def option(search: SearchRequest, key: str) -> Any:
     return search.options.get(key, DEFAULTS[key])
 
 
-def outcome(search: SearchRequest, goal: float, result: SearchResult, results: Results) -> dict[str, Any]:
+def outcome(search: SearchRequest, goal: float, result: SearchResult, kind: Kind, results: Results) -> dict[str, Any]:
     made = [(int(d), int(seed)) for d, seed in result.runs[["d", "seed"]].to_numpy()]
-    seconds = sum(results.load(search.run(d, seed))["seconds"]["train"] for d, seed in made)
+    seconds = sum(kind.seconds(results.load(search.run(d, seed))) for d, seed in made)
     return {
         "goal": goal,
         "d": result.d,

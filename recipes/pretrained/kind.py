@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.lab.kinds import Kind, Report
+from recipes.lab.request import SEARCH
 from recipes.pretrained import images, text
 from recipes.pretrained.settings import KEYS, Settings, settings
 from recipes.pretrained.shared import shared_basis
@@ -36,8 +37,10 @@ KIND = Kind(
     name="pretrained",
     settings=settings,
     make=make,
-    keys=KEYS,
+    keys=[*KEYS, *SEARCH],
     defaults={f.name: f.default for f in fields(Settings)},
     stays=stays,
+    accuracy=lambda result: result["accuracy"]["test"],
+    seconds=lambda result: result["seconds"]["train"]["cpu"],
     report="pretrained.report",
 )

@@ -194,7 +194,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
         axis.legend(loc="lower right", frameon=False)
     first, seeds = runs[0], measured.seed.nunique()
     headline(figure, "How many trained parameters does a pretrained model need?")
-    task = f"{name(first.base).rpartition('/')[2]} → {name(first.dataset)}, {count(first.examples)} examples"
+    task = f"{name(first.model)} → {name(first.dataset)}, {count(first.examples)} examples"
     words = f"{task}, {first.epochs} epochs; mean and standard deviation of {seeds} seeds"
     axis.set_title(words, size=10.5, color="#444444")
     return save(figure, file)

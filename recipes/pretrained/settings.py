@@ -103,6 +103,11 @@ class Settings(Named):
             self._reset("modules")
 
     @property
+    def model(self) -> str:
+        """The base, without its owner."""
+        return self.base.rpartition("/")[2]
+
+    @property
     def has_images(self) -> bool:
         return self.dataset in IMAGES
 

@@ -80,7 +80,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     axis.legend(loc="lower right", frameon=False)
     headline(figure, "How few parameters does one more task need?")
     first = compared(runs)[0]
-    words = f"{name(first.base).rpartition('/')[2]}, {rows.tasks.max()} tasks of {name(first.dataset)}"
+    words = f"{name(first.model)}, {rows.tasks.max()} tasks of {name(first.dataset)}"
     words += f", {count(first.examples)} examples each; mean and standard error over tasks"
     axis.set_title(words, size=10.5, color="#444444")
     return save(figure, file)

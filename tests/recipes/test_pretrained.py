@@ -75,7 +75,8 @@ def shared(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-YAMLS = sorted(FOLDER.glob("*.yaml"))
+YAMLS = [file for file in sorted(FOLDER.glob("*.yaml")) if read(file).runs]
+AUTO = FOLDER / "sst2_auto.yaml"
 OF_TASKS = FOLDER / "cifar100_tasks.yaml"
 WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images and file != OF_TASKS]
 WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)]
@@ -94,6 +95,20 @@ def test_every_yaml_with_images_runs_tiny(file, shared, pictures, capsys, monkey
     for result in _made(file, shared, TINY | pictures):
         assert 0 < result["peak_bytes"] < 80e6  # the base has 14 MB, its gradient and moments three times that
     assert "| weight, kronecker" in capsys.readouterr().out
+
+
+def test_the_search_for_d_runs_tiny(settings, tmp_path, capsys):
+    tiny = {key: TINY[key] for key in ("examples", "epochs", "batch_size")} | settings
+    tiny |= {"threshold": 0.3, "d_max": 8, "seeds": 1, "max_runs": 3}
+    run.main([str(AUTO), *options(tiny, tmp_path)])
+    (search,) = read(AUTO, tiny).searches
+    outcome = results(tmp_path)[search.name]
+    made = [results(tmp_path)[search.run(*point).name] for point in outcome["made"]]
+    assert 1 <= len(made) <= 3
+    assert all(each["accuracy"]["test"] >= 0.3 for each in made if each["settings"]["d"] >= (outcome["d"] or 9))
+    assert outcome["seconds"] == pytest.approx(sum(each["seconds"]["train"]["cpu"] for each in made), abs=0.06)
+    assert "| all-MiniLM-L6-v2 | Kronecker | 30.00 |" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "sst2_auto.png").stat().st_size > 10_000
 
 
 def test_a_basis_comes_from_the_other_tasks(pictures, tmp_path, monkeypatch, capsys):

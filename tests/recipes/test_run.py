@@ -56,9 +56,10 @@ def test_every_recipe_runs_tiny(file, tmp_path, capsys):
     assert (tmp_path / "plots" / f"{file.stem}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    "file", [file for file in sorted(RECIPES.glob("*/*.yaml")) if "d: auto" in file.read_text()], ids=str
-)
+SEARCHES = [file for file in RECIPE_FILES if "d: auto" in file.read_text() and "kind:" not in file.read_text()]
+
+
+@pytest.mark.parametrize("file", SEARCHES, ids=str)
 def test_every_search_runs_tiny(file, tmp_path, capsys):
     tiny = TINY | {"lr": 0.1, "threshold": 0.15, "d_min": 1, "d_max": 8, "seeds": 1, "max_runs": 3}
     del tiny["d"], tiny["seed"]
