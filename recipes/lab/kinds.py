@@ -32,8 +32,8 @@ class Kind:
         options: Settings from the command line alone, such as the folder of the data; they reach a run as "_<key>".
         joined: The values that a YAML shares and those of one of its sub-grids, as one grid.
         stays: Whether a sub-grid is a baseline, which this key does not narrow: (sub-grid, key, values).
-        before: The run whose trajectory or checkpoint a run needs.
-        ready: Whether what `before` leaves is there and suffices: (run, output folder).
+        before: The runs whose trajectories, checkpoints or adapters a run needs.
+        ready: Whether what one of them leaves is there and suffices: (run, the one before, output folder).
         incomplete: Whether a run with a result must be made again, because a file that it should leave is missing.
         kept: The same run, told to keep what other runs need.
         alike: What a run has in common with the runs that can be made at once with it; None: it is made alone.
@@ -51,8 +51,8 @@ class Kind:
     options: Collection[str] = ()
     joined: Callable[[Values, Values], Values] = _joined
     stays: Callable[[Values, str, list], bool] = lambda part, key, values: False
-    before: Callable[[Any], Any] = lambda run: None
-    ready: Callable[[Any, Path], bool] = lambda run, output: True
+    before: Callable[[Any], list[Any]] = lambda run: []
+    ready: Callable[[Any, Any, Path], bool] = lambda run, needed, output: True
     incomplete: Callable[[Any, Path], bool] = lambda run, output: False
     kept: Callable[[Any], Any] = lambda run: run
     alike: Callable[[Any], Any] = lambda run: None

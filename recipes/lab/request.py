@@ -81,6 +81,8 @@ def requests(
                 f"`d: auto` needs a `projection` that has a d, got {settings.projection!r}; give one, such as fastjl, "
                 "and write full training as a run of its own."
             )
+        if replace(settings, d=options["d_max"]).d != options["d_max"]:
+            raise ValueError(f"`d: auto` needs a run that has a d, got {settings}; choose another method.")
         full = _full_training(settings, trained) if fraction is not None else []
         searches.append(SearchRequest(settings, threshold, fraction, options, full))
     return searches
@@ -93,7 +95,7 @@ def _full_training(settings: Named, runs: list[Named]) -> list[Named]:
     if not full:
         raise ValueError(
             f"`fraction` of `d: auto` needs full training of {settings.model} on {settings.dataset} in the same "
-            "recipe; add {projection: full}, or give `threshold`."
+            "recipe, {projection: full} of the kind `training`; add it, or give `threshold`."
         )
     if (kinds := len({replace(run, seed=0) for run in full})) > 1:
         raise ValueError(

@@ -91,7 +91,7 @@ class Sweep:
         self.passed_over: dict[str, int] = {}  # how often a free run came back unmade, by its name
         before = {}
         for run in runs:
-            if needed := kind.before(run):
+            for needed in kind.before(run):
                 before[needed.name] = needed
                 self.followers.setdefault(needed.name, []).append(run)
         self.runs = list((before | {run.name: run for run in runs}).values())
@@ -101,7 +101,7 @@ class Sweep:
         if not self.results.has(run) or self.kind.incomplete(run, self.output):
             return True
         return any(
-            not self.results.has(other) and not self.kind.ready(other, self.output)
+            not self.results.has(other) and not self.kind.ready(other, run, self.output)
             for other in self.followers.get(run.name, ())
         )
 
@@ -155,7 +155,7 @@ class Sweep:
         return [self.kind.kept(run) if run.name in self.followers else run for run in group]
 
     def _is_ready(self, run: Run) -> bool:
-        return self.kind.ready(run, self.output)
+        return all(self.kind.ready(run, needed, self.output) for needed in self.kind.before(run))
 
     def _collect(self, under_way: dict[Future, list[Run]], bar: tqdm) -> None:
         """Waits for runs to end, and raises what one of them raised."""

@@ -1,6 +1,6 @@
 """The kind of run of this recipe: a pretrained model fine-tuned by transformers' Trainer."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from recipes.lab.kinds import Kind, Report
 from recipes.lab.request import SEARCH
 from recipes.pretrained import images, text
 from recipes.pretrained.settings import KEYS, Settings, settings
-from recipes.pretrained.shared import shared_basis
+from recipes.pretrained.shared import is_saved, shared_basis, sources
 from recipes.pretrained.training import train
 
 
@@ -40,6 +40,9 @@ KIND = Kind(
     keys=[*KEYS, *SEARCH],
     defaults={f.name: f.default for f in fields(Settings)},
     stays=stays,
+    before=lambda run: sources(run) if run.projection == "basis" else [],
+    ready=lambda run, source, output: is_saved(source, output),
+    kept=lambda run: replace(run, save_adapter=True),
     accuracy=lambda result: result["accuracy"]["test"],
     seconds=lambda result: result["seconds"]["train"]["cpu"],
     report="pretrained.report",

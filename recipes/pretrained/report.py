@@ -103,7 +103,7 @@ def parts(runs: list[Settings], results: Results) -> dict[str, str]:
     tables = {"methods": "\n".join(_methods(rows))}
     if len(paired):
         tables["pairs"] = "\n".join(_pairs(paired))
-    if set(LEVELS) <= set(rows.label) and (rows.lr == 0).any():
+    if all((rows.label == label).sum() == 1 for label in LEVELS) and (rows.lr == 0).any():
         tables["sizes"] = "\n".join(_sizes(rows))
     return tables
 
@@ -178,7 +178,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     figure, ((axis,),) = panels(1, 1, width=8, height=5)
     for at, (label, line) in enumerate(_lines(rows)):
         look = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "capsize": 3}
-        if not label.startswith(("weight", "low rank")):
+        if label in METHODS.values():
             look |= {"linestyle": ":"}
         axis.errorbar(line.adapter, line.test, line.sd.fillna(0), label=label, **look)
     for label, (color, dash) in LEVELS.items():

@@ -91,6 +91,10 @@ class Settings(Named):
                 "`basis` must come from other tasks: it needs a `task`, parameters: vectors and `source_epochs` of at "
                 f"least 1, got {self.task}, {self.parameters} and {self.source_epochs}."
             )
+        if self.task >= 0 and not self.has_images:
+            raise ValueError(f"`task` must be left out for sentences, got {self.task} for {self.dataset!r}.")
+        if self.parameters == "vectors" and self.coordinates != "weight":
+            raise ValueError(f"`parameters` 'vectors' need `coordinates` 'weight', got {self.coordinates!r}.")
         if self.method == "head":
             self._reset("lr")
         if self.rates_are_found:

@@ -8,12 +8,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from recipes.pretrained import images
 from recipes.pretrained.methods import HEAD
 from recipes.pretrained.settings import Settings
-from recipes.pretrained.training import train
 
 
 def sources(run: Settings) -> list[Settings]:
@@ -26,15 +24,18 @@ def sources(run: Settings) -> list[Settings]:
         epochs=run.source_epochs,
         source_examples=0,
         source_epochs=0,
-        save_adapter=True,
     )
     return [replace(source, task=task) for task in range(images.tasks(run)) if task != run.task]
 
 
-def shared_basis(run: Settings, output: Path) -> Path:
-    """A file with the first d left singular vectors of the increments [D, sources], by tensor; the task is not in it.
+def is_saved(source: Settings, output: Path) -> bool:
+    return _folder(source, output).is_dir()
 
-    A source whose adapter is not in the output folder is trained for it.
+
+def shared_basis(run: Settings, output: Path) -> Path:
+    """A file with the first d left singular vectors of the increments [D, sources], by tensor.
+
+    They are those of the other tasks alone, whose adapters are in the output folder.
 
     Raises:
         ValueError: if `d` is more than the number of sources.
@@ -42,18 +43,14 @@ def shared_basis(run: Settings, output: Path) -> Path:
     others = sources(run)
     if run.d > len(others):
         raise ValueError(f"`d` must be at most {len(others)}, the number of other tasks, got {run.d}; lower it.")
-    for source in tqdm(others, desc="other tasks", leave=False):
-        if not _folder(source, output).exists():
-            train(source, images.load(source), images.base_model, output)
     moved = [_increments(source, output) for source in others]
     columns = torch.stack([torch.cat([tensor.flatten() for tensor in each.values()]) for each in moved], 1)
     basis = torch.linalg.svd(columns, full_matrices=False).U[:, : run.d].float()
     parts = basis.split([tensor.numel() for tensor in moved[0].values()])
-    named = {name: part.contiguous() for name, part in zip(moved[0], parts, strict=True)}
     file = output / "bases" / f"{run.name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")
-    save_file(named, written)
+    written = file.with_suffix(f".{os.getpid()}")  # every process of a run may write it
+    save_file({name: part.contiguous() for name, part in zip(moved[0], parts, strict=True)}, written)
     written.replace(file)
     return file
 

@@ -9,7 +9,7 @@ from recipes.pretrained.report import LEVELS, check_common, table
 from recipes.pretrained.settings import FOUND, METHODS, Settings
 from recipes.reports.figures import GREY, count, counted, headline, panels, save, style
 from recipes.reports.labels import name
-from recipes.reports.tables import joined, markdown, spread
+from recipes.reports.tables import joined, spread, without_empty
 
 
 COMMON = ("dataset", "base", "image_size", "measured_examples", "batch_size", "warmup", "seed")
@@ -31,35 +31,48 @@ def means(runs: list[Settings], results: Results) -> pd.DataFrame:
     """A row a method and d: mean test accuracy over the tasks that all methods have, and paired differences.
 
     `gain` is the accuracy less that of the head alone, `gap` that less the accuracy of all norms and biases; `_error`
-    their standard errors over the tasks.
+    their standard errors over the tasks. Of several rates of the head, the one with the best validation counts.
     """
     measured = table(compared(runs), results)
+    if not len(measured):
+        return measured
     measured = measured.assign(label=measured.label.str.removesuffix(FOUND))
-    grid = measured.pivot_table(index="task", columns=["label", "adapter"], values="test").dropna()
+    kinds = ["label", "adapter"]
+    by_rate = measured.groupby([*kinds, "head_lr"], sort=False).validation.mean()
+    best = by_rate.groupby(level=kinds, sort=False).idxmax()
+    measured = measured[[(*row, rate) in set(best) for *row, rate in measured[[*kinds, "head_lr"]].to_numpy()]]
+    grid = measured.pivot_table(index="task", columns=kinds, values="test", sort=False).dropna()
     rows = []
-    for label, adapter in sorted(grid, key=lambda column: (list(measured.label.unique()).index(column[0]), column[1])):
+    for label, adapter in grid if len(grid) else ():
         accuracy = grid[label, adapter]
         row = {"label": label, "adapter": adapter, "test": accuracy.mean(), "tasks": len(grid)}
         for key, other in {"gain": METHODS["head"], "gap": ALL}.items():
-            difference = accuracy - grid[other].iloc[:, 0]
+            there = other != label and other in grid
+            difference = accuracy - grid[other].iloc[:, 0] if there else pd.Series(dtype=float)
             row |= {key: difference.mean(), f"{key}_error": difference.sem()}
         at = (measured.label == label) & (measured.adapter == adapter)
         rows.append(row | {"bytes": measured[at].bytes.mean()})
-    return pd.DataFrame(rows)
+    order = list(dict.fromkeys(measured.label))
+    return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["label"]), row["adapter"])))
 
 
 def parts(runs: list[Settings], results: Results) -> dict[str, str]:
-    """The table "tasks"."""
+    """The table "tasks"; empty while no task has all methods."""
     rows = means(runs, results)
+    if "tasks" not in rows:
+        return {"tasks": ""}
     lines = [
         [row.label, f"{row.adapter:,}", f"{row.test:.1f}"]
-        + ["" if row.label == METHODS["head"] else f"{spread(row.gain, row.gain_error, 1)}"]
-        + ["" if row.label == ALL else f"{spread(row.gap, row.gap_error, 1)}", f"{row.bytes:,.0f}"]
+        + [
+            "" if pd.isna(mean) else spread(mean, error, 1)
+            for mean, error in ((row.gain, row.gain_error), (row.gap, row.gap_error))
+        ]
+        + [f"{row.bytes:,.0f}"]
         for row in rows.itertuples()
     ]
     header = ["method", "parameters without the head", f"mean test accuracy of {rows.tasks.max()} tasks, %"]
-    header += ["gain on the head alone ± standard error", "less all norms and biases", "bytes saved"]
-    return {"tasks": "\n".join(markdown(header, lines))}
+    header += ["gain on the head alone ± standard error", "less all norms and biases"]
+    return {"tasks": "\n".join(without_empty([*header, "bytes saved, without the basis"], lines))}
 
 
 def text(runs: list[Settings], results: Results) -> str:
@@ -69,6 +82,7 @@ def text(runs: list[Settings], results: Results) -> str:
 def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     """The mean gain on the head alone and its standard error, against trained parameters."""
     rows = means(runs, results)
+    rows = rows if "tasks" in rows else pd.DataFrame(columns=["label", "adapter", "gain", "gain_error", "tasks"])
     figure, ((axis,),) = panels(1, 1, width=8, height=5)
     others = rows[~rows.label.isin([*LEVELS, ALL])]
     for at, (label, line) in enumerate(others.groupby("label", sort=False)):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -121,11 +122,13 @@ def saved(model: nn.Module, base: nn.Module | None, inputs: dict[str, Tensor], f
     Args:
         base: The model before it was trained, to load the adapter into.
         inputs: A batch without labels.
-        folder: Where the file stays; None: it does not.
+        folder: Where the file stays; None: it does not. It is whole once it is there.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        path = folder or Path(temporary)
-        path.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder and folder.parent) as temporary:
+        path = Path(temporary) / "adapter"
+        path.mkdir()
         if isinstance(model, PeftModel):
             model.save_pretrained(path, save_embedding_layers=False)
         else:
@@ -138,4 +141,7 @@ def saved(model: nn.Module, base: nn.Module | None, inputs: dict[str, Tensor], f
             with torch.no_grad():
                 difference = model.eval()(**inputs).logits - loaded(**inputs).logits
             proof["max_difference"] = difference.abs().max().item()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            path.rename(folder)
     return proof

@@ -76,9 +76,9 @@ def trajectory_of(run: Settings, output: Path) -> Path:
     return output / "trajectories" / (run.trajectory.name if run.trajectory else run.name)
 
 
-def ready(run: Settings, output: Path) -> bool:
+def ready(run: Settings, needed: Settings, output: Path) -> bool:
     """Whether the trajectory that a run needs has been recorded far enough."""
-    return not run.trajectory or run.last_sample in Trajectory(trajectory_of(run, output)).steps
+    return run.last_sample in Trajectory(trajectory_of(needed, output)).steps
 
 
 def incomplete(run: Settings, output: Path) -> bool:
@@ -128,7 +128,7 @@ KIND = Kind(
     defaults={f.name: f.default for f in fields(Settings)},
     joined=joined,
     stays=stays,
-    before=lambda run: run.trajectory,
+    before=lambda run: [run.trajectory] if run.trajectory else [],
     ready=ready,
     incomplete=incomplete,
     kept=lambda run: replace(run, save_trajectory=True),

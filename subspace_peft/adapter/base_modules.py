@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..plain_model import COMPILED
@@ -60,5 +61,5 @@ def computed_from(name: str, module: nn.Module) -> list[str]:
 def asked_for(path: str, parameter: Tensor, config: PeftConfig) -> bool:
     """Whether the config asks for a parameter of this name where it asks for its module."""
     if config.parameters == OF_ONE_DIMENSION:
-        return parameter.dim() == 1
+        return is_lazy(parameter) or parameter.dim() == 1  # a lazy one is refused by name
     return config.parameters is None or path in config.parameters

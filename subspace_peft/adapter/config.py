@@ -105,7 +105,7 @@ class SubspaceConfig(PeftConfig):
         target_modules: The names of the modules, a regular expression, "all-linear", or "all" for every module that
             owns parameters.
         parameters (`list[str]` or `str`): Which parameters of each target, such as `["weight"]`; "vectors" for those
-            of one dimension, the weights of norms and all biases. Default: all that it owns.
+            of one dimension: weights of norms, biases, and the like. Default: all that it owns.
         target_parameters (`list[str]`): Parameters by the last parts of their names, as in LoRA, such as
             `["experts.down_proj"]`; alone, or beside `target_modules` and whatever `parameters` says. With `low_rank`
             each matrix of a tensor [experts, ., .] has factors of its own.
@@ -266,9 +266,11 @@ class SubspaceConfig(PeftConfig):
             )
         for name, shorthand in {"parameters": OF_ONE_DIMENSION, "target_parameters": None}.items():
             value = getattr(self, name)
-            if isinstance(value, str) and value != shorthand:
+            if value in (None, shorthand):
+                continue
+            if not isinstance(value, (list, tuple, set)) or (shorthand and not value):
                 rule = "a list of names" + (f" or {shorthand!r}" if shorthand else "")
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}; write it as a list.")
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}; leave it out for all.")
 
     def to_dict(self) -> dict:
         """The content of adapter_config.json, without a basis or mask: it is saved with the weights, or is a path."""

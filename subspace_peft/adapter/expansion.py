@@ -16,7 +16,7 @@ from .base_modules import asked_for, base_modules, computed_from, own_parameters
 from .config import OF_ONE_DIMENSION
 from .experts import is_experts, kind_of, routers, stacked_parameters
 from .layer import SubspaceLayer
-from .quantised import is_packed_linear
+from .quantised import has_foreign_weight, is_packed_linear
 
 
 def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str]) -> PeftConfig:
@@ -55,16 +55,18 @@ def _all(model: nn.Module, config: PeftConfig) -> set[str]:
 
 def _owning(names: set[str], model: nn.Module, config: PeftConfig) -> set[str]:
     """Those of the modules that own a parameter which the config asks for; all where none does, for the error."""
-    owning = {name for name, _, _, module in base_modules(model) if name in names and _owns(module, config)}
-    return owning or names
+    modules = {name: module for name, _, _, module in base_modules(model)}
+    return {name for name in names if _owns(name, modules, config)} or names
 
 
-def _owns(module: nn.Module, config: PeftConfig) -> bool:
-    if is_packed_linear(module):
+def _owns(name: str, modules: dict[str, nn.Module], config: PeftConfig) -> bool:
+    module = modules[name]
+    if has_foreign_weight(module):
         return config.parameters != OF_ONE_DIMENSION  # to be refused, but where its weight is not asked for
     owned = own_parameters(module)
     if isinstance(module, nn.MultiheadAttention):  # which is named with its out_proj
-        owned |= {f"out_proj.{path}": parameter for path, parameter in own_parameters(module.out_proj).items()}
+        outputs = own_parameters(modules[f"{name}.out_proj"])
+        owned |= {f"out_proj.{path}": parameter for path, parameter in outputs.items()}
     if is_experts(module):
         owned |= {kind_of(path): parameter for path, parameter in owned.items()}
     return any(asked_for(path, parameter, config) for path, parameter in owned.items())

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 
 PLAIN = nn.Linear(1, 1, bias=False, device="meta")
@@ -51,6 +52,15 @@ def is_packed_linear(module: nn.Module) -> bool:
         return False
     tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     return any(tensor.dtype in PACKED and tensor.dim() > 1 for tensor in tensors)
+
+
+def has_foreign_weight(module: nn.Module) -> bool:
+    """Whether a weight of the module is packed, or of a quantised dtype, and does not run with an adapter."""
+    if is_packed_linear(module) or is_quantised_linear(module):
+        return is_packed_linear(module)
+    parameters = [each for each in module._parameters.values() if each is not None and not is_lazy(each)]
+    narrow = (each for each in parameters if not each.is_floating_point() or each.dtype.itemsize == 1)
+    return any(each.dim() > 1 for each in narrow)
 
 
 def check_not_packed(name: str, module: nn.Module) -> None:

@@ -143,7 +143,7 @@ def _chosen_paths(
         paths = list(owned)
         if config.parameters is not None:
             paths = [path for path in owned if asked_for(path, owned[path], config) or path in named.get(name, ())]
-        else:
+        if config.parameters in (None, OF_ONE_DIMENSION):
             _check_computed(name, module, config, matches)
         if not paths:
             empty.append(name)
@@ -158,7 +158,7 @@ def _chosen_paths(
         what = "parameters of one dimension" if config.parameters == OF_ONE_DIMENSION else what
         raise ValueError(
             f"A target module must own {what}: `{empty[0]}` owns none; name modules that do, or use "
-            'target_modules="all".'
+            'target_modules="all", which leaves out those that do not.'
         )
     return chosen
 
@@ -178,7 +178,10 @@ def _read_by_attention(
 
 def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> None:
     """Check that a parametrised module is not trained without what its parameters are computed from."""
-    missing = [computed for computed in computed_from(name, module) if not matches(computed)]
+    computed = computed_from(name, module)
+    if config.parameters == OF_ONE_DIMENSION:
+        computed = [each for each in computed if getattr(module, each.rpartition(".")[2]).dim() == 1]
+    missing = [each for each in computed if not matches(each)]
     if missing and config.expected_fingerprint is None:
         raise ValueError(
             f"A parametrised target must be named with what its parameters are computed from, `{name}` is without "

@@ -64,6 +64,8 @@ LOW_RANK = {"coordinates": "low_rank", "rank": 2}
             "`layers_pattern` needs `layers_to_transform`, got `layers_pattern` = 'h' alone",
         ),
         ({"parameters": "weight"}, "`parameters` must be a list of names or 'vectors', got 'weight'"),
+        ({"parameters": []}, "`parameters` must be a list of names or 'vectors', got \\[\\]; leave it out for all"),
+        ({"parameters": 3}, "`parameters` must be a list of names or 'vectors', got 3"),
         ({"task_type": "NONSENSE"}, "NONSENSE"),
     ],
     ids=str,

@@ -54,6 +54,15 @@ def test_vectors_of_all_modules_are_those_of_the_others(kind):
     assert adapted.base_model.D == 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_scales_of_a_quantised_weight_are_no_vectors(dtype):
+    base = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    base[0].weight = nn.Parameter(torch.ones(8, 8).to(dtype), requires_grad=False)
+    base[0].weight_scale = nn.Parameter(torch.ones(1))
+    adapted = get_peft_model(base, settings(target_modules="all", parameters="vectors"))
+    assert adapted.targeted_module_names == ["1"]
+
+
 def test_integers_in_other_modules_are_no_weights():
     base = nn.Sequential(nn.Linear(8, 8))
     base[0].register_buffer("positions", torch.arange(8)[None])

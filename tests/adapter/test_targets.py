@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from subspace_peft.adapter.walk import unique_coordinates
 from tests.cases import BY_NAME, base_outputs, move, outputs, refused, settings, wrap
@@ -88,6 +89,25 @@ def test_all_linear_leaves_out_the_output_layer():
     assert any("query" in name for name in bert)
 
 
+@pytest.mark.parametrize("parameters", [["out_proj.weight"], "vectors", None])
+def test_a_second_adapter_finds_the_output_of_torchs_attention(parameters):
+    changes = {"target_modules": "all", "parameters": parameters}
+    model = wrap(BY_NAME["attention"], **changes)
+    model.add_adapter("other", settings(**changes))
+    assert moved(model, "other") == moved(model)
+
+
+def test_a_norm_that_is_computed_is_named_with_what_it_is_computed_from():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+    register_parametrization(model[0], "weight", nn.Identity())
+    with refused(
+        model, "named with what its parameters are computed from, `0` is without `0.parametrizations.weight`"
+    ):
+        get_peft_model(model, settings(target_modules=["0"], parameters="vectors"))
+    found = moved(get_peft_model(model, settings(target_modules="all", parameters="vectors")))
+    assert found == {"0.parametrizations.weight.original", "0.bias", "1.bias"}
+
+
 def test_layers_to_transform():
     model = wrap(BY_NAME["llama"], target_modules=["q_proj"], layers_to_transform=[1])
     assert moved(model) == {"model.layers.1.self_attn.q_proj.weight"}
@@ -170,6 +190,9 @@ def test_complex_and_lazy_tensors_are_refused_by_name():
             ValueError, match="`1.weight` of a LazyLinear gets one at the first forward; run the model"
         ):
             get_peft_model(nn.Sequential(MLP(), nn.LazyLinear(3)), settings(target_modules=shorthand))
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.LayerNorm(3))
+    with pytest.raises(ValueError, match="`0.weight` of a LazyLinear gets one at the first forward"):
+        get_peft_model(lazy, settings(target_modules="all", parameters="vectors"))
 
 
 def test_a_root_that_owns_parameters_is_refused_by_all():

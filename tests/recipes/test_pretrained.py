@@ -1,6 +1,5 @@
 """The recipe that fine-tunes pretrained models, tiny: random weights, sentences of six words, the digits."""
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,65 +7,24 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizer
+from safetensors.torch import load_file
 
 from recipes import run
 from recipes.lab.grid import read
-from recipes.pretrained import images, text
+from recipes.lab.results import Results
+from recipes.pretrained import images, tasks, text
 from recipes.pretrained.methods import HEAD, wrap
 from recipes.pretrained.report import _pairs, differences, shares
 from recipes.pretrained.settings import Settings
 from recipes.pretrained.shared import shared_basis
-from recipes.tasks.networks.efficientnet_lite import EfficientNetLite0
 from recipes.training.finetuning import trainable
 from subspace_peft.adapter.walk import named_layers
-from tests.recipes.files import RECIPES, options, results, written
+from tests.recipes.files import RECIPES, options, results
 
 
 FOLDER = RECIPES / "pretrained"
-WORDS = {"who": ["critics", "viewers", "friends"], "how": ["often", "never"], "what": ["liked", "missed"]}
-WORDS |= {"it": ["this film", "the long play"], "end": [".", "!"]}
-SENTENCES = [" ".join(words) for words in itertools.product(*WORDS.values())]
 TINY = {"examples": 16, "epochs": 1, "batch_size": 8, "seed": 0, "lr": 0.011, "head_lr": 0.012, "d": 101, "rank": 3}
 """Values that no YAML has, so that they take the place of all and select none."""
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> Path:
-    """A folder with a BERT of one layer and its tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
-    vocabulary = written(folder / "vocab.txt", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words)
-    BertTokenizer(vocab=str(vocabulary)).save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=5 + len(words), max_position_embeddings=16, **shape)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = pd.DataFrame({"sentence": SENTENCES, "label": [int("liked" in each) for each in SENTENCES]})
-    rows = rows.sample(frac=1, random_state=0)
-    for name, part in {"train": rows[:24], "validation": rows[24:36], "test": rows[36:]}.items():
-        part.to_parquet(folder / f"{name}.parquet", index=False)
-    return folder
-
-
-@pytest.fixture
-def settings(encoder, data) -> dict:
-    return {"data": str(data), "weights": str(encoder), "length": 12}
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> dict:
-    """Settings for the digits, and a folder with an EfficientNet-Lite0."""
-    folder = tmp_path_factory.mktemp("network")
-    torch.manual_seed(0)
-    save_file(EfficientNetLite0().state_dict(), folder / "model.safetensors")
-    return {"dataset": "digits", "data": "", "weights": str(folder), "image_size": 16, "measured_examples": 12}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +34,14 @@ def shared(tmp_path_factory) -> Path:
 
 
 YAMLS = [file for file in sorted(FOLDER.glob("*.yaml")) if read(file).runs]
-AUTO = FOLDER / "sst2_auto.yaml"
 OF_TASKS = FOLDER / "cifar100_tasks.yaml"
 WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images and file != OF_TASKS]
 WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)]
 
 
 @pytest.mark.parametrize("file", WITH_SENTENCES, ids=lambda file: file.stem)
-def test_every_yaml_with_sentences_runs_tiny(file, shared, settings, capsys):
-    for result in _made(file, shared, TINY | settings):
+def test_every_yaml_with_sentences_runs_tiny(file, shared, sentences, capsys):
+    for result in _made(file, shared, TINY | sentences):
         assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
     assert "| weight, kronecker" in capsys.readouterr().out
 
@@ -95,20 +52,6 @@ def test_every_yaml_with_images_runs_tiny(file, shared, pictures, capsys, monkey
     for result in _made(file, shared, TINY | pictures):
         assert 0 < result["peak_bytes"] < 80e6  # the base has 14 MB, its gradient and moments three times that
     assert "| weight, kronecker" in capsys.readouterr().out
-
-
-def test_the_search_for_d_runs_tiny(settings, tmp_path, capsys):
-    tiny = {key: TINY[key] for key in ("examples", "epochs", "batch_size")} | settings
-    tiny |= {"threshold": 0.3, "d_max": 8, "seeds": 1, "max_runs": 3}
-    run.main([str(AUTO), *options(tiny, tmp_path)])
-    (search,) = read(AUTO, tiny).searches
-    outcome = results(tmp_path)[search.name]
-    made = [results(tmp_path)[search.run(*point).name] for point in outcome["made"]]
-    assert 1 <= len(made) <= 3
-    assert all(each["accuracy"]["test"] >= 0.3 for each in made if each["settings"]["d"] >= (outcome["d"] or 9))
-    assert outcome["seconds"] == pytest.approx(sum(each["seconds"]["train"]["cpu"] for each in made), abs=0.06)
-    assert "| all-MiniLM-L6-v2 | Kronecker | 30.00 |" in capsys.readouterr().out
-    assert (tmp_path / "plots" / "sst2_auto.png").stat().st_size > 10_000
 
 
 def test_a_basis_comes_from_the_other_tasks(pictures, tmp_path, monkeypatch, capsys):
@@ -135,6 +78,12 @@ def test_a_basis_comes_from_the_other_tasks(pictures, tmp_path, monkeypatch, cap
         assert left.norm().item() == pytest.approx(torch.linalg.svdvals(moved)[3].item(), rel=1e-3)
     assert "| norms and biases, basis of the other tasks | 3 |" in lines
     assert "mean test accuracy of 2 tasks" in lines
+    for missing in ("head", "identity", "basis", "kronecker"):
+        part = [
+            each for each in read(OF_TASKS, tiny | {"task": 0}).runs if missing not in (each.method, each.projection)
+        ]
+        text = tasks.text(part, Results(tmp_path))
+        assert ("basis" in text) is (missing != "basis")
     with pytest.raises(ValueError, match="`d` must be at most 4, the number of other tasks, got 5; lower it"):
         shared_basis(replace(read(OF_TASKS, tiny | {"task": 0}).runs[1], d=5), tmp_path)
 
@@ -195,8 +144,8 @@ SIDES = 4 * (32 + 32) + 2 * (32 + 64)
     ],
     ids=str,
 )
-def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, settings):
-    made = Settings(**values, **settings)
+def test_a_method_trains_as_many_numbers_as_it_says(values, adapter, sentences):
+    made = Settings(**values, **sentences)
     model = wrap(text.base_model(made, 2), made)
     assert trainable(model, HEAD) == {"adapter": adapter, "head": 2 * 32 + 2}
 
@@ -242,8 +191,8 @@ def test_images_are_split_once_and_batch_norms_keep_their_statistics(pictures, m
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_padding_changes_nothing(settings, pooling):
-    made = Settings(examples=16, pooling=pooling, **settings)
+def test_padding_changes_nothing(sentences, pooling):
+    made = Settings(examples=16, pooling=pooling, **sentences)
     task = text.load(made)
     model = text.base_model(made, 2).eval()
     rows = [task.training[at] for at in range(16)]
@@ -254,11 +203,11 @@ def test_padding_changes_nothing(settings, pooling):
     torch.testing.assert_close(together, alone)
 
 
-def test_without_a_validation_set_the_last_training_examples_validate(tmp_path, data, settings, monkeypatch):
+def test_without_a_validation_set_the_last_training_examples_validate(tmp_path, data, sentences, monkeypatch):
     monkeypatch.setattr(text, "HELD_OUT", 10)
     for name in ("train", "test"):
         (tmp_path / f"{name}.parquet").symlink_to(data / f"{name}.parquet")
-    task = text.load(Settings(examples=0, **settings | {"data": str(tmp_path)}))
+    task = text.load(Settings(examples=0, **sentences | {"data": str(tmp_path)}))
     assert (len(task.training), len(task.validation), len(task.test)) == (14, 10, 12)
     numbers = [{tuple(each) for each in split["input_ids"]} for split in (task.training, task.validation)]
     assert not numbers[0] & numbers[1]
@@ -327,8 +276,8 @@ def test_bad_settings_are_errors(values, message):
         ),
     ],
 )
-def test_a_size_that_the_model_does_not_allow_is_an_error(values, message, settings):
-    made = Settings(**values, **settings)
+def test_a_size_that_the_model_does_not_allow_is_an_error(values, message, sentences):
+    made = Settings(**values, **sentences)
     with pytest.raises(ValueError, match=message):
         wrap(text.base_model(made, 2), made)
 
@@ -340,6 +289,6 @@ def test_a_size_that_the_model_does_not_allow_is_an_error(values, message, setti
         ({"data": "", "dataset": "imdb"}, "`dataset` must be one of sst2, subj, or come with a `data` folder"),
     ],
 )
-def test_data_that_do_not_suffice_are_an_error(values, message, settings):
+def test_data_that_do_not_suffice_are_an_error(values, message, sentences):
     with pytest.raises(ValueError, match=message):
-        text.load(Settings(**settings | values))
+        text.load(Settings(**sentences | values))

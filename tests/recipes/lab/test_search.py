@@ -8,12 +8,14 @@ from tqdm import tqdm
 from recipes import run
 from recipes.lab import search
 from recipes.lab.grid import read
+from recipes.lab.grid import searches as requests_of
 from recipes.lab.results import Results
+from recipes.pretrained.kind import KIND as PRETRAINED
 from recipes.reports import searches as table
 from recipes.training import kind
 from recipes.training.settings import Settings
+from tests.recipes.files import RECIPES, options, results, written
 from tests.recipes.files import requests as searches
-from tests.recipes.files import results, written
 from tests.recipes.files import runs as grid
 
 
@@ -210,3 +212,32 @@ def test_the_table_names_what_tells_searches_apart(tmp_path):
     printed = table.text(asked, Results(tmp_path))
     for name in ("FastJL", "dense, rate 0.1, 5 seeds", "dense, rate 0.3, 5 seeds", "dense, rate 0.1, 9 seeds"):
         assert printed.count(f"| digits | LeNet | {name} | 90.00 | 3 | 2 to 4 |") == 1
+
+
+def test_a_pretrained_model_is_searched_by_its_test_accuracy(sentences, tmp_path, capsys):
+    file = RECIPES / "pretrained" / "sst2_auto.yaml"
+    tiny = sentences | {
+        "examples": 16,
+        "epochs": 1,
+        "batch_size": 8,
+        "threshold": 0.3,
+        "d_max": 8,
+        "seeds": 1,
+        "max_runs": 3,
+    }
+    run.main([str(file), *options(tiny, tmp_path)])
+    (asked,) = read(file, tiny).searches
+    outcome = results(tmp_path)[asked.name]
+    made = [results(tmp_path)[asked.run(*point).name] for point in outcome["made"]]
+    assert 1 <= len(made) <= 3
+    assert all(each["accuracy"]["test"] >= 0.3 for each in made if each["settings"]["d"] >= (outcome["d"] or 9))
+    assert outcome["seconds"] == pytest.approx(sum(each["seconds"]["train"]["cpu"] for each in made), abs=0.06)
+    assert "| all-MiniLM-L6-v2 | Kronecker | 30.00 |" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "sst2_auto.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("method", [{"method": "lora", "rank": 8}, {"method": "full"}, {"method": "head"}])
+def test_a_method_without_a_d_is_not_searched(method):
+    part = method | {"d": "auto", "threshold": 0.8, "d_max": 99}
+    with pytest.raises(ValueError, match="`d: auto` needs a run that has a d, got "):
+        requests_of(PRETRAINED, part)
