@@ -187,6 +187,8 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
             said = f"{label}: {count(row.adapter + row.head)} parameters, {row.test:.1f} %"
             place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
             axis.annotate(said, (0.015, row.test), color=color, **place)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.08 * (high - low))  # room for what is said above the highest line
     axis.set_xlabel(f"trained parameters, beside the {count(rows['head'].max())} of the head")
     axis.set_ylabel("test accuracy, %")
     counted(axis)
@@ -195,7 +197,7 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     first, seeds = runs[0], measured.seed.nunique()
     headline(figure, "How many trained parameters does a pretrained model need?")
     task = f"{name(first.model)} → {name(first.dataset)}, {count(first.examples)} examples"
-    words = f"{task}, {first.epochs} epochs; mean and standard deviation of {seeds} seeds"
+    words = f"{task}, {first.epochs} epochs; mean ± standard deviation, {seeds} seeds"
     axis.set_title(words, size=10.5, color="#444444")
     return save(figure, file)
 

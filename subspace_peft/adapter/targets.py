@@ -153,7 +153,7 @@ def _chosen_paths(
             child, _, own = path.rpartition(".")
             chosen.setdefault(f"{name}.{child}" if child else name, []).append(own)
     _check_parameters(config, known)
-    if empty and (not chosen or _are_named(config, empty)):
+    if empty and (not chosen or (config.expected_fingerprint is None and _are_named(config, empty))):
         what = f"parameters named {sorted(config.parameters)}" if config.parameters else "parameters"
         what = "parameters of one dimension" if config.parameters == OF_ONE_DIMENSION else what
         raise ValueError(

@@ -60,6 +60,14 @@ def test_an_adapter_of_vectors_is_saved_loaded_and_merged(name, tmp_path):
     torch.testing.assert_close(outputs(model.merge_and_unload(), case), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_of_vectors_on_another_base_is_told_by_the_tensor_that_differs(tmp_path):
+    wrap(BY_NAME["mlp"], target_modules="all", parameters="vectors").save_pretrained(tmp_path)
+    other = MLP()
+    other.fc1.bias = None
+    with refused(other, "the first target tensor that differs is `fc2.bias` of shape \\[4\\]"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
 @pytest.mark.parametrize("shorthand", ["all", "all-linear"])
 def test_shorthands_leave_out_modules_without_such_a_parameter(shorthand):
     """The embeddings of BERT and one Linear here have no bias."""
