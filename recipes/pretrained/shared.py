@@ -1,4 +1,4 @@
-"""A basis that tasks share: the principal components of what training moved on the other tasks."""
+"""A basis for one more task: the first singular vectors of what training moved on the other tasks."""
 
 import os
 from dataclasses import replace

@@ -22,9 +22,9 @@ def check(runs: list[Settings]) -> None:
 
 
 def compared(runs: list[Settings]) -> list[Settings]:
-    """Those that are trained as long as the runs with a basis; the others are their sources."""
+    """Those that are trained as long as the runs with a basis, if there are any; the others are their sources."""
     lengths = {(run.examples, run.epochs) for run in runs if run.projection == "basis"}
-    return [run for run in runs if (run.examples, run.epochs) in lengths]
+    return [run for run in runs if not lengths or (run.examples, run.epochs) in lengths]
 
 
 def means(runs: list[Settings], results: Results) -> pd.DataFrame:
