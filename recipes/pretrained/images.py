@@ -21,11 +21,6 @@ def load(settings: Settings) -> Task:
     return _load(settings.dataset, settings.data, settings.task, *sizes)
 
 
-def tasks(settings: Settings) -> int:
-    """How many tasks the coarse labels of the data set make."""
-    return 1 + int(_coarse(settings.dataset, settings.data, "test").max())
-
-
 @lru_cache(64)
 def _load(dataset: str, source: str, task: int, size: int, examples: int, measured: int, held_out: int) -> Task:
     """The task of all runs with these settings; an example is the number of its image.
@@ -56,18 +51,11 @@ def _load(dataset: str, source: str, task: int, size: int, examples: int, measur
 
 
 def _split(dataset: str, source: str, split: str, task: int) -> data.Split:
-    """A split, or those of its images that a task has, their labels from 0.
-
-    Raises:
-        ValueError: if there is no such task.
-    """
+    """A split, or those of its images that a task has, their labels from 0."""
     whole = _decoded(dataset, source, split)
     if task < 0:
         return whole
-    coarse = _coarse(dataset, source, split)
-    if task > coarse.max():
-        raise ValueError(f"`task` must be at most {coarse.max()} for {dataset!r}, got {task}.")
-    among = coarse == task
+    among = _coarse(dataset, source, split) == task
     labels = whole.labels[among]
     return whole._replace(images=whole.images[among], labels=torch.searchsorted(labels.unique(), labels))
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from recipes.lab.settings import Named, unnamed
-from recipes.tasks.data import HUB
+from recipes.tasks.data import COARSE_CLASSES, HUB
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
 
@@ -91,8 +91,12 @@ class Settings(Named):
                 "`basis` must come from other tasks: it needs a `task`, parameters: vectors and `source_epochs` of at "
                 f"least 1, got {self.task}, {self.parameters} and {self.source_epochs}."
             )
-        if self.task >= 0 and not self.has_images:
-            raise ValueError(f"`task` must be left out for sentences, got {self.task} for {self.dataset!r}.")
+        count = COARSE_CLASSES.get(self.dataset, 0)
+        if self.task >= count:
+            known = f"from 0 to {count - 1}" if count else f"of {' or '.join(COARSE_CLASSES)}"
+            raise ValueError(f"`task` must be {known} for {self.dataset!r}, got {self.task}; -1 is no task.")
+        if self.projection == "basis" and self.d >= count:
+            raise ValueError(f"`d` must be at most {count - 1}, the number of other tasks, got {self.d}; lower it.")
         if self.parameters == "vectors" and self.coordinates != "weight":
             raise ValueError(f"`parameters` 'vectors' need `coordinates` 'weight', got {self.coordinates!r}.")
         if self.method == "head":

@@ -12,6 +12,7 @@ from torch import Tensor
 from recipes.pretrained import images
 from recipes.pretrained.methods import HEAD
 from recipes.pretrained.settings import Settings
+from recipes.tasks.data import COARSE_CLASSES
 
 
 def sources(run: Settings) -> list[Settings]:
@@ -25,7 +26,7 @@ def sources(run: Settings) -> list[Settings]:
         source_examples=0,
         source_epochs=0,
     )
-    return [replace(source, task=task) for task in range(images.tasks(run)) if task != run.task]
+    return [replace(source, task=task) for task in range(COARSE_CLASSES[run.dataset]) if task != run.task]
 
 
 def is_saved(source: Settings, output: Path) -> bool:
@@ -36,14 +37,8 @@ def shared_basis(run: Settings, output: Path) -> Path:
     """A file with the first d left singular vectors of the increments [D, sources], by tensor.
 
     They are those of the other tasks alone, whose adapters are in the output folder.
-
-    Raises:
-        ValueError: if `d` is more than the number of sources.
     """
-    others = sources(run)
-    if run.d > len(others):
-        raise ValueError(f"`d` must be at most {len(others)}, the number of other tasks, got {run.d}; lower it.")
-    moved = [_increments(source, output) for source in others]
+    moved = [_increments(source, output) for source in sources(run)]
     columns = torch.stack([torch.cat([tensor.flatten() for tensor in each.values()]) for each in moved], 1)
     basis = torch.linalg.svd(columns, full_matrices=False).U[:, : run.d].float()
     parts = basis.split([tensor.numel() for tensor in moved[0].values()])

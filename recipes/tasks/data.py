@@ -23,6 +23,10 @@ HUB = {
 }
 
 
+COARSE_CLASSES = {"cifar100": 20, "digits": 5}
+"""How many there are, where a data set has labels of them too."""
+
+
 class Split(NamedTuple):
     images: Tensor  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
@@ -97,9 +101,7 @@ def coarse_labels(dataset: str, source: str, split: str) -> Tensor:
         return _digits(split).labels // 2
     rows = _rows(dataset, source, split)
     if "coarse_label" not in rows.column_names:
-        raise ValueError(
-            f"A `task` needs data with a column coarse_label, as CIFAR-100 has, {dataset!r} has none; leave it out."
-        )
+        raise ValueError(f"The data must have a column coarse_label for a `task`, got {', '.join(rows.column_names)}.")
     return torch.tensor(rows["coarse_label"][:])
 
 
