@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from itertools import count
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 _marks = map(str, count())  # strings, as graphs guard on their values
-_is_drawing = False
+_drawing = 0  # how many blocks of `unrecorded` run; several threads may draw at once
+_lock = Lock()
 
 
 def is_recorded() -> bool:
@@ -21,7 +23,7 @@ def is_recorded() -> bool:
     Neither records an autograd.Function with a jvp, or one that shares a constant with another, but both can record
     what it does.
     """
-    return not _is_drawing and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not _drawing and (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def is_transformed() -> bool:
@@ -35,19 +37,24 @@ def unrecorded():
 
     Tensors made in inference mode could not be used in training later, and those of torch.export have no values.
     """
-    global _is_drawing
     without_modes = _disable_current_modes if torch.compiler.is_compiling() else nullcontext
-    state, was_drawing = torch._C._get_tracing_state(), _is_drawing
+    state = torch._C._get_tracing_state()
     if state is not None:
         torch._C._set_tracing_state(None)
-    _is_drawing = True
+    _count(1)
     try:
         with torch.inference_mode(False), torch.no_grad(), without_modes():
             yield
     finally:
-        _is_drawing = was_drawing
+        _count(-1)
         if state is not None:
             torch._C._set_tracing_state(state)
+
+
+def _count(blocks: int) -> None:
+    global _drawing
+    with _lock:
+        _drawing += blocks
 
 
 class Redrawn(ABC):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspace_peft.projections import PROJECTIONS
+from subspace_peft.projections.recorded import is_recorded, unrecorded
 from tests.projections.cases import explicit, make, random
 
 
@@ -135,6 +137,27 @@ def test_compiles(case):
     compiled = torch.compile(lambda z: projection(z).square().sum(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_threads_that_draw_at_once_leave_nothing_behind():
+    """The first to begin is the first to end: what it found is not what the other leaves."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def second():
+        with unrecorded():
+            begun.set()
+            ended.wait(timeout=60)
+
+    thread = threading.Thread(target=second)
+    with unrecorded():
+        thread.start()
+        assert begun.wait(timeout=60)
+    ended.set()
+    thread.join()
+    seen = []
+    torch.jit.trace(lambda x: seen.append(is_recorded()) or 2 * x, torch.ones(2))
+    assert seen[0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
