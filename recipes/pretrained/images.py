@@ -1,6 +1,6 @@
 """Images, and the pretrained network under a new head."""
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ def load(settings: Settings) -> Task:
     return _load(settings.dataset, settings.data, settings.task, *sizes)
 
 
-@lru_cache(64)
+@cache
 def _load(dataset: str, source: str, task: int, size: int, examples: int, measured: int, held_out: int) -> Task:
     """The task of all runs with these settings; an example is the number of its image.
 
@@ -52,16 +52,16 @@ def _load(dataset: str, source: str, task: int, size: int, examples: int, measur
 
 def _split(dataset: str, source: str, split: str, task: int) -> data.Split:
     """A split, or those of its images that a task has, their labels from 0."""
-    whole = _decoded(dataset, source, split)
     if task < 0:
-        return whole
-    among = _coarse(dataset, source, split) == task
-    labels = whole.labels[among]
-    return whole._replace(images=whole.images[among], labels=torch.searchsorted(labels.unique(), labels))
+        return data.load(dataset, source, split)
+    whole, coarse = _of_all_tasks(dataset, source, split)
+    labels = whole.labels[coarse == task]
+    return whole._replace(images=whole.images[coarse == task], labels=torch.searchsorted(labels.unique(), labels))
 
 
-_decoded = cache(data.load)
-_coarse = cache(data.coarse_labels)
+@cache
+def _of_all_tasks(dataset: str, source: str, split: str) -> tuple[data.Split, Tensor]:
+    return data.load(dataset, source, split), data.coarse_labels(dataset, source, split)
 
 
 class FrozenBatchNorm(nn.Module):

@@ -8,8 +8,8 @@ from recipes.lab.kinds import Kind, Report
 from recipes.lab.request import SEARCH
 from recipes.pretrained import images, text
 from recipes.pretrained.settings import KEYS, Settings, settings
-from recipes.pretrained.shared import is_saved, shared_basis, sources
-from recipes.pretrained.training import train
+from recipes.pretrained.shared import shared_basis, sources
+from recipes.pretrained.training import adapter_of, train
 
 
 def make(runs: list[Settings], output: Path, report: Report) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ KIND = Kind(
     defaults={f.name: f.default for f in fields(Settings)},
     stays=stays,
     before=lambda run: sources(run) if run.projection == "basis" else [],
-    ready=lambda run, source, output: is_saved(source, output),
+    ready=lambda run, source, output: adapter_of(source, output).is_dir(),
     kept=lambda run: replace(run, save_adapter=True),
     accuracy=lambda result: result["accuracy"]["test"],
     seconds=lambda result: result["seconds"]["train"]["cpu"],

@@ -79,8 +79,8 @@ def config(settings: Settings, modules: Modules, basis: Path | None) -> PeftConf
         )
     common = {"target_modules": list(modules), "modules_to_save": [HEAD]}
     if settings.method == "subspace":
-        if settings.parameters == "vectors":
-            common["target_modules"] = "all"
+        vectors = {"target_modules": "all", "parameters": "vectors"}
+        moved = vectors if settings.parameters == "vectors" else {"parameters": ["weight"]}  # as LoRA: no biases
         return SubspaceConfig(
             d=settings.d or None,
             projection=settings.projection,
@@ -89,8 +89,7 @@ def config(settings: Settings, modules: Modules, basis: Path | None) -> PeftConf
             seed=settings.seed,
             basis=None if basis is None else str(basis),
             save_projection=None if basis is None else False,  # tasks share the file
-            parameters=["weight"] if settings.parameters == "weight" else settings.parameters,
-            **common,
+            **common | moved,
         )
     kind, choices = PEFT[settings.method]
     return kind(**choices(settings, modules), **common)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from recipes.pretrained import images
 from recipes.pretrained.methods import HEAD
 from recipes.pretrained.settings import Settings
+from recipes.pretrained.training import adapter_of
 from recipes.tasks.data import COARSE_CLASSES
 
 
@@ -27,10 +29,6 @@ def sources(run: Settings) -> list[Settings]:
         source_epochs=0,
     )
     return [replace(source, task=task) for task in range(COARSE_CLASSES[run.dataset]) if task != run.task]
-
-
-def is_saved(source: Settings, output: Path) -> bool:
-    return _folder(source, output).is_dir()
 
 
 def shared_basis(run: Settings, output: Path) -> Path:
@@ -50,15 +48,12 @@ def shared_basis(run: Settings, output: Path) -> Path:
     return file
 
 
-def _folder(source: Settings, output: Path) -> Path:
-    return output / "adapters" / source.name
-
-
+@cache
 @torch.no_grad()
 def _increments(source: Settings, output: Path) -> dict[str, Tensor]:
     """What the source moved, by tensor."""
     base = images.base_model(source, images.load(source).classes).double()  # so that no increment is rounded away
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    merged = PeftModel.from_pretrained(base, _folder(source, output)).merge_and_unload()
+    merged = PeftModel.from_pretrained(base, adapter_of(source, output)).merge_and_unload()
     after = dict(merged.named_parameters())
     return {name: after[name] - old for name, old in before.items() if old.dim() == 1 and not name.startswith(HEAD)}

@@ -5,20 +5,20 @@ from pathlib import Path
 import pandas as pd
 
 from recipes.lab.results import Results
-from recipes.pretrained.report import LEVELS, check_common, table
-from recipes.pretrained.settings import FOUND, METHODS, Settings
+from recipes.pretrained import report
+from recipes.pretrained.report import LEVELS, table
+from recipes.pretrained.settings import FOUND, METHODS, PARAMETERS, WORDS, Settings
 from recipes.reports.figures import GREY, count, counted, headline, panels, save, style
 from recipes.reports.labels import name
-from recipes.reports.tables import joined, spread, without_empty
+from recipes.reports.tables import check_common, joined, spread, without_empty
 
 
-COMMON = ("dataset", "base", "image_size", "measured_examples", "batch_size", "warmup", "seed")
-ALL = "norms and biases, all of them"
+ALL = f"{PARAMETERS['vectors']}, {WORDS['identity']}"
 
 
 def check(runs: list[Settings]) -> None:
-    check_common(runs, COMMON)
-    check_common(compared(runs), ("examples", "epochs"))
+    report.check(compared(runs))
+    check_common(runs, ("seed",))
 
 
 def compared(runs: list[Settings]) -> list[Settings]:
@@ -40,7 +40,7 @@ def means(runs: list[Settings], results: Results) -> pd.DataFrame:
     kinds = ["label", "adapter"]
     by_rate = measured.groupby([*kinds, "head_lr"], sort=False).validation.mean()
     best = by_rate.groupby(level=kinds, sort=False).idxmax()
-    measured = measured[[(*row, rate) in set(best) for *row, rate in measured[[*kinds, "head_lr"]].to_numpy()]]
+    measured = measured.set_index([*kinds, "head_lr"]).loc[list(best)].reset_index()
     grid = measured.pivot_table(index="task", columns=kinds, values="test", sort=False).dropna()
     rows = []
     for label, adapter in grid if len(grid) else ():

@@ -57,6 +57,11 @@ def arguments(settings: Settings, folder: str, examples: int, order: str) -> Tra
     )
 
 
+def adapter_of(settings: Settings, output: Path) -> Path:
+    """The folder of the adapter of a run that saves it."""
+    return output / "adapters" / settings.name
+
+
 def train(
     settings: Settings, task: Task, base_model: BaseModel, output: Path, basis: Path | None = None
 ) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def train(
         "processes": trainer.args.world_size,
     }
     if trainer.is_world_process_zero():
-        folder = output / "adapters" / settings.name if settings.save_adapter else None
+        folder = adapter_of(settings, output) if settings.save_adapter else None
         batch = task.collate([task.validation[at] for at in range(min(EVALUATED_TOGETHER, len(task.validation)))])
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         result["adapter"] = saved(model, origin, inputs, folder)

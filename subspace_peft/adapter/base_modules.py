@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -50,6 +50,26 @@ def base_modules(model: nn.Module, saved: bool = False) -> Iterator[tuple[str, n
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a module owns directly, by their name in it."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def owned_or_read(
+    name: str, modules: dict[str, nn.Module], config: PeftConfig, rename: Callable[[str], str]
+) -> dict[str, nn.Parameter]:
+    """The parameters of the module of this name, by their path in it.
+
+    Torch's attention reads those of its `out_proj` and never calls that child, so a config that names it means them
+    too, unless the config excludes them.
+
+    Args:
+        modules: The base modules by name.
+        rename: The name by which the config calls a tensor or module of this name.
+    """
+    module, output = modules[name], f"{name}.out_proj"
+    owned = own_parameters(module)
+    is_read = isinstance(module, nn.MultiheadAttention) and output in modules
+    if is_read and not isinstance(check_target_module_exists(config, rename(output)), _ExcludedModule):
+        owned |= {f"out_proj.{path}": parameter for path, parameter in own_parameters(modules[output]).items()}
+    return owned
 
 
 def computed_from(name: str, module: nn.Module) -> list[str]:

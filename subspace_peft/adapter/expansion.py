@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .base_modules import asked_for, base_modules, computed_from, own_parameters
+from .base_modules import asked_for, base_modules, computed_from, own_parameters, owned_or_read
 from .config import OF_ONE_DIMENSION
 from .experts import is_experts, kind_of, routers, stacked_parameters
 from .layer import SubspaceLayer
@@ -31,7 +31,7 @@ def expanded(config: PeftConfig, model: nn.Module, rename: Callable[[str], str])
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if is_all or is_all_linear:
         names = _all(model, config) if is_all else _all_linear(model, config)
-        config.target_modules = {rename(name) for name in _owning(names, model, config)}
+        config.target_modules = {rename(name) for name in _owning(names, model, config, rename)}
     if config.expected_fingerprint is None:
         stacked = stacked_parameters(model, config, is_all_linear, rename)
         config.target_parameters = sorted({*(config.target_parameters or ()), *stacked}) or None
@@ -53,20 +53,17 @@ def _all(model: nn.Module, config: PeftConfig) -> set[str]:
     return {name for name, _, _, module in base_modules(model) if own_parameters(module) or is_packed_linear(module)}
 
 
-def _owning(names: set[str], model: nn.Module, config: PeftConfig) -> set[str]:
+def _owning(names: set[str], model: nn.Module, config: PeftConfig, rename: Callable[[str], str]) -> set[str]:
     """Those of the modules that own a parameter which the config asks for; all where none does, for the error."""
     modules = {name: module for name, _, _, module in base_modules(model)}
-    return {name for name in names if _owns(name, modules, config)} or names
+    return {name for name in names if _owns(name, modules, config, rename)} or names
 
 
-def _owns(name: str, modules: dict[str, nn.Module], config: PeftConfig) -> bool:
+def _owns(name: str, modules: dict[str, nn.Module], config: PeftConfig, rename: Callable[[str], str]) -> bool:
     module = modules[name]
     if has_foreign_weight(module):
         return config.parameters != OF_ONE_DIMENSION  # to be refused, but where its weight is not asked for
-    owned = own_parameters(module)
-    if isinstance(module, nn.MultiheadAttention):  # which is named with its out_proj
-        outputs = own_parameters(modules[f"{name}.out_proj"])
-        owned |= {f"out_proj.{path}": parameter for path, parameter in outputs.items()}
+    owned = owned_or_read(name, modules, config, rename)
     if is_experts(module):
         owned |= {kind_of(path): parameter for path, parameter in owned.items()}
     return any(asked_for(path, parameter, config) for path, parameter in owned.items())

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..plain_model import COMPILED, is_distributed, is_partitioned
 from . import statistics
-from .base_modules import asked_for, base_modules, computed_from, own_parameters
+from .base_modules import asked_for, base_modules, computed_from, own_parameters, owned_or_read
 from .config import OF_ONE_DIMENSION
 from .modules import is_linear_in_parameters
 from .quantised import check_not_packed, is_quantised, is_quantised_linear
@@ -127,6 +126,7 @@ def _chosen_paths(
         named: The paths that `target_parameters` names, whatever `parameters` says.
     """
     chosen, empty, known = {}, [], set()
+    by_name = {name: module for name, _, _, module in modules}
     for name, _, _, module in modules:
         if name in named:  # a stack of weights or biases goes by those names too
             known |= {*own_parameters(module), "weight", "bias"}
@@ -136,9 +136,7 @@ def _chosen_paths(
                 _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]})
             continue
         check_not_packed(name, module)
-        owned = own_parameters(module)
-        if isinstance(module, nn.MultiheadAttention):
-            owned |= _read_by_attention(f"{name}.out_proj", modules, config, rename)
+        owned = owned_or_read(name, by_name, config, rename)
         known |= set(owned)
         paths = list(owned)
         if config.parameters is not None:
@@ -161,19 +159,6 @@ def _chosen_paths(
             'target_modules="all", which leaves out those that do not.'
         )
     return chosen
-
-
-def _read_by_attention(
-    name: str, modules, config: PeftConfig, rename: Callable[[str], str]
-) -> dict[str, nn.Parameter]:
-    """The parameters of the `out_proj` of torch's attention, by their path in it, unless the config excludes them.
-
-    The attention reads them and never calls that child, so a config that names it means them too.
-    """
-    if isinstance(check_target_module_exists(config, rename(name)), _ExcludedModule):
-        return {}
-    found = next((module for other, _, _, module in modules if other == name), None)
-    return {f"out_proj.{path}": parameter for path, parameter in own_parameters(found).items()} if found else {}
 
 
 def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: Callable[[str], bool]) -> None:

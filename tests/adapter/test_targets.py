@@ -105,6 +105,15 @@ def test_a_second_adapter_finds_the_output_of_torchs_attention(parameters):
     assert moved(model, "other") == moved(model)
 
 
+def test_the_output_of_torchs_attention_can_be_saved_whole():
+    changes = {"target_modules": "all", "parameters": "vectors", "modules_to_save": ["packed.out_proj"]}
+    model = wrap(BY_NAME["attention"], **changes)
+    model.add_adapter("other", settings(**changes))
+    assert moved(model, "other") == moved(model)
+    assert "packed.in_proj_bias" in moved(model)
+    assert "packed.out_proj.bias" not in moved(model)
+
+
 def test_a_norm_that_is_computed_is_named_with_what_it_is_computed_from():
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
     register_parametrization(model[0], "weight", nn.Identity())
