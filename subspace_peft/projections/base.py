@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .philox import Philox
-from .recorded import Redrawn, is_recorded, unrecorded
+from .recorded import Redrawn, is_recorded, uncounted, unrecorded
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Projection(Redrawn):
         self.rows = rows
         self.joint_cache: JointCache | None = None
 
+    @uncounted
     def __call__(self, theta_d: Tensor, origin: Tensor | None = None) -> Tensor:
         """P theta_d: [..., d] -> [..., n]; with an origin [*shape] of n entries their sum, [..., *shape]."""
         entries = self.joint_cache and self.joint_cache.entries(theta_d, self)

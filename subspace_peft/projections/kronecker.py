@@ -11,7 +11,7 @@ from .base import JointCache, Map, Projection, TensorRows, to_working_dtype
 from .fastjl import FastJL
 from .mixing import Mixing
 from .product import Product, look_up, product
-from .recorded import is_transformed
+from .recorded import is_transformed, uncounted
 
 
 SMALLEST_N = 16  # below, forming the tensor is as fast, and too few different sums of n entries ± would be left
@@ -82,6 +82,7 @@ class Kronecker(Projection):
         r, c = self.mixing.r, self.mixing.c
         return trains or tokens <= r * c / (r + c)
 
+    @uncounted
     def product(self, x: Tensor, z: Tensor, transposed: bool = False, output: Tensor | None = None) -> Tensor:
         """x Wᵀ, or x W if `transposed`, for the matrix W = P z, without W; added to the output if there is one.
 
@@ -98,6 +99,7 @@ class Kronecker(Projection):
         """Whether `look_up` of so many rows takes less time than P z and a look-up in it; by measurement on CPUs."""
         return count <= self.mixing.r
 
+    @uncounted
     def look_up(self, at: Tensor, z: Tensor) -> Tensor:
         """Rows of the matrix P z at these indices, without P z: [...], [d] -> [..., c], float32 at least."""
         return look_up(at.reshape(-1), *self._operands(z)).view(*at.shape, self.mixing.c)

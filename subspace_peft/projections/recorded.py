@@ -1,16 +1,34 @@
-"""Recorded: what graphs of torch.compile, torch.export and torch.jit.trace may see, and what is a constant in them."""
+"""Recorded: what graphs of torch.compile, torch.export and torch.jit.trace may see, and what is a constant in them.
+
+And what selective checkpoints may not see.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from itertools import count
 from threading import Lock
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
+
+SELECTIVE = tuple(
+    getattr(checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(checkpoint, name)
+)
+"""The modes by which a selective checkpoint counts operations, and saves results, in forward and in backward."""
 
 _marks = map(str, count())  # strings, as graphs guard on their values
 _drawing = 0  # how many blocks of `unrecorded` run; several threads may draw at once
@@ -49,6 +67,44 @@ def unrecorded():
         _count(-1)
         if state is not None:
             torch._C._set_tracing_state(state)
+
+
+def uncounted(function: Callable) -> Callable:
+    """Hide from selective checkpoints how P is applied.
+
+    They expect as many operations in backward as in forward, where a cache may hold P z by then, and that nothing
+    writes to a result.
+    """
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        if is_recorded() or not torch._C._len_torch_dispatch_stack():
+            return function(*args, **kwargs)
+        with _uncounted():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _uncounted():
+    modes = _get_current_dispatch_mode_stack()
+    others = [mode for mode in modes if not isinstance(mode, SELECTIVE)]
+    if len(others) == len(modes):
+        yield
+        return
+    _replace(modes, others)
+    try:
+        yield
+    finally:
+        _replace(others, modes)
+
+
+def _replace(modes: list, others: list) -> None:
+    for _ in modes:
+        _pop_mode()
+    for mode in others:
+        _push_mode(mode)
 
 
 def _count(blocks: int) -> None:

@@ -1,4 +1,7 @@
-"""Graphs: models that were compiled before they are wrapped, and torch.jit.trace."""
+"""Graphs: models that were compiled before they are wrapped, and torch.jit.trace; selective checkpoints."""
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -6,9 +9,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from subspace_peft.adapter.walk import unique_coordinates
-from tests.cases import BY_NAME, base_outputs, close, loss, move, outputs, refused, settings, theta_d, wrap
+from tests.cases import BY_NAME, base_outputs, close, loss, move, outputs, refused, run, settings, theta_d, wrap
 from tests.models import MLP, TEXT
 
 
@@ -96,3 +101,38 @@ def test_jit_trace_records_a_model_that_follows_theta_d(changes):
     close(traced(ids), model(ids), atol=1e-6)
     move(model, seed=4)
     close(traced(others), model(others), atol=1e-6)
+
+
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "convolution")]
+CHANGES = [{"projection": name} for name in ("kronecker", "fastjl", "fastfood", "sparse", "dense")]
+CHANGES += [{"projection": "identity", "d": None}, {"projection": "kronecker", "cache_projection": False}]
+CHANGES += [{"projection": "fastfood", "coordinates": "low_rank", "rank": 2, "d": 5}]
+
+
+def saving(operations: list) -> Callable:
+    """The contexts of a checkpoint that saves the results of these operations."""
+    return partial(create_selective_checkpoint_contexts, operations)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in ("convnet", "embeddings", "recurrent", "llama")], ids=str)
+def test_selective_checkpoints(case, changes):
+    """They count all operations, but P has fewer of them where a cache holds P z by then."""
+    saved = [each for each in PRODUCTS if case.name != "recurrent" or "addmm" not in str(each)]  # torch's own is wrong
+    model = wrap(case, **changes)
+    move(model)
+    y = checkpoint(partial(run, model), case.batch(), use_reentrant=False, context_fn=saving(saved))
+    y.square().sum().backward()
+    found, theta_d(model).grad = theta_d(model).grad, None
+    run(model, case.batch()).square().sum().backward()
+    close(found, theta_d(model).grad, atol=1e-6, rtol=1e-6)
+
+
+def test_other_modes_see_what_selective_checkpoints_do_not():
+    counts = []
+    for kwargs in ({}, {"context_fn": saving(PRODUCTS)}):
+        model = wrap(MLP_CASE, projection="dense", target_modules=["fc1", "fc2"])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            checkpoint(model, MLP_CASE.batch(), use_reentrant=False, **kwargs)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
