@@ -1,9 +1,10 @@
-"""A training step of a small ViT and of two language models of Llama's kind, and its memory.
+"""A training step of a small ViT, of two language models of Llama's kind and of GPT-2 medium, and its memory.
 
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
     python recipes/speed/models.py --report
 
-Every linear module but the head, AdamW, d = 1024, random tokens or images. The methods take turns; times are CPU time.
+Every linear module but the head, AdamW, d = 1024, random tokens or images. Each method takes turns with LoRA, so that
+no more than two models are held at a time; times are CPU time.
 Memory is what is held for backward and 16 bytes for each trained number (value, gradient, Adam's averages), and the
 most that torch allocates at once beyond the base in two steps: that, P, and what is formed on the way.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -49,32 +50,58 @@ def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.
         heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
         sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
         model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=8000))
-        tokens = torch.randint(0, 8000, (1, TOKENS))
-        return model, {"input_ids": tokens, "labels": tokens}
+        return model, _tokens()
 
     return make
+
+
+def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Of 354 M parameters."""
+    return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16)), _tokens()
+
+
+def _tokens() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 8000, (1, TOKENS))
+    return {"input_ids": tokens, "labels": tokens}
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "ViT 384": vit,
     "Llama 768": llama(768, 2048, 8),
     "Llama 2048": llama(2048, 8192, 2),
+    "GPT-2 1024": gpt2,
 }
 
 
 def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
-    peaks = {method: peak(partial(_two_steps, method, *_made(name))) for method in METHODS}
-    contenders = {method: step.Contender(method, *_made(name)) for method in METHODS}
+    results = {}
+    for method in tqdm(METHODS, unit="method", desc=name):
+        most = peak(partial(_two_steps, method, *_made(name)))
+        results[method] = _beside_lora(method, name, rounds) | {"peak_mb": round(most / 2**20, 1)}
+    for result in results.values():
+        result["of_full"] = round(result["of_lora"] / results["full"]["of_lora"], 3)
+    return results
+
+
+def _beside_lora(method: str, name: str, rounds: int) -> dict[str, Any]:
+    lora = step.Contender("lora", *_made(name))
+    contender = lora if method == "lora" else step.Contender(method, *_made(name))
+    turns = list(dict.fromkeys((lora, contender)))
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
-    for at in tqdm(range(rounds + 1), unit="round", desc=name):
-        for contender in contenders.values():
-            contender.step()
+    for at in range(rounds + 1):
+        for each in turns:
+            each.step()
             if at == 0:
-                contender.cpu.clear()
+                each.cpu.clear()
     gc.enable()
-    results = {method: _result(contender, contenders) for method, contender in contenders.items()}
-    return {method: result | {"peak_mb": round(peaks[method] / 2**20, 1)} for method, result in results.items()}
+    ratios = [ours / theirs for ours, theirs in zip(contender.cpu, lora.cpu, strict=True)]
+    numbers = sum(p.numel() for p in contender.trained)
+    return {
+        "cpu_s": round(statistics.median(contender.cpu), 3),
+        "of_lora": round(statistics.median(ratios), 3),
+        "held_mb": round((contender.saved_bytes() + BYTES_A_NUMBER * numbers) / 2**20, 1),
+    }
 
 
 def _made(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -86,20 +113,6 @@ def _two_steps(method: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -
     contender = step.Contender(method, model, inputs)
     contender.step()
     contender.step()
-
-
-def _result(contender: step.Contender, contenders: dict[str, step.Contender]) -> dict[str, Any]:
-    def of(method: str) -> float:
-        ratios = [ours / theirs for ours, theirs in zip(contender.cpu, contenders[method].cpu, strict=True)]
-        return round(statistics.median(ratios), 3)
-
-    numbers = sum(p.numel() for p in contender.trained)
-    return {
-        "cpu_s": round(statistics.median(contender.cpu), 3),
-        "of_full": of("full"),
-        "of_lora": of("lora"),
-        "held_mb": round((contender.saved_bytes() + BYTES_A_NUMBER * numbers) / 2**20, 1),
-    }
 
 
 def text(models: dict[str, dict]) -> str:
