@@ -3,8 +3,8 @@
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
     python recipes/speed/models.py --report
 
-Every linear module but the head, AdamW, d = 1024, random tokens or images. Each method takes turns with LoRA, so that
-no more than two models are held at a time; times are CPU time.
+Every linear module but the head, or all norms and biases, AdamW, d = 1024, random tokens or images. Each method takes
+turns with LoRA, so that no more than two models are held at a time; times are CPU time.
 Memory is what is held for backward and 16 bytes for each trained number (value, gradient, Adam's averages), and the
 most that torch allocates at once beyond the base in two steps: that, P, and what is formed on the way.
 """
@@ -35,7 +35,7 @@ from recipes.speed.record import FOLDER, measured, parser
 from recipes.training.memory import peak
 
 
-METHODS = ("full", "lora", "unilora", "fastjl", "kronecker", "sparse", "fastfood")
+METHODS = ("full", "lora", "unilora", "fastjl", "kronecker", "norms and biases", "sparse", "fastfood")
 TOKENS = 256
 
 

@@ -38,6 +38,7 @@ IMAGES = {"image_size": 64, "patch_size": 8, "num_labels": 100}
 BATCH = 32
 RANK = 8
 D_SMALL = 1024
+HEADS = ("classifier", "lm_head")
 
 METHODS: dict[str, Callable | None] = {
     "full": None,
@@ -48,6 +49,9 @@ METHODS: dict[str, Callable | None] = {
     "fastfood": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastfood", target_modules=targets),
     "fastjl": lambda targets: SubspaceConfig(d=D_SMALL, projection="fastjl", target_modules=targets),
     "kronecker": lambda targets: SubspaceConfig(d=D_SMALL, projection="kronecker", target_modules=targets),
+    "norms and biases": lambda targets: SubspaceConfig(
+        d=D_SMALL, target_modules="all", parameters="vectors", exclude_modules=list(HEADS)
+    ),
     "sparse": lambda targets: SubspaceConfig(d=D_SMALL, projection="sparse", target_modules=targets),
     "low_rank fastjl": lambda targets: SubspaceConfig(
         d=D_SMALL, projection="fastjl", coordinates="low_rank", rank=RANK, target_modules=targets
@@ -67,8 +71,7 @@ class Contender:
     """One method that trains its own copy of a model."""
 
     def __init__(self, name: str, model: nn.Module, inputs: dict[str, torch.Tensor]):
-        heads = ("classifier", "lm_head")
-        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in heads]
+        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS]
         config = METHODS[name]
         self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()
         self.inputs = inputs

@@ -71,7 +71,7 @@ def test_one_layer(record, monkeypatch):
 
 
 def test_whole_models(record, monkeypatch):
-    monkeypatch.setattr(models, "MODELS", {"tiny": models.llama(64, 128, 1)})
+    monkeypatch.setattr(models, "MODELS", {"tiny": models.llama(512, 32, 1)})
     monkeypatch.setattr(models, "TOKENS", 4)
     methods = record(models, "--rounds", "1", "--models", "tiny")["models"]["tiny"]
     assert list(methods) == list(models.METHODS)
