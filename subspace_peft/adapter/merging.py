@@ -31,7 +31,7 @@ def check_whole(layer: BaseTunerLayer) -> None:
 
 
 def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
-    """Add the increments of these adapters; a plain Linear takes the place of a quantised one for it.
+    """Add the increments of these adapters; a plain Linear takes the place of a quantised one whose weight moves.
 
     Raises:
         ValueError: if more than one merged adapter would replace a weight, or a parameter is sharded; with `safe` also
@@ -40,12 +40,22 @@ def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     """
     check_whole(layer)
     layer.held([*layer.merged_adapters, *adapters])
-    quantised.dequantise(layer)
+    if any("weight" in layer.coordinates[adapter] for adapter in adapters):
+        _dequantise(layer)
     try:
         _add(layer, adapters, safe)
     finally:
         if not layer.merged_adapters:
             quantised.restore(layer)
+
+
+def _dequantise(layer: BaseTunerLayer) -> None:
+    if not quantised.is_quantised_linear(layer.base_layer):
+        return
+    of_the_bias = [pair for adapter in reversed(layer.merged_adapters) for pair in _owned_increments(layer, adapter)]
+    quantised.dequantise(layer)
+    for parameter, increment in of_the_bias:  # of the module that comes back when nothing is merged
+        parameter.data = (parameter - increment).to(parameter.dtype)
 
 
 def _add(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:

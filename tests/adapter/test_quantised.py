@@ -123,6 +123,31 @@ def test_merging_dequantises_and_unmerging_gives_the_quantised_modules_back(kind
     assert {type(module) for module in merged.children()} == {nn.Linear, nn.LayerNorm}
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_norms_and_biases_merge_into_the_quantised_modules(kind):
+    model = moved(quantised(kind), **VECTORS).eval()
+    bases = {name: layer.base_layer for name, layer in named_layers(model)}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if name.endswith("bias")}
+    model.add_adapter("of weights", SubspaceConfig(d=5, target_modules=["fc1", "fc2"]))
+    move(model, "of weights")
+    close = CLOSE if kind in WEIGHT_ONLY else {"rtol": 0.02, "atol": 0.02}
+    expected = model(x())
+    model.merge_adapter(safe_merge=True)
+    assert {name: layer.base_layer for name, layer in named_layers(model)} == bases
+    torch.testing.assert_close(model(x()), expected, **close)
+    model.merge_adapter(adapter_names=["of weights"])
+    assert {type(model.fc1.base_layer), type(model.norm.base_layer)} == {nn.Linear, nn.LayerNorm}
+    model.unmerge_adapter()
+    assert {name: layer.base_layer for name, layer in named_layers(model)} == bases
+    for name, bias in before.items():
+        torch.testing.assert_close(model.get_parameter(name), bias, **CLOSE)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x()), expected, **close)
+    assert merged.fc1 is bases[next(name for name in bases if name.endswith("fc1"))]
+
+
 def test_a_merge_that_is_refused_leaves_the_quantised_modules():
     model = moved(quantised("4-bit"))
     bases = [layer.base_layer for _, layer in named_layers(model)]
