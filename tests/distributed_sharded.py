@@ -20,11 +20,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from recipes import run
 from tests.cases import settings
@@ -60,19 +60,19 @@ class Net(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Moved(TrainerCallback):
-    """Counts the numbers that DDP reduces."""
+class Reductions(TorchDispatchMode):
+    """Counts the numbers that each reduction takes from this process; integers are no gradients."""
 
     def __init__(self):
-        self.trainer, self.numbers = None, []
+        super().__init__()
+        self.numbers = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        def count(group, bucket):
-            self.numbers.append(bucket.buffer().numel())
-            return allreduce_hook(group, bucket)
-
-        if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(None, count)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "reduce" in func._opname:
+            source = args["reduce_scatter" in func._opname]
+            tensors = [source] if isinstance(source, torch.Tensor) else source
+            self.numbers += [tensor.numel() for tensor in tensors if tensor.is_floating_point()]
+        return func(*args, **(kwargs or {}))
 
 
 def train(kind: str, folder: str, processes: int = 1, resume: bool = False) -> tuple[dict, list[int]]:
@@ -84,15 +84,14 @@ def train(kind: str, folder: str, processes: int = 1, resume: bool = False) -> t
         lr_scheduler_type="constant", save_steps=STEPS // 2, report_to=[], disable_tqdm=True, seed=0,
         use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ,
     )  # fmt: skip
-    moved = Moved()
-    trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[moved])
-    moved.trainer = trainer
-    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if resume else None)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows())
+    with Reductions() as reductions:
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if resume else None)
     trainer.save_model(f"{folder}/saved")
     if processes > 1:
         torch.distributed.barrier()
     file = load_file(f"{folder}/saved/adapter_model.safetensors")
-    return {name: tensor.tolist() for name, tensor in file.items()}, moved.numbers
+    return {name: tensor.tolist() for name, tensor in file.items()}, reductions.numbers
 
 
 def environment(sharding: str, port: int) -> dict[str, str]:

@@ -49,8 +49,16 @@ def test_a_resumed_training_ends_where_the_whole_one_did(sharding, together):
     assert_same_file(results["resumed"], results["file"])
 
 
-def test_a_step_reduces_d_numbers(together):
-    assert {kind: r["moved"] for kind, r in together["ddp"].items()} == {k: [7] * sharded.STEPS for k in sharded.KINDS}
+@pytest.mark.parametrize(("sharding", "numbers"), [("ddp", 7), ("fsdp2", 8)])
+def test_a_step_reduces_d_numbers_or_as_many_as_two_processes_share(sharding, numbers, together):
+    moved = {kind: result["moved"] for kind, result in together[sharding].items()}
+    assert moved == {kind: [numbers] * sharded.STEPS for kind in sharded.KINDS}
+
+
+def test_a_step_under_fsdp1_reduces_the_frozen_weights_beside_theta_d_too(together):
+    numbers = 8 + sum(parameter.numel() for parameter in sharded.Net().parameters())
+    for result in together["fsdp1"].values():
+        assert [count for count in result["moved"] if count > 1] == [numbers] * sharded.STEPS  # 1: the gradient's norm
 
 
 @pytest.mark.parametrize("stage", [2, 3])
