@@ -61,8 +61,10 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
 
     Raises:
         ValueError: if the file belongs to another P, or lacks a tensor, or holds one in another shape, or one that
-            this model has no place for.
+            this model has no place for; or if the adapter is merged.
     """
+    if any(adapter in layer.merged_adapters for _, layer in named_layers(model)):
+        raise ValueError(f"An adapter must be unmerged to be loaded, {adapter!r} is merged; call unmerge_adapter().")
     remapped: Tensors = {}
     places: dict[str, list[str]] = {}  # key in a file -> keys in this model
     renaming = find_vectors(model).renamings[adapter]

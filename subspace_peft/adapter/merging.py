@@ -40,31 +40,26 @@ def merge(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
     """
     check_whole(layer)
     layer.held([*layer.merged_adapters, *adapters])
-    if any("weight" in layer.coordinates[adapter] for adapter in adapters):
-        _dequantise(layer)
+    if _moves_weight(layer, adapters):
+        quantised.dequantise(layer)
     try:
         _add(layer, adapters, safe)
     finally:
-        if not layer.merged_adapters:
+        if not _moves_weight(layer, layer.merged_adapters):
             quantised.restore(layer)
 
 
-def _dequantise(layer: BaseTunerLayer) -> None:
-    if not quantised.is_quantised_linear(layer.base_layer):
-        return
-    of_the_bias = [pair for adapter in reversed(layer.merged_adapters) for pair in _owned_increments(layer, adapter)]
-    quantised.dequantise(layer)
-    for parameter, increment in of_the_bias:  # of the module that comes back when nothing is merged
-        parameter.data = (parameter - increment).to(parameter.dtype)
+def _moves_weight(layer: BaseTunerLayer, adapters: list[str]) -> bool:
+    return any("weight" in layer.coordinates[adapter] for adapter in adapters)
 
 
 def _add(layer: BaseTunerLayer, adapters: list[str], safe: bool) -> None:
-    origins = {adapter: _replaced_origins(layer, adapter) for adapter in adapters}  # before any parameter changes
+    origins = {adapter: _origins(layer, adapter) for adapter in adapters}  # before any parameter changes
     for adapter in adapters:
-        layer.replaced_origins |= origins[adapter]
+        before = layer.replaced_origins
+        layer.replaced_origins = origins[adapter] | before
         if safe and not all(merged.isfinite().all() for _, merged in _merged(layer, adapter)):
-            for path in origins[adapter]:
-                del layer.replaced_origins[path]
+            layer.replaced_origins = before
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         for parameter, merged in _merged(layer, adapter):
             parameter.data = merged.to(parameter.dtype)
@@ -84,18 +79,27 @@ def unmerge(layer: BaseTunerLayer) -> None:
             parameter.data = (parameter - increment).to(parameter.dtype)
     for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
         getattr(layer.base_layer, path).data = origin
-    layer.replaced_origins = {}
     quantised.restore(layer)
+    if "bias" in layer.replaced_origins:  # of a quantised module, merged before a plain one took its place
+        layer.base_layer.bias.data = layer.replaced_origins["bias"].to(layer.base_layer.bias.device)
+    layer.replaced_origins = {}
 
 
-def _replaced_origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
-    """The base's parameters that merging this adapter replaces, by path, without what is merged into them."""
+def _origins(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
+    """The parameters, by path, that come back to the last bit, without what is merged into them.
+
+    They are those that merging this adapter replaces, and the bias of a quantised module.
+    """
     origins = {}
     for path, coordinates in layer.coordinates[adapter].items():
-        if coordinates.replaces and path not in layer.merged_elsewhere[adapter]:
-            parameter = getattr(layer.base_layer, path)
+        if path in layer.merged_elsewhere[adapter]:
+            continue
+        parameter = getattr(layer.base_layer, path)
+        if coordinates.replaces:
             increment = layer.increments(layer.merged_adapters).get(path, torch.zeros_like(parameter))
             origins[path] = (parameter - increment.to(parameter.device)).to(parameter.dtype)
+        elif quantised.is_quantised_linear(layer.base_layer):
+            origins[path] = parameter.data
     return origins
 
 

@@ -160,8 +160,8 @@ class SubspaceModel(BaseTuner):
         if not hasattr(self.model, VECTORS):
             quantised.keep_unpacked(self.model)
             add_vectors(self.model, SubspaceVectors(adapter_name, quantised.float_dtype(self.model)))
-        vectors = getattr(self.model, VECTORS)
-        self._plan.apply(vectors, adapter_name)
+        self._plan.apply(getattr(self.model, VECTORS), adapter_name)
+        quantised.pass_gradients(self.model)
         self._plan = None
 
     def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:

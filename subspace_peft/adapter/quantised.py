@@ -149,7 +149,20 @@ def output_of(module: nn.Module, forward: Callable, x: Tensor) -> Tensor:
 
     torchao gives none where it quantises x too.
     """
-    output = forward(x)
+    return _through(module, (x,), {}, forward(x))
+
+
+def pass_gradients(model: nn.Module) -> None:
+    """Let a gradient pass the quantised modules that no adapter moves, where their library gives none."""
+    adapted = {layer.base_layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    for module in model.modules():
+        is_of_torchao = is_quantised_linear(module) and type(module.weight).__module__.startswith("torchao.")
+        if is_of_torchao and module not in adapted and _through not in module._forward_hooks.values():
+            module.register_forward_hook(_through, with_kwargs=True)
+
+
+def _through(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
     if not torch.is_grad_enabled() or not x.requires_grad or output.requires_grad:
         return output
     return _Through.apply(x, output, module)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from ..projections.recorded import is_transformed
+from ..projections.recorded import is_transformed, uncounted
 from . import forming, quantised
 
 
@@ -123,6 +123,7 @@ class Moving:
             self._entries = entries
         return entries
 
+    @uncounted
     def is_of(self, parameter: Tensor, zs: dict[str, Tensor]) -> bool:
         """Whether this is how the parameter moves by these zs."""
         return (

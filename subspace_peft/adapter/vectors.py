@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..plain_model import whole
 from ..projections import JointCache
+from ..projections.recorded import uncounted
 from .renaming import UNCHANGED, Renaming
 
 
@@ -92,6 +93,7 @@ class SubspaceVectors(AuxiliaryTrainingWrapper):
         self.subspace_peft_theta_d[adapter] = nn.Parameter(theta_d)
         self.scales[adapter], self.joint_caches[adapter], self.renamings[adapter] = scale, joint_cache, renaming
 
+    @uncounted
     def normalised(self, adapter: str) -> Tensor:
         """z = theta_d times the scale, so that P z with the unnormalised P is P theta_d with the normalised one: [d].
 

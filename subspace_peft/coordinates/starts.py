@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..projections.philox import Philox
-from ..projections.recorded import Redrawn, unrecorded
+from ..projections.recorded import Redrawn, uncounted, unrecorded
 
 
 Factors = tuple[Tensor | None, ...]
@@ -111,6 +111,7 @@ class Start(Redrawn):
     def draw(self, device: torch.device) -> Factors:
         """The factors, in float32."""
 
+    @uncounted
     def __call__(self, device: torch.device) -> Factors:
         return self.state(device)
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from .base import JointCache, Map, Projection, to_working_dtype
-from .recorded import is_transformed, uncounted
+from .recorded import is_transformed
 
 
 MEMBER_ENTRIES = 2**17  # the largest tensor that joins others: above, the arithmetic takes longer than the calls
@@ -84,7 +84,6 @@ class ProductCache(JointCache):
         for member in self._places:
             member.joint_cache = self
 
-    @uncounted
     def normalised(self, theta_d: Tensor, scale: Tensor | float) -> Tensor | None:
         """z; None where it cannot be held.
 

@@ -1,6 +1,7 @@
-"""Recorded: what graphs of torch.compile, torch.export and torch.jit.trace may see, and what is a constant in them.
+"""Recorded: what others see of P, which a cache may hold.
 
-And what selective checkpoints may not see.
+Graphs of torch.compile, torch.export and torch.jit.trace have what the seed determines as constants. Selective
+checkpoints, which count operations, see nothing.
 """
 
 from __future__ import annotations

@@ -107,3 +107,18 @@ def test_an_adapter_on_a_base_without_values(tmp_path):
     assert torch.equal(outputs(empty, MLP), outputs(plain, MLP))
     empty.save_pretrained(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors").keys()
+
+
+def test_a_merged_adapter_takes_no_file():
+    """Unmerging would take the increment of the file away, which was never added."""
+    model, other = wrap(MLP), wrap(MLP)
+    move(model)
+    move(other, size=2)
+    model.merge_adapter()
+    before = outputs(model, MLP)
+    with pytest.raises(ValueError, match="must be unmerged to be loaded, 'default' is merged; call unmerge_adapter"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert torch.equal(outputs(model, MLP), before)
+    model.unmerge_adapter()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    close(outputs(model, MLP), outputs(other, MLP), atol=1e-5)

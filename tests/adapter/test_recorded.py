@@ -1,6 +1,5 @@
 """Graphs: models that were compiled before they are wrapped, and torch.jit.trace; selective checkpoints."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +8,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from subspace_peft.adapter.walk import unique_coordinates
@@ -104,33 +103,64 @@ def test_jit_trace_records_a_model_that_follows_theta_d(changes):
 
 
 PRODUCTS = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "convolution")]
+POLICIES = {"products": PRODUCTS, "all": lambda *args, **kwargs: CheckpointPolicy.MUST_SAVE}
 CHANGES = [{"projection": name} for name in ("kronecker", "fastjl", "fastfood", "sparse", "dense")]
 CHANGES += [{"projection": "identity", "d": None}, {"projection": "kronecker", "cache_projection": False}]
 CHANGES += [{"projection": "fastfood", "coordinates": "low_rank", "rank": 2, "d": 5}]
+CHANGES += [CHANGES[-1] | {"replace_weight": True, "start": "orthogonal", "parameters": ["weight"]}]
+CHECKPOINTED = {"convnet": ["conv1", "head"], "embeddings": ["tokens", "mix"], "tied": "all", "llama": "all-linear"}
 
 
-def saving(operations: list) -> Callable:
-    """The contexts of a checkpoint that saves the results of these operations."""
-    return partial(create_selective_checkpoint_contexts, operations)
-
-
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
-@pytest.mark.parametrize("case", [BY_NAME[name] for name in ("convnet", "embeddings", "recurrent", "llama")], ids=str)
-def test_selective_checkpoints(case, changes):
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_selective_checkpoints(name, changes, policy):
     """They count all operations, but P has fewer of them where a cache holds P z by then."""
-    saved = [each for each in PRODUCTS if case.name != "recurrent" or "addmm" not in str(each)]  # torch's own is wrong
-    model = wrap(case, **changes)
+    case, context = BY_NAME[name], partial(create_selective_checkpoint_contexts, POLICIES[policy])
+    model = wrap(case, **changes, target_modules=CHECKPOINTED[name])
     move(model)
-    y = checkpoint(partial(run, model), case.batch(), use_reentrant=False, context_fn=saving(saved))
-    y.square().sum().backward()
+    checkpoint(partial(run, model), case.batch(), use_reentrant=False, context_fn=context).square().sum().backward()
     found, theta_d(model).grad = theta_d(model).grad, None
     run(model, case.batch()).square().sum().backward()
     close(found, theta_d(model).grad, atol=1e-6, rtol=1e-6)
 
 
+class Reader(nn.Module):
+    """Reads the weight of a child, in a block that is checkpointed."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.first, self.second, self.context = nn.Linear(6, 6), nn.Linear(6, 6), context
+
+    def block(self, x):
+        return torch.tanh(self.first(x)) @ self.second.weight.mT
+
+    def forward(self, x):
+        for _ in range(2):
+            x = (
+                checkpoint(self.block, x, use_reentrant=False, context_fn=self.context)
+                if self.context
+                else self.block(x)
+            )
+        return x
+
+
+@pytest.mark.parametrize("changes", [{}, {"projection": "dense"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_selective_checkpoints_of_blocks_that_read_a_weight(dtype, changes):
+    gradients = []
+    for context in (None, partial(create_selective_checkpoint_contexts, PRODUCTS)):
+        torch.manual_seed(0)
+        model = get_peft_model(Reader(context).to(dtype), settings(**changes))
+        move(model)
+        model(torch.ones(3, 6, dtype=dtype, requires_grad=True)).sum().backward()
+        gradients.append(theta_d(model).grad)
+    close(*gradients, atol=1e-6, rtol=1e-6)
+
+
 def test_other_modes_see_what_selective_checkpoints_do_not():
     counts = []
-    for kwargs in ({}, {"context_fn": saving(PRODUCTS)}):
+    for kwargs in ({}, {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)}):
         model = wrap(MLP_CASE, projection="dense", target_modules=["fc1", "fc2"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             checkpoint(model, MLP_CASE.batch(), use_reentrant=False, **kwargs)
