@@ -76,6 +76,33 @@ def alone(module: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(module, threading.RLock())
 
 
+class _StandIn:
+    """A module with other tensors in place of some parameters, as its forward sees it."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
+        self.__dict__.update(tensors, _of=module)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_of"], name)
+
+
+def has_stand_in(module: nn.Module) -> bool:
+    """Whether `run_with` may run it: a module of torch or transformers without children, hooks or a cache."""
+    if module._modules or "forward" in module.__dict__ or isinstance(module, nn.RNNBase) or has_cache(module):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return type(module).__module__.startswith(("torch.nn.modules.", "transformers."))
+
+
+def run_with(module: nn.Module, tensors: dict[str, Tensor], *args, **kwargs):
+    """Run `module` with these tensors in place of its parameters, without writing to it.
+
+    torch.compile lets nothing inside a checkpoint be written to.
+    """
+    return type(module).forward(_StandIn(module, {**tensors, "sparse": False}), *args, **kwargs)
+
+
 @contextlib.contextmanager
 def in_place_of(module: nn.Module, tensors: dict[str, Tensor]):
     """Run `module` with these tensors, by name, in place of its parameters.

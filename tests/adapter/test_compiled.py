@@ -1,6 +1,7 @@
 """torch.compile and torch.export of adapted models: one graph, recorded once, whose outputs are those of the model."""
 
 import contextlib
+import functools
 import shutil
 
 import pytest
@@ -9,6 +10,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
 
 from tests.cases import BY_NAME, close, loss, move, moved_base, outputs, run, settings, theta_d, wrap
 
@@ -74,6 +78,41 @@ def test_a_training_step_is_one_graph_and_recorded_once(changes):
     with dynamo.patch(error_on_recompile=True):
         model.load_state_dict(swapped, strict=False)
         close(run(compiled, MLP.batch()), run(model, MLP.batch()), atol=1e-5)
+
+
+class Blocks(nn.Module):
+    """Many kinds of modules, in two blocks whose activations are made again for the backward pass."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.kwargs, self.tokens = kwargs, nn.Embedding(11, 8, padding_idx=2)
+        kinds = lambda: [nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5)]  # noqa: E731
+        self.blocks = nn.ModuleList(nn.Sequential(*kinds(), Conv1D(8, 8), LlamaRMSNorm(8)) for _ in range(2))
+
+    def forward(self, x):
+        x = checkpoint(self.tokens, x, use_reentrant=False, **self.kwargs)
+        for block in self.blocks:
+            x = checkpoint(block, torch.tanh(x), use_reentrant=False, **self.kwargs)
+        return x
+
+
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"context_fn": SELECTIVE}], ids=["plain", "selective"])
+@pytest.mark.parametrize("changes", [{"projection": "kronecker"}, *KINDS[:2]], ids=str)
+def test_checkpoints_are_in_the_graph(changes, kwargs, dtype):
+    def gradient(compile_it):
+        torch.manual_seed(0)
+        model = get_peft_model(Blocks(**kwargs).to(dtype), settings(**changes)).train()
+        move(model)
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_it else model
+        call(torch.arange(10).view(2, 5)).float().square().sum().backward()
+        return theta_d(model).grad
+
+    found, expected = gradient(True), gradient(False)
+    assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
 def test_activations_that_run_through_p_are_in_the_graph():
