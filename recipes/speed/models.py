@@ -4,8 +4,8 @@
     python recipes/speed/models.py --report
 
 Every linear module but the head, or all norms and biases, AdamW, d = 1024, random tokens or images. Each method takes
-turns with LoRA, so that no more than two models are held at a time; times are CPU time, and those of full fine-tuning are compared by way of
-LoRA's.
+turns with LoRA, so that no more than two models are held at a time. Times are CPU time; "of full" is a quotient of two
+methods' "of LoRA".
 Memory is what is held for backward and 16 bytes for each trained number (value, gradient, Adam's averages), and the
 most that torch allocates at once beyond the base in two steps: that, P, and what is formed on the way.
 """
