@@ -1,12 +1,15 @@
 """A given basis or mask: every form that it can have, and every way in which it can be wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from subspace_peft.adapter.walk import unique_coordinates
 from subspace_peft.projections import PROJECTIONS, TensorRows
 from tests.adapter.bases import CASE, cut, orthonormal, random_mask, refuse, stacked_P, walk
 from tests.cases import move, outputs, settings, train, wrap
@@ -149,3 +152,42 @@ def test_the_dtype_of_a_basis_is_kept(dtype, tmp_path):
     assert {tensor.dtype for key, tensor in state.items() if "subspace_peft_P." in key} == {dtype}
     loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter").eval()
     assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
+
+
+# ---------------------------------------------------------------------------------- the folder of a trajectory
+
+
+@pytest.mark.parametrize("targets", ["all", ["fc2"]], ids=str)
+def test_a_trajectory_gives_the_components_of_the_targets(targets, tmp_path):
+    trajectory = walk(tmp_path / "samples")
+    model = wrap(
+        CASE, projection="basis", basis=tmp_path / "samples", d=4, target_modules=targets, normalization="columns"
+    )
+    names = list(unique_coordinates(model, "default"))
+    expected = trajectory.basis(4, names=names)
+    torch.testing.assert_close(stacked_P(model), torch.cat([expected[name].reshape(-1, 4) for name in names]))
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "samples")
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter").eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(model, CASE))
+
+
+def test_a_bad_trajectory(tmp_path):
+    walk(tmp_path)
+    basis = {"projection": "basis", "basis": str(tmp_path)}
+    refuse("`d` is needed for the trajectory in .*: set it to 1 or more", **basis, d=None)
+    refuse("`d` must be at most 5, the dimensions that the 6 samples", **basis, d=6)
+    refuse("`save_projection=False` needs a basis in a file.*save_basis", **basis, d=2, save_projection=False)
+    refuse("a safetensors file that exists", projection="coordinate", mask=tmp_path, d=None)
+    refuse("`fc1.weight.B` must be in the samples", **basis, d=2, coordinates="low_rank", rank=2)
+    other = CASE.model()
+    other.fc2 = nn.Linear(10, 5)
+    with pytest.raises(
+        ValueError, match=r"`fc2.weight` must have the shape that the trajectory .*\[4, 10\], got \[5, 10\]"
+    ):
+        get_peft_model(other, settings(**basis, d=2))
+    other.fc2 = CASE.model().fc2
+    other.fc3 = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="`fc3.weight` must be in the samples .* holds 4 other tensors"):
+        get_peft_model(other, settings(**basis, d=2))
