@@ -9,7 +9,7 @@ import pandas as pd
 
 from recipes.lab.results import Results
 from recipes.pretrained.settings import FOUND, METHODS, Settings
-from recipes.reports.figures import COLOURS, GREY, MARKERS, count, counted, headline, panels, save
+from recipes.reports.figures import GREY, MARKERS, count, counted, headline, panels, save, style
 from recipes.reports.labels import labels, name
 from recipes.reports.tables import check_common, markdown, over_seeds, spread, without_empty
 
@@ -17,6 +17,8 @@ from recipes.reports.tables import check_common, markdown, over_seeds, spread, w
 COMMON = ("dataset", "base", "pooling", "length", "image_size", "measured_examples", "examples", "epochs")
 COMMON += ("batch_size", "warmup")
 """What all rows of a table must share: accuracies of other settings are no spread over seeds."""
+LINE_OF_TEXT = 0.4
+"""Points of accuracy that a line of text covers in the figure, about."""
 LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--")}
 """Methods without a size: a line across the figure."""
 PAIR = ("weight, kronecker", "weight, fastjl")
@@ -176,16 +178,25 @@ def plot(runs: list[Settings], results: Results, file: Path) -> Path:
     measured = table(runs, results)
     rows = means(measured)
     figure, ((axis,),) = panels(1, 1, width=8, height=5)
-    for at, (label, line) in enumerate(_lines(rows)):
-        look = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "capsize": 3}
-        if label in METHODS.values():
-            look |= {"linestyle": ":"}
-        axis.errorbar(line.adapter, line.test, line.sd.fillna(0), label=label, **look)
+    ours = [(label, line) for label, line in _lines(rows) if label not in METHODS.values()]
+    others = [(label, line) for label, line in _lines(rows) if label in METHODS.values()]
+    for at, (label, line) in enumerate(ours):
+        axis.errorbar(line.adapter, line.test, line.sd.fillna(0), label=label, **style(at), capsize=3)
+    before, side = 0.0, 1
+    for at, (label, line) in enumerate(sorted(others, key=lambda each: each[1].test.iloc[-1])):
+        look = {"color": GREY, "marker": MARKERS[at % len(MARKERS)], "linestyle": ":", "capsize": 3}
+        axis.errorbar(line.adapter, line.test, line.sd.fillna(0), **look)
+        size, reached = line.adapter.iloc[-1], line.test.iloc[-1]
+        side = -side if reached - before < LINE_OF_TEXT else 1
+        place = {"xytext": (7 * side, 0), "textcoords": "offset points", "va": "center", "color": GREY}
+        axis.annotate(label, (size, reached), ha="left" if side > 0 else "right", **place)
+        before = reached
     for label, (color, dash) in LEVELS.items():
         for row in rows[rows.label == label].itertuples():
             axis.axhline(row.test, color=color, linestyle=dash, linewidth=1.4, zorder=1)
             said = f"{label}: {count(row.adapter + row.head)} parameters, {row.test:.1f} %"
-            place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
+            above = 4 if label == METHODS["full"] else -13
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (0, above), "textcoords": "offset points"}
             axis.annotate(said, (0.015, row.test), color=color, **place)
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + 0.08 * (high - low))  # room for what is said above the highest line
