@@ -1,4 +1,4 @@
-"""A training step of a small ViT, of two language models of Llama's kind and of GPT-2 medium, and its memory.
+"""A training step of a small ViT and of two language models of Llama's kind, and its memory.
 
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
     python recipes/speed/models.py --report
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -51,26 +51,16 @@ def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.
         heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
         sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
         model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=8000))
-        return model, _tokens()
+        tokens = torch.randint(0, 8000, (1, TOKENS))
+        return model, {"input_ids": tokens, "labels": tokens}
 
     return make
-
-
-def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Of 354 M parameters."""
-    return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16)), _tokens()
-
-
-def _tokens() -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, 8000, (1, TOKENS))
-    return {"input_ids": tokens, "labels": tokens}
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "ViT 384": vit,
     "Llama 768": llama(768, 2048, 8),
     "Llama 2048": llama(2048, 8192, 2),
-    "GPT-2 1024": gpt2,
 }
 
 
