@@ -226,21 +226,26 @@ def _product(module: nn.Module, hooks: _Hooks, *args, **kwargs) -> Tensor:
 
 
 @contextmanager
-def formed(module: nn.Module, forms: dict[str, Form]):
-    """Run `module` with tensors of these forms, by name, in place of its parameters; yields these."""
+def formed(module: nn.Module, forms: dict[str, Form], others: dict[str, Tensor] | None = None):
+    """Run `module` with tensors of these forms, by name, in place of its parameters; yields these.
+
+    Args:
+        others: Tensors that are in place of further parameters.
+    """
     tensors = {path: form() for path, form in forms.items()}
+    in_place = tensors | (others or {})
     large = {}
     if torch.is_grad_enabled() and not is_transformed() and _has_hooks():
         large = {path: forms[path] for path, x in tensors.items() if x.numel() > HELD_ENTRIES and _can_return(x)}
     if not large:
-        with in_place_of(module, tensors):
+        with in_place_of(module, in_place):
             yield tensors
         return
     hooks, forward = _Hooks(large, tensors), {}
     if type(module).forward in MATRICES and "forward" not in module.__dict__ and "weight" in large:
         forward = {"forward": partial(_product, module, hooks)}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, _unpack), in_place_of(module, tensors | forward):
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, _unpack), in_place_of(module, in_place | forward):
             yield tensors
     finally:
         hooks.formed.clear()  # their memory may be that of others next, and the graph holds these hooks

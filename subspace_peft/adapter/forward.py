@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..coordinates import LowRank, Weight, factored
 from . import quantised
 from .forming import Form, formed
-from .modules import MATRICES, autocast_dtype, has_stand_in, in_place_of, run_with
+from .modules import MATRICES, autocast_dtype, has_hooks, has_stand_in, in_place_of, run_with
 
 
 def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
@@ -30,13 +30,9 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
     multiplied = [adapter for adapter in adapters if _is_multiplied(layer, adapter, *args, **kwargs)]
     if not _adds_to_output(layer) and len(low_rank) + len(multiplied) < len(adapters):
-        forms = _moved_forms(layer, adapters)
-        if torch.compiler.is_compiling() and has_stand_in(base):
-            return run_with(base, {path: form() for path, form in forms.items()}, *args, **kwargs)
-        with formed(base, forms):
-            return base(*args, **kwargs)
+        return _run(base, base, _moved_forms(layer, adapters), {}, *args, **kwargs)
     total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank, multiplied)
-    if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
+    if not has_hooks(base):
         return total(*args, **kwargs)
     with in_place_of(base, {"forward": total}):  # its hooks see the input and the output of all of it, once
         return base(*args, **kwargs)
@@ -144,7 +140,14 @@ def _output_of_increments(layer: BaseTunerLayer, forward: Callable, adapters: li
     parameters = dict(base.named_parameters(recurse=False))
     forms = {path: layer.form(path, zs, None, parameters[path].dtype) for path, zs in zs_of.items()}
     zeros = {path: torch.zeros_like(parameter) for path, parameter in parameters.items() if path not in forms}
+    return _run(base, forward, forms, zeros, *args, **kwargs)
+
+
+def _run(
+    base: nn.Module, forward: Callable, forms: dict[str, Form], others: dict[str, Tensor], *args, **kwargs
+) -> Tensor:
+    """What `forward` gives with tensors of these forms, and these others, in place of the base's parameters."""
     if torch.compiler.is_compiling() and has_stand_in(base):
-        return run_with(base, zeros | {path: form() for path, form in forms.items()}, *args, **kwargs)
-    with in_place_of(base, zeros), formed(base, forms):
+        return run_with(base, others | {path: form() for path, form in forms.items()}, *args, **kwargs)
+    with formed(base, forms, others):
         return forward(*args, **kwargs)

@@ -77,11 +77,11 @@ def unmerge(layer: BaseTunerLayer) -> None:
         adapter = layer.merged_adapters.pop()
         for parameter, increment in _owned_increments(layer, adapter):
             parameter.data = (parameter - increment).to(parameter.dtype)
-    for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
-        getattr(layer.base_layer, path).data = origin
     quantised.restore(layer)
-    if "bias" in layer.replaced_origins:  # of a quantised module, merged before a plain one took its place
-        layer.base_layer.bias.data = layer.replaced_origins["bias"].to(layer.base_layer.bias.device)
+    for path, origin in layer.replaced_origins.items():  # to the last bit, which subtraction would round
+        parameter = getattr(layer.base_layer, path)
+        if not quantised.is_quantised(parameter):  # else it was a plain one, now gone, whose weight was replaced
+            parameter.data = origin.to(parameter.device)
     layer.replaced_origins = {}
 
 

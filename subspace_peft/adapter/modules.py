@@ -76,8 +76,16 @@ def alone(module: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(module, threading.RLock())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether others see its inputs or outputs when it is called."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
 class _StandIn:
     """A module with other tensors in place of some parameters, as its forward sees it."""
+
+    sparse = False  # as below
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
         self.__dict__.update(tensors, _of=module)
@@ -88,9 +96,9 @@ class _StandIn:
 
 def has_stand_in(module: nn.Module) -> bool:
     """Whether `run_with` may run it: a module of torch or transformers without children, hooks or a cache."""
-    if module._modules or "forward" in module.__dict__ or isinstance(module, nn.RNNBase) or has_cache(module):
+    if module._modules or "forward" in module.__dict__ or isinstance(module, nn.RNNBase):
         return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module) or has_cache(module):
         return False
     return type(module).__module__.startswith(("torch.nn.modules.", "transformers."))
 
@@ -100,7 +108,7 @@ def run_with(module: nn.Module, tensors: dict[str, Tensor], *args, **kwargs):
 
     torch.compile lets nothing inside a checkpoint be written to.
     """
-    return type(module).forward(_StandIn(module, {**tensors, "sparse": False}), *args, **kwargs)
+    return type(module).forward(_StandIn(module, tensors), *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def output_of(module: nn.Module, forward: Callable, x: Tensor) -> Tensor:
 
     torchao gives none where it quantises x too.
     """
-    return _through(module, (x,), {}, forward(x))
+    return _with_gradient(module, (x,), {}, forward(x))
 
 
 def pass_gradients(model: nn.Module) -> None:
@@ -157,11 +157,11 @@ def pass_gradients(model: nn.Module) -> None:
     adapted = {layer.base_layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
     for module in model.modules():
         is_of_torchao = is_quantised_linear(module) and type(module.weight).__module__.startswith("torchao.")
-        if is_of_torchao and module not in adapted and _through not in module._forward_hooks.values():
-            module.register_forward_hook(_through, with_kwargs=True)
+        if is_of_torchao and module not in adapted and _with_gradient not in module._forward_hooks.values():
+            module.register_forward_hook(_with_gradient, with_kwargs=True)
 
 
-def _through(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+def _with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
     if not torch.is_grad_enabled() or not x.requires_grad or output.requires_grad:
         return output

@@ -60,12 +60,12 @@ def unrecorded():
     state = torch._C._get_tracing_state()
     if state is not None:
         torch._C._set_tracing_state(None)
-    _count(1)
+    _draw(1)
     try:
         with torch.inference_mode(False), torch.no_grad(), without_modes():
             yield
     finally:
-        _count(-1)
+        _draw(-1)
         if state is not None:
             torch._C._set_tracing_state(state)
 
@@ -108,7 +108,7 @@ def _replace(modes: list, others: list) -> None:
         _push_mode(mode)
 
 
-def _count(blocks: int) -> None:
+def _draw(blocks: int) -> None:
     global _drawing
     with _lock:
         _drawing += blocks
