@@ -35,7 +35,8 @@ from recipes.speed.layer import BYTES_A_NUMBER
 from recipes.speed.record import measured, parser
 
 
-METHODS = ("full", "lora", "unilora", "vera", "fastjl", "kronecker", "sparse", "fastfood", "low_rank fastjl")
+METHODS = ("full", "lora", "unilora", "vera", "fastjl", "kronecker", "norms and biases", "sparse", "fastfood")
+METHODS += ("low_rank fastjl",)
 WARM_UP = 3
 Inputs = dict[str, torch.Tensor]
 

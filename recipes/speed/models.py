@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.lab import command
 from recipes.lab.measurement import at_least
 from recipes.lab.results import read_measurement
-from recipes.reports.tables import markdown, without_empty
+from recipes.reports.tables import markdown
 from recipes.speed import step
 from recipes.speed.layer import BYTES_A_NUMBER
 from recipes.speed.record import FOLDER, measured, parser
@@ -111,23 +111,14 @@ def _two_steps(method: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -
 
 def text(models: dict[str, dict]) -> str:
     rows = [
-        [name, method, f"{r['cpu_s']:.2f}", f"{r['lora_cpu_s']:.2f}" if "lora_cpu_s" in r else ""]
-        + [f"{r[key]:.2f}" for key in ("of_lora", "of_full")]
-        + [f"{r[key]:.0f}" if key in r else "" for key in ("held_mb", "peak_mb")]
+        [name, method]
+        + [f"{r[key]:.2f}" for key in ("cpu_s", "lora_cpu_s", "of_lora", "of_full")]
+        + [f"{r[key]:.0f}" for key in ("held_mb", "peak_mb")]
         for name, methods in models.items()
         for method, r in methods.items()
     ]
-    header = [
-        "model",
-        "method",
-        "CPU s a step",
-        "of LoRA beside it",
-        "of LoRA",
-        "of full",
-        "MB held beyond the base",
-        "MB at most",
-    ]
-    return "\n".join(without_empty(header, rows))
+    header = ["model", "method", "CPU s a step", "of LoRA beside it", "of LoRA", "of full"]
+    return "\n".join(markdown([*header, "MB held beyond the base", "MB at most"], rows))
 
 
 def beside_lora(models: dict[str, dict]) -> str:
