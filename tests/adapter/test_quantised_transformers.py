@@ -157,3 +157,17 @@ def test_in_bfloat16_an_increment_of_single_layers_is_not_rounded_away(kind, lla
         assert not torch.equal(model(tokens()).logits, start)
     assert start.dtype == torch.bfloat16
     assert theta_d(model).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+@torch.no_grad()
+def test_a_model_with_merged_norms_and_biases_is_saved_as_a_quantised_one(kind, bert, tmp_path):
+    model = load(bert, kind, AutoModelForSequenceClassification)
+    names = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    model = get_peft_model(model, settings(target_modules="all", parameters="vectors")).eval()
+    move(model)
+    expected = model(tokens()).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu").eval()
+    assert [name for name, parameter in again.named_parameters() if is_quantised(parameter)] == names != []
+    torch.testing.assert_close(again(tokens()).logits, expected, rtol=0.02, atol=0.02)

@@ -33,6 +33,8 @@ def shared(tmp_path_factory) -> Path:
 
 YAMLS = [file for file in sorted(FOLDER.glob("*.yaml")) if read(file).runs]
 OF_TASKS = FOLDER / "cifar100_tasks.yaml"
+OF_A_BASIS = {"method": "subspace", "projection": "basis", "parameters": "vectors", "source_epochs": 1}
+OF_A_BASIS |= {"dataset": "digits"}
 WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images and file != OF_TASKS]
 WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)]
 
@@ -252,6 +254,9 @@ def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
             {"method": "subspace", "projection": "basis", "d": 2, "parameters": "vectors"},
             "needs a `task`, .* got -1, v",
         ),
+        (OF_A_BASIS | {"task": 0, "d": 5}, "`d` must be at most 4, the number of other tasks, got 5; lower it"),
+        (OF_A_BASIS | {"task": 5, "d": 2}, "`task` must be from 0 to 4 for 'digits', got 5"),
+        ({"task": 0}, "`task` must be of cifar100 or digits for 'sst2', got 0"),
         ({"length": 0}, "`length` must be at least 1"),
         ({"method": "lora", "rank": 2, "lr": 0}, "`lr` must be above 0 for LoRA, got 0; rates are found for ours"),
     ],
