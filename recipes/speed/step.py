@@ -97,9 +97,9 @@ class Contender:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
                 held[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # the graph would hold a tensor of its own in a circle, and nothing goes backward here
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             loss = self.model(**self.inputs).loss
             total = sum(held.values())
         del loss
