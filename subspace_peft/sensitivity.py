@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class Sensitivity(NamedTuple):
     Args:
         theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
             entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
-            sigma where s sigma is about a tenth. The mean of f is over the batch.
+            sigma where s sigma is about a tenth. The mean of f is over the batch. Logits that vary by less than 1
+            each, as those of an untrained network do, count as if they varied by 1, unless a head trains whole.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
             |x - mean x|_1 over its inputs x. None without a head that floats enter.
     """
@@ -79,12 +80,13 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     before = [vector.clone() for vector in theta_d]
     with evaluating(model), _seen(model) as places:
 
-        def outputs() -> list[Tensor]:
+        def outputs() -> tuple[list[Tensor], bool]:
             places.clear()
             with same_random(model):
-                return _rows(forward(model, batch), places)
+                output = forward(model, batch)
+            return _rows(output, places), _are_logits(output) and not places
 
-        start = outputs()
+        start, are_logits = outputs()
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
         sizes = [_spread(f) for f in start]
@@ -94,11 +96,13 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
                 "samples, or a learning rate."
             )
+        if are_logits and sizes[0] and not _are_directions(start[0]):
+            sizes[0] = max(sizes[0], math.sqrt(start[0].numel()))
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
                 vector.copy_(old + sigma * z)
-            ends = [f.where(at, 0) for f, at in zip(outputs(), known, strict=True)]
+            ends = [f.where(at, 0) for f, at in zip(outputs()[0], known, strict=True)]
             changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
             return _mean(max(changes, default=None), theta_d[0])
 
@@ -129,13 +133,16 @@ def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:
 
 def _slope(change, direction: list[Tensor]) -> float:
     """The change over sigma, at a sigma where the change is near to CHANGE."""
-    sigma = FIRST
+    sigma, low, high = FIRST, 0.0, math.inf
     for _ in range(TRIALS):
         found = change(direction, sigma)
         if CHANGE / NEAR <= found <= CHANGE * NEAR:
             return found / sigma
-        ratio = CHANGE / found if isfinite(found) and found > 0 else 0.01 if found else 1000.0
+        low, high = (sigma, high) if found < CHANGE else (low, sigma)
+        ratio = CHANGE / found if math.isfinite(found) and found > 0 else 0.01 if found else 1000.0
         sigma *= min(max(ratio, 1e-3), 1e3)
+        if low and high < math.inf:  # a line through 0 may miss by ever less of what is between them
+            sigma = math.sqrt(low * high)
     raise ValueError(
         "The outputs must depend on theta_d smoothly to find its learning rate, their relative change with entries of "
         f"{sigma:.1e} is {found:.1e}; give a rate."
@@ -159,7 +166,7 @@ def _seen(model: nn.Module) -> Iterator[list[_Place]]:
         if value is not None and value.is_floating_point():
             head = wrapper.original_module
             kernel = head.kernel_size if isinstance(head, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
-            places.append(_Place(value.movedim(-1 - len(kernel), -1), prod(kernel)))
+            places.append(_Place(value.movedim(-1 - len(kernel), -1), math.prod(kernel)))
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     handles = [wrapper.register_forward_pre_hook(hook, with_kwargs=True) for wrapper in wrappers]
@@ -185,6 +192,16 @@ def _first(output: Any) -> Tensor | None:
         output = [output["logits"]] if "logits" in output else list(output.values())
     found = (_first(each) for each in output) if isinstance(output, (tuple, list)) else ()
     return next((f for f in found if f is not None), None)
+
+
+def _are_logits(output: Any) -> bool:
+    return isinstance(output, Tensor) or (isinstance(output, Mapping) and "logits" in output)
+
+
+def _are_directions(f: Tensor) -> bool:
+    """Whether the rows differ, but not in length, as those of normalised embeddings do."""
+    lengths = torch.linalg.vector_norm(f, dim=1)
+    return _norm(lengths - lengths.mean()) <= 0.01 * _norm(f - f.mean(0))
 
 
 def _spread(f: Tensor) -> float:

@@ -21,17 +21,45 @@ def linear(**changes):
     return get_peft_model(nn.Sequential(nn.Linear(6, 4)), settings(d=5, target_modules=["0"], **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"normalization": "columns"}, {"projection": "sparse"}], ids=str)
-def test_of_a_linear_layer(changes):
-    model = linear(**changes)
+def slope_of_linear(model, x):
+    """The mean over directions of how far its outputs move, and how far they are from their mean."""
     base, P = model.base_model.model[0].base_layer, dense_P(model)
-    outputs = X @ base.weight.T + base.bias
+    outputs = x @ base.weight.T + base.bias
     generator, slopes = torch.Generator().manual_seed(0), []
     for _ in range(DIRECTIONS):
         z = torch.randn(5, generator=generator)
-        change = X @ (P["0.weight"] @ z).view(4, 6).T + P["0.bias"] @ z
-        slopes.append(change.norm() / (outputs - outputs.mean(0)).norm())
-    assert sensitivity(model, X).theta_d == pytest.approx(sum(slopes).item() / DIRECTIONS, rel=1e-3)
+        slopes.append((x @ (P["0.weight"] @ z).view(4, 6).T + P["0.bias"] @ z).norm())
+    return sum(slopes).item() / DIRECTIONS, (outputs - outputs.mean(0)).norm().item()
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalization": "columns"}, {"projection": "sparse"}], ids=str)
+def test_of_a_linear_layer(changes):
+    model = linear(**changes)
+    slope, spread = slope_of_linear(model, 10 * X)
+    assert spread > 32**0.5
+    assert sensitivity(model, 10 * X).theta_d == pytest.approx(slope / spread, rel=1e-3)
+
+
+def test_logits_that_vary_by_less_than_1_count_as_if_they_varied_by_1():
+    """As those of a network that is not trained do; features have no unit, nor have directions."""
+    model = linear()
+    slope, spread = slope_of_linear(model, X)
+    assert spread < 32**0.5
+    of_logits, of_features = pytest.approx(slope / 32**0.5, rel=1e-3), pytest.approx(slope / spread, rel=1e-3)
+    assert sensitivity(model, X).theta_d == of_logits
+    for key, expected in (("logits", of_logits), ("last_hidden_state", of_features)):
+        assert sensitivity(model, X, lambda model, x, key=key: {key: model(x)}).theta_d == expected
+    directions = lambda model, x: nn.functional.normalize(model(x), dim=-1)  # noqa: E731
+    as_features = sensitivity(model, X, lambda model, x: {"embeddings": directions(model, x)})
+    assert sensitivity(model, X, directions) == as_features
+
+
+def test_a_deep_network_that_is_not_trained():
+    """Its outputs grow with a power of theta_d, so a line through 0 does not find where they have moved by a tenth."""
+    torch.manual_seed(0)
+    layers = [each for _ in range(12) for each in (nn.Linear(16, 16), nn.ReLU())]
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 16), *layers), settings(d=50, target_modules="all"))
+    assert 0.1 < 1 / sensitivity(model, X).theta_d < 10
 
 
 @pytest.mark.parametrize("case", ["bert", "convnet", "llama"])
