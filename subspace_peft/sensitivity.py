@@ -20,6 +20,8 @@ CHANGE = 0.1
 """The relative change at which the sensitivity is measured: in the linear range, and above bfloat16's rounding."""
 NEAR = 3.0
 """It is measured at a change from CHANGE / NEAR to CHANGE * NEAR."""
+LEAST_SPREAD = 0.3
+"""Of logits: those of a network that is not trained vary by less, and have to move by about this."""
 DIRECTIONS = 2
 TRIALS = 6  # of a length, for each direction
 FIRST = 1e-3
@@ -48,8 +50,8 @@ class Sensitivity(NamedTuple):
     Args:
         theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
             entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
-            sigma where s sigma is about a tenth. The mean of f is over the batch. Logits that vary by less than 1
-            each, as those of an untrained network do, count as if they varied by 1, unless a head trains whole.
+            sigma where s sigma is about a tenth. The mean of f is over the batch. Logits that vary by less than
+            LEAST_SPREAD count as if they varied by that, unless a head trains whole.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
             |x - mean x|_1 over its inputs x. None without a head that floats enter.
     """
@@ -97,7 +99,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 "samples, or a learning rate."
             )
         if are_logits and sizes[0] and not _are_directions(start[0]):
-            sizes[0] = max(sizes[0], math.sqrt(start[0].numel()))
+            sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(start[0].numel()))
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):

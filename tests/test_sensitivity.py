@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from subspace_peft import SubspaceConfig
-from subspace_peft.sensitivity import DIRECTIONS, sensitivity
+from subspace_peft.sensitivity import DIRECTIONS, LEAST_SPREAD, sensitivity
 from tests.cases import BY_NAME, dense_P, settings, theta_d, wrap
 from tests.models import MLP
 
@@ -35,23 +35,23 @@ def slope_of_linear(model, x):
 @pytest.mark.parametrize("changes", [{}, {"normalization": "columns"}, {"projection": "sparse"}], ids=str)
 def test_of_a_linear_layer(changes):
     model = linear(**changes)
-    slope, spread = slope_of_linear(model, 10 * X)
-    assert spread > 32**0.5
-    assert sensitivity(model, 10 * X).theta_d == pytest.approx(slope / spread, rel=1e-3)
-
-
-def test_logits_that_vary_by_less_than_1_count_as_if_they_varied_by_1():
-    """As those of a network that is not trained do; features have no unit, nor have directions."""
-    model = linear()
     slope, spread = slope_of_linear(model, X)
-    assert spread < 32**0.5
-    of_logits, of_features = pytest.approx(slope / 32**0.5, rel=1e-3), pytest.approx(slope / spread, rel=1e-3)
-    assert sensitivity(model, X).theta_d == of_logits
+    assert sensitivity(model, X).theta_d == pytest.approx(slope / spread, rel=1e-3)
+
+
+def test_logits_of_a_network_that_is_not_trained_have_a_least_spread():
+    """Features have no unit, nor have directions."""
+    model, x = linear(), X / 10
+    slope, spread = slope_of_linear(model, x)
+    least = LEAST_SPREAD * 32**0.5
+    assert spread < least
+    of_logits, of_features = pytest.approx(slope / least, rel=1e-3), pytest.approx(slope / spread, rel=1e-3)
+    assert sensitivity(model, x).theta_d == of_logits
     for key, expected in (("logits", of_logits), ("last_hidden_state", of_features)):
-        assert sensitivity(model, X, lambda model, x, key=key: {key: model(x)}).theta_d == expected
+        assert sensitivity(model, x, lambda model, x, key=key: {key: model(x)}).theta_d == expected
     directions = lambda model, x: nn.functional.normalize(model(x), dim=-1)  # noqa: E731
-    as_features = sensitivity(model, X, lambda model, x: {"embeddings": directions(model, x)})
-    assert sensitivity(model, X, directions) == as_features
+    as_features = sensitivity(model, x, lambda model, x: {"embeddings": directions(model, x)})
+    assert sensitivity(model, x, directions) == as_features
 
 
 def test_a_deep_network_that_is_not_trained():
