@@ -15,6 +15,14 @@ UPSTREAM = [
 ]
 
 
+@pytest.fixture(scope="module")
+def smallest_n():
+    """Kronecker mixes small tensors too, which are otherwise the rows of `fastjl`."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("subspace_peft.projections.kronecker.SMALLEST_N", 4)
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="of the tests that are marked gpu")
 

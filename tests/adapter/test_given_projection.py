@@ -1,4 +1,4 @@
-"""A given basis or mask: every form that it can have, and every way in which it can be wrong."""
+"""A given basis or mask: every form that it can have, one in a file that adapters share, and all that can be wrong."""
 
 import json
 import shutil
@@ -9,10 +9,11 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from subspace_peft import SubspaceConfig, Trajectory
 from subspace_peft.adapter.walk import unique_coordinates
 from subspace_peft.projections import PROJECTIONS, TensorRows
 from tests.adapter.bases import CASE, cut, orthonormal, random_mask, refuse, stacked_P, walk
-from tests.cases import move, outputs, settings, train, wrap
+from tests.cases import move, outputs, refused, settings, train, wrap
 from tests.trajectory.walks import SHAPES, Allocations, D
 
 
@@ -191,3 +192,48 @@ def test_a_bad_trajectory(tmp_path):
     other.fc3 = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="`fc3.weight` must be in the samples .* holds 4 other tensors"):
         get_peft_model(other, settings(**basis, d=2))
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """An adapter that leaves its columns in a file, of more columns than it uses."""
+    walk(tmp_path / "samples").save_basis(tmp_path / "shared.safetensors", 5)
+    config = {"projection": "basis", "basis": tmp_path / "shared.safetensors", "d": 3, "save_projection": False}
+    model = wrap(CASE, **config)
+    train(model, CASE)
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def test_a_shared_basis_is_stored_once(shared, tmp_path):
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in state.values()) == 3 + 8  # theta_d and the mark
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["basis"] == str(tmp_path / "shared.safetensors")
+    assert len(config["basis_digest"]) == 32
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            CASE.model(), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(CASE.model(), tmp_path / "again").eval()
+    assert torch.equal(outputs(again, CASE), outputs(shared, CASE))
+    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 2
+
+
+def test_a_shared_basis_that_has_moved(shared, tmp_path):
+    (tmp_path / "shared.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match="shared.safetensors'.* If the file has moved: config = SubspaceConfig.from_"):
+        PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter")
+    config = SubspaceConfig.from_pretrained(tmp_path / "adapter")
+    config.basis = str(tmp_path / "moved.safetensors")
+    loaded = PeftModel.from_pretrained(CASE.model(), tmp_path / "adapter", config=config).eval()
+    assert torch.equal(outputs(loaded, CASE), outputs(shared, CASE))
+
+
+def test_a_shared_basis_that_has_changed(shared, tmp_path):
+    Trajectory(tmp_path / "samples", increments=True).save_basis(tmp_path / "shared.safetensors", 4)
+    base = CASE.model()
+    with refused(base, "the one that the adapter was trained in: the first 3 columns of .*shared.safe"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")

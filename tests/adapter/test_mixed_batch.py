@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from tests.adapter.several import several
+from tests.adapter.test_several_adapters import several
 from tests.cases import BY_NAME, base_outputs, move, outputs, replaced, settings
 
 

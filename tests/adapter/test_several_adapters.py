@@ -7,10 +7,10 @@ from peft.utils.hotswap import hotswap_adapter
 
 from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.walk import find_vectors, unique_coordinates
-from tests.adapter.several import ADAPTERS, alone, several
 from tests.cases import (
     BY_NAME,
     REPLACED,
+    Case,
     move,
     outputs,
     product_base,
@@ -22,6 +22,32 @@ from tests.cases import (
     train,
     wrap,
 )
+
+
+ADAPTERS = {
+    "one": {"d": 7, "seed": 1},
+    "two": {"d": 5, "seed": 2, "projection": "sparse"},
+    "three": {"d": 9, "seed": 2, "projection": "dense", "target_modules": ["fc2", "head"]},
+    "low": {"d": 6, "coordinates": "low_rank", "rank": 2, "parameters": ["weight"]},
+}
+
+
+def several(case: Case) -> PeftModel:
+    """The case's model with all ADAPTERS, each moved, the first one active."""
+    names = list(ADAPTERS)
+    model = wrap(case, names[0], **ADAPTERS[names[0]])
+    for name in names[1:]:
+        model.add_adapter(name, settings(**ADAPTERS[name]))
+    for i, name in enumerate(names):
+        move(model, name, size=0.3, seed=i)
+    return model.eval()
+
+
+def alone(case: Case, name: str) -> torch.Tensor:
+    """The outputs of the case's model with this adapter and no other."""
+    model = wrap(case, name, **ADAPTERS[name])
+    move(model, name, size=0.3, seed=list(ADAPTERS).index(name))
+    return outputs(model, case)
 
 
 @pytest.fixture(params=["mlp", "convnet"])

@@ -1,14 +1,17 @@
-"""The sweep of learning rates: tiny runs, and the committed results, which the page about learning rates shows."""
+"""The sweep of learning rates: tiny runs, and the committed results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes import run
 from recipes.lab.grid import read
-from recipes.lab.results import Results, read_lines
+from recipes.lab.results import read_lines
 from recipes.learning_rate import sweep
+from recipes.tasks.data import Split
 from tests.recipes.files import results, written
 
 
@@ -48,12 +51,14 @@ def test_every_run_is_made_once_and_kept(tiny, monkeypatch, capsys):
     assert all(0 < result["accuracy"] <= 100 for result in first)
     assert all((result["batch"], result["head_lr"]) == (16, 0.01) for result in first[:3])
     assert 1e-3 < first[3]["found_lr"] < first[3]["head_lr"]
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| lenet | subspace | 64 "))
-    assert f"| {first[2]['accuracy']:.1f} |" in row
+    said, (_, _, grid, found) = capsys.readouterr().out, (result["accuracy"] for result in first)
+    assert re.search(rf"\| lenet \| fastfood, d = 64 \| \**{found:.1f}\** \| \**{grid:.1f}\** \|", said)
+    near = f"Within 1 point of the best in {int(found >= grid - 1)} of 1 rows, within 3 in {int(found >= grid - 3)};"
+    assert f"{near} {found - grid:+.1f} on average." in said
     assert (tiny.parent / "plots" / "tiny.png").exists()
 
     trained = []
-    monkeypatch.setattr(sweep, "fine_tune", lambda *run: trained.append(run[1:]) or (50.0, [0.01, 0.01]))
+    monkeypatch.setattr(sweep, "train", lambda model, data, *run: trained.append(run) or (model, [0.01, 0.01]))
     assert made("--seed", "0") == first
     assert not trained
     assert made()[: len(GRID)] == first
@@ -70,12 +75,30 @@ def test_baselines_stay_where_rates_and_dimensions_are_chosen(tiny):
     assert name in {r.name for r in read(tiny).runs}
 
 
+@pytest.mark.parametrize(("method", "lr"), [("full", 1e-3), ("kronecker", 1e-2), ("found kronecker", 0.0)])
+def test_a_network_without_a_new_head_is_drawn_from_the_seed(method, lr, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (128, 1, 28, 28), generator=random, dtype=torch.uint8)
+    split, started = Split(images, torch.arange(128) % 10), []
+    monkeypatch.setattr(sweep, "mnist", lambda source: started.append(source) or (split, split))
+    run = {"network": "fc_mnist", "method": method, "lr": lr, "d": 8 * (method != "full"), "epochs": 1}
+    results = [sweep.measure(sweep.settings(run | {"seed": seed, "_data": "folder"})) for seed in (0, 0, 1)]
+    assert results[0] == results[1] != results[2]
+    assert started == ["folder"] * 3
+    assert set(results[0]) == {"accuracy", "batch"} | ({"found_lr"} if not lr else set())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"network": "resnet"}, "`network` must be one of lenet, vit, got 'resnet'"),
-        ({"method": "lora"}, "`method` must be one of head, full, subspace, found, got 'lora'"),
+        ({"network": "resnet"}, "`network` must be one of lenet, vit, fc_mnist, lenet_mnist, got 'resnet'"),
+        (
+            {"method": "lora"},
+            "`method` must be one of head, full, subspace, kronecker, low rank, found, .*, got 'lora'",
+        ),
         ({"d": 0}, "`d` of method 'subspace' must be at least 1, got 0"),
+        ({"d": 0, "method": "found low rank"}, "`d` of method 'found low rank' must be at least 1, got 0"),
+        ({"network": "fc_mnist", "method": "head"}, "`method` must not be 'head' for network 'fc_mnist'"),
         ({"epochs": 0}, "`epochs` of method 'subspace' must be at least 1, got 0"),
         ({"lr": 0}, "`lr` of method 'subspace' must be above 0, got 0.0"),
         ({"seed": 1.5}, "`seed` must be of type int, got 1.5"),
@@ -94,30 +117,12 @@ def test_every_run_has_a_committed_result(name, count):
     assert len(lines) == count
     assert {run.name: run.record() for run in runs} == {key: line["settings"] for key, line in lines.items()}
     for line in lines.values():
-        found = {"found_lr"} if line["settings"]["method"] == "found" else set()
-        assert set(line) == {"settings", "accuracy", "batch", "head_lr", "versions", "hardware", "commit"} | found
-        assert line["batch"] == 16
-        assert found or line["head_lr"] == 0.01
-
-
-@pytest.mark.parametrize(
-    ("name", "heading"), [("sweep", "## The sweep"), ("sweep_80_epochs", "## Ten times the steps")]
-)
-def test_the_page_shows_the_committed_results(name, heading):
-    page = (ROOT / "docs" / "learning_rate.md").read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
-    header, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line
-    )
-    recipe = read(FOLDER / f"{name}.yaml")
-    means = sweep.table(sweep.records(recipe.runs, Results(FOLDER)))
-    assert len(rows) == 10
-    for network, trained, *cells in rows:
-        method, d = ("full", 0) if trained == "full" else ("subspace", int(trained.removeprefix("d = ")))
-        for rate, cell in zip(header[2:-1], cells[:-1], strict=True):
-            if rate == "found":
-                assert cell == (f"{means.loc[(network, 'found', d), 0.0]:.1f}" if d else "")
-            else:
-                assert f"{means.loc[(network, method, d), float(rate)]:.1f}" == cell
+        network = sweep.NETWORKS[line["settings"]["network"]]
+        found = {"found_lr"} if line["settings"]["method"].startswith("found") else set()
+        rates = found | ({"head_lr"} if network.head else set())
+        assert set(line) == {"settings", "accuracy", "batch", "versions", "hardware", "commit"} | rates
+        assert line["batch"] == network.batch
+        assert found or not network.head or line["head_lr"] == 0.01
 
 
 def test_a_page_of_results_is_json_with_plain_types():
