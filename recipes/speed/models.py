@@ -1,7 +1,10 @@
-"""A training step of a small ViT and of two language models of Llama's kind, and its memory.
+"""A training step of a small ViT, of two language models of Llama's kind and of one like GPT-2, and its memory.
 
     python recipes/speed/models.py [--rounds 8] [--threads 1] [--models "Llama 768" ...] [--output <folder>]
+    python recipes/speed/models.py --rounds 0 --models "GPT-2 1024"    # its memory alone
     python recipes/speed/models.py --report
+
+Models that are not chosen stay in the result as they are, with what they were measured with under "earlier".
 
 Every linear module but the head, or all norms and biases, AdamW, d = 1024, random tokens or images. Each method takes
 turns with LoRA, so that no more than two models are held at a time. Times are CPU time; "of full" is a quotient of two
@@ -10,6 +13,7 @@ Memory is what is held for backward and 16 bytes for each trained number (value,
 most that torch allocates at once beyond the base in two steps: that, P, and what is formed on the way.
 """
 
+import argparse
 import gc
 import statistics
 import sys
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -57,10 +61,17 @@ def llama(hidden: int, intermediate: int, layers: int) -> Callable[[], tuple[nn.
     return make
 
 
+def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Of 354 M parameters."""
+    tokens = torch.randint(0, 8000, (1, TOKENS))
+    return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16)), {"input_ids": tokens, "labels": tokens}
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
     "ViT 384": vit,
     "Llama 768": llama(768, 2048, 8),
     "Llama 2048": llama(2048, 8192, 2),
+    "GPT-2 1024": gpt2,
 }
 
 
@@ -68,15 +79,19 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
     results = {}
     for method in tqdm(METHODS, unit="method", desc=name):
         most = peak(partial(_two_steps, method, *_made(name)))
-        results[method] = _beside_lora(method, name, rounds) | {"peak_mb": round(most / 2**20, 1)}
-    for result in results.values():
+        contender = step.Contender(method, *_made(name))
+        numbers = sum(p.numel() for p in contender.trained)
+        held = contender.saved_bytes() + BYTES_A_NUMBER * numbers
+        results[method] = _beside_lora(contender, name, rounds) if rounds else {}
+        results[method] |= {"held_mb": round(held / 2**20, 1), "peak_mb": round(most / 2**20, 1)}
+        del contender  # before the next is made
+    for result in results.values() if rounds else ():
         result["of_full"] = round(result["of_lora"] / results["full"]["of_lora"], 3)
     return results
 
 
-def _beside_lora(method: str, name: str, rounds: int) -> dict[str, Any]:
-    lora = step.Contender("lora", *_made(name))
-    contender = lora if method == "lora" else step.Contender(method, *_made(name))
+def _beside_lora(contender: step.Contender, name: str, rounds: int) -> dict[str, Any]:
+    lora = contender if contender.name == "lora" else step.Contender("lora", *_made(name))
     turns = list(dict.fromkeys((lora, contender)))
     gc.collect()
     gc.disable()  # a collection would slow the method that steps when it comes
@@ -89,12 +104,10 @@ def _beside_lora(method: str, name: str, rounds: int) -> dict[str, Any]:
     finally:
         gc.enable()
     ratios = [ours / theirs for ours, theirs in zip(contender.cpu, lora.cpu, strict=True)]
-    numbers = sum(p.numel() for p in contender.trained)
     return {
         "cpu_s": round(statistics.median(contender.cpu), 3),
         "lora_cpu_s": round(statistics.median(lora.cpu), 3),
         "of_lora": round(statistics.median(ratios), 3),
-        "held_mb": round((contender.saved_bytes() + BYTES_A_NUMBER * numbers) / 2**20, 1),
     }
 
 
@@ -112,7 +125,7 @@ def _two_steps(method: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -
 def text(models: dict[str, dict]) -> str:
     rows = [
         [name, method]
-        + [f"{r[key]:.2f}" for key in ("cpu_s", "lora_cpu_s", "of_lora", "of_full")]
+        + [f"{r[key]:.2f}" if key in r else "" for key in ("cpu_s", "lora_cpu_s", "of_lora", "of_full")]
         + [f"{r[key]:.0f}" for key in ("held_mb", "peak_mb")]
         for name, methods in models.items()
         for method, r in methods.items()
@@ -126,7 +139,11 @@ def beside_lora(models: dict[str, dict]) -> str:
     rows = []
     for name, methods in models.items():
         memory = methods["lora"]["held_mb"]
-        cells = [f"{r['of_lora']:.2f}, {r['held_mb'] / memory:.2f}" for m, r in methods.items() if m != "lora"]
+        cells = [
+            (f"{r['of_lora']:.2f}, " if "of_lora" in r else "") + f"{r['held_mb'] / memory:.2f}"
+            for m, r in methods.items()
+            if m != "lora"
+        ]
         rows.append([name, *cells])
     return "\n".join(markdown(["model", *(m for m in next(iter(models.values())) if m != "lora")], rows))
 
@@ -139,12 +156,25 @@ def tables() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, threads=1)
-    options.add_argument("--rounds", type=at_least(1), default=8)
+    options.add_argument("--rounds", type=at_least(0), default=8, help="of steps that are timed; 0: none")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     chosen = options.parse_args(arguments)
+    print(text(measured("models", chosen, partial(record, chosen))["models"]))
+
+
+def record(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The settings, the models that are measured now, and the others that the file has, with what they came from."""
     settings = {"d": step.D_SMALL, "rank": step.RANK, "rounds": chosen.rounds, "threads": chosen.threads}
-    models = lambda: {"models": {name: measure(name, chosen.rounds) for name in chosen.models}}  # noqa: E731
-    print(text(measured("models", chosen, lambda: settings | models())["models"]))
+    file = chosen.output / "models.jsonl"
+    before = read_measurement(file) if file.exists() else {"models": {}}
+    origin = {key: value for key, value in before.items() if key not in ("models", "earlier")}
+    earlier = {name: origin for name in before["models"] if name not in chosen.models} | before.get("earlier", {})
+    earlier = {name: made for name, made in earlier.items() if name not in chosen.models}
+    others = {name: before["models"][name] for name in earlier}
+    return settings | {
+        "models": others | {name: measure(name, chosen.rounds) for name in chosen.models},
+        "earlier": earlier,
+    }
 
 
 if __name__ == "__main__":

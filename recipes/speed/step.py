@@ -71,6 +71,7 @@ class Contender:
     """One method that trains its own copy of a model."""
 
     def __init__(self, name: str, model: nn.Module, inputs: dict[str, torch.Tensor]):
+        self.name = name
         targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in HEADS]
         config = METHODS[name]
         self.model = model.train() if config is None else get_peft_model(model, config(targets)).train()

@@ -78,6 +78,16 @@ def test_whole_models(record, monkeypatch):
     assert methods["lora"]["of_lora"] == methods["full"]["of_full"] == 1
     assert methods["kronecker"]["held_mb"] <= methods["lora"]["held_mb"] < methods["full"]["held_mb"]
     assert 0 < methods["kronecker"]["peak_mb"] < methods["full"]["peak_mb"]
+    monkeypatch.setitem(models.MODELS, "other", models.llama(512, 16, 1))
+    later = record(models, "--rounds", "0", "--models", "other")
+    assert list(later["models"]) == ["tiny", "other"]
+    assert later["models"]["tiny"] == methods
+    assert {key: later["earlier"]["tiny"][key] for key in ("rounds", "d")} == {"rounds": 1, "d": step.D_SMALL}
+    assert {"versions", "hardware", "commit", "load"} <= set(later["earlier"]["tiny"])
+    assert set(later["models"]["other"]["kronecker"]) == {"held_mb", "peak_mb"}
+    again = record(models, "--rounds", "1", "--models", "tiny")
+    assert (list(again["models"]), list(again["earlier"])) == (["other", "tiny"], ["other"])
+    assert again["earlier"]["other"]["rounds"] == 0
 
 
 def test_what_a_gpu_would_measure(record, monkeypatch):
