@@ -80,13 +80,14 @@ class Contender:
         def pack(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
-                held[storage.data_ptr()] = storage.nbytes()
+                held[storage.data_ptr()] = storage  # it lives on, so that no other has its place
 
-        # the graph would hold a tensor of its own in a circle, and nothing goes backward here
+        # nothing goes backward here, and the graph would hold a tensor of its own in a circle
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             y = self.model(self.x)
         assert y.requires_grad
-        return sum(held.values()) + BYTES_A_NUMBER * sum(p.numel() for p in self.trained)
+        saved = sum(storage.nbytes() for storage in held.values())
+        return saved + BYTES_A_NUMBER * sum(p.numel() for p in self.trained)
 
 
 def measure(size: str, rounds: int) -> dict[str, Any]:

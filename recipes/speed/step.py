@@ -97,12 +97,12 @@ class Contender:
         def pack(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                held[storage.data_ptr()] = storage.nbytes()
+                held[storage.data_ptr()] = storage  # it lives on, so that no other has its place
 
-        # the graph would hold a tensor of its own in a circle, and nothing goes backward here
+        # nothing goes backward here, and the graph would hold a tensor of its own in a circle
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             loss = self.model(**self.inputs).loss
-            total = sum(held.values())
+            total = sum(storage.nbytes() for storage in held.values())
         del loss
         return total
 

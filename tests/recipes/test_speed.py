@@ -1,5 +1,7 @@
 """The measurements of recipes/speed, tiny: what they compare and write. The times themselves prove nothing."""
 
+import gc
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -59,6 +61,26 @@ def test_a_training_step(record, monkeypatch):
     assert methods["full"]["ratio_by_round"] == 1
     assert methods["fastjl"]["trained"] == 16
     assert methods["lora"]["trained"] == methods["low_rank identity"]["trained"]
+
+
+def test_saved_bytes_are_of_all_tensors_that_are_saved_and_none_stays():
+    before = {id(each) for each in gc.get_objects() if isinstance(each, torch.Tensor)}
+    contender, kept = step.Contender("lora", *models.llama(512, 32, 1)()), []
+
+    def pack(x):
+        kept.append(x.detach())
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        contender.model(**contender.inputs)
+    parameters = {p.data_ptr() for p in contender.model.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    expected = sum(size for place, size in storages.items() if place not in parameters)
+    assert contender.saved_bytes() == expected > 10**6
+    del contender
+    kept.clear()
+    gc.collect()
+    left = (each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in before)
+    assert sum(each.nbytes for each in left) < 10**5
 
 
 def test_one_layer(record, monkeypatch):
