@@ -16,14 +16,15 @@ from .optim.processes import process_count, sum_over_processes
 from .plain_model import unwrapped
 
 
-CHANGE = 0.1
-"""The relative change at which the sensitivity is measured: in the linear range, and above bfloat16's rounding."""
-NEAR = 3.0
-"""It is measured at a change from CHANGE / NEAR to CHANGE * NEAR."""
-LEAST_SPREAD = 0.3
+CHANGES = (0.1, 1.0)
+"""The relative changes at which the sensitivity is measured, of which the larger counts: at a tenth outputs are nearly
+linear in theta_d; one is about as far as a training goes, and may be steeper, as where B A moves."""
+NEAR = (3.0, 1.5)
+"""It is measured at a change from CHANGES / NEAR to CHANGES * NEAR."""
+LEAST_SPREAD = 1.0
 """Of logits: those of a network that is not trained vary by less, and have to move by about this."""
 DIRECTIONS = 2
-TRIALS = 6  # of a length, for each direction
+TRIALS = 12  # of a length, for each direction
 FIRST = 1e-3
 ENTRIES = 2**22  # of the outputs that are compared: the logits of a vocabulary over a batch of tokens can be gigabytes
 
@@ -50,8 +51,8 @@ class Sensitivity(NamedTuple):
     Args:
         theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
             entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
-            sigma where s sigma is about a tenth. The mean of f is over the batch. Logits that vary by less than
-            LEAST_SPREAD count as if they varied by that, unless a head trains whole.
+            sigma where s sigma is about a tenth, or one if s is larger there. The mean of f is over the batch. Logits
+            that vary by less than LEAST_SPREAD count as if they varied by that, unless a head trains whole.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
             |x - mean x|_1 over its inputs x. None without a head that floats enter.
     """
@@ -92,14 +93,14 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
         sizes = [_spread(f) for f in start]
+        if are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
+            sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
         if not _mean(any(sizes), theta_d[0]):
             raise ValueError(
                 "A batch must have samples with different outputs, "
                 f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
                 "samples, or a learning rate."
             )
-        if are_logits and sizes[0] and not _are_directions(start[0]):
-            sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(start[0].numel()))
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
@@ -134,21 +135,30 @@ def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:
 
 
 def _slope(change, direction: list[Tensor]) -> float:
-    """The change over sigma, at a sigma where the change is near to CHANGE."""
-    sigma, low, high = FIRST, 0.0, math.inf
+    """The change over sigma, the larger of those at CHANGES; bounded outputs may reach the first alone."""
+    small, sigma, found = _trial(change, direction, CHANGES[0], NEAR[0], FIRST)
+    if not small:
+        raise ValueError(
+            "The outputs must depend on theta_d smoothly to find its learning rate, their relative change with "
+            f"entries of {sigma:.1e} is {found:.1e}; give a rate."
+        )
+    large, at, then = _trial(change, direction, CHANGES[1], NEAR[1], sigma * CHANGES[1] / found)
+    return max(found / sigma, then / at if large else 0.0)
+
+
+def _trial(change, direction: list[Tensor], wanted: float, near: float, sigma: float) -> tuple[bool, float, float]:
+    """Whether there is a sigma with a change near to that, and the last sigma that was tried with its change."""
+    low, high = 0.0, math.inf
     for _ in range(TRIALS):
-        found = change(direction, sigma)
-        if CHANGE / NEAR <= found <= CHANGE * NEAR:
-            return found / sigma
-        low, high = (sigma, high) if found < CHANGE else (low, sigma)
-        ratio = CHANGE / found if math.isfinite(found) and found > 0 else 0.01 if found else 1000.0
+        at, found = sigma, change(direction, sigma)
+        if wanted / near <= found <= wanted * near:
+            return True, at, found
+        low, high = (sigma, high) if found < wanted else (low, sigma)
+        ratio = wanted / found if math.isfinite(found) and found > 0 else 0.01 if found else 1000.0
         sigma *= min(max(ratio, 1e-3), 1e3)
         if low and high < math.inf:  # a line through 0 may miss by ever less of what is between them
             sigma = math.sqrt(low * high)
-    raise ValueError(
-        "The outputs must depend on theta_d smoothly to find its learning rate, their relative change with entries of "
-        f"{sigma:.1e} is {found:.1e}; give a rate."
-    )
+    return False, at, found
 
 
 class _Place(NamedTuple):
@@ -197,13 +207,15 @@ def _first(output: Any) -> Tensor | None:
 
 
 def _are_logits(output: Any) -> bool:
+    """A single tensor counts as such."""
     return isinstance(output, Tensor) or (isinstance(output, Mapping) and "logits" in output)
 
 
-def _are_directions(f: Tensor) -> bool:
-    """Whether the rows differ, but not in length, as those of normalised embeddings do."""
+def _have_unit(f: Tensor) -> bool:
+    """Whether these are logits of several classes: no prediction of one number, no directions, no probabilities."""
     lengths = torch.linalg.vector_norm(f, dim=1)
-    return _norm(lengths - lengths.mean()) <= 0.01 * _norm(f - f.mean(0))
+    are_directions, are_shares = (lengths - 1).abs().max() < 0.02, (f.sum(1) - 1).abs().max() < 0.02 and f.min() >= 0
+    return f.shape[1] > 1 and not are_directions and not are_shares
 
 
 def _spread(f: Tensor) -> float:

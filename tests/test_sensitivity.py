@@ -35,31 +35,74 @@ def slope_of_linear(model, x):
 @pytest.mark.parametrize("changes", [{}, {"normalization": "columns"}, {"projection": "sparse"}], ids=str)
 def test_of_a_linear_layer(changes):
     model = linear(**changes)
-    slope, spread = slope_of_linear(model, X)
-    assert sensitivity(model, X).theta_d == pytest.approx(slope / spread, rel=1e-3)
+    slope, spread = slope_of_linear(model, 10 * X)
+    assert spread > 32**0.5
+    assert sensitivity(model, 10 * X).theta_d == pytest.approx(slope / spread, rel=1e-3)
+
+
+def unit_directions(model, x):
+    return nn.functional.normalize(model(x), dim=-1)
+
+
+def rounded_directions(model, x):
+    return unit_directions(model, x).bfloat16()
+
+
+def shares(model, x):
+    return model(x).softmax(-1)
+
+
+def one_number(model, x):
+    return model(x)[:, :1]
 
 
 def test_logits_of_a_network_that_is_not_trained_have_a_least_spread():
-    """Features have no unit, nor have directions."""
-    model, x = linear(), X / 10
-    slope, spread = slope_of_linear(model, x)
+    model = linear()
+    slope, spread = slope_of_linear(model, X)
     least = LEAST_SPREAD * 32**0.5
     assert spread < least
-    of_logits, of_features = pytest.approx(slope / least, rel=1e-3), pytest.approx(slope / spread, rel=1e-3)
-    assert sensitivity(model, x).theta_d == of_logits
-    for key, expected in (("logits", of_logits), ("last_hidden_state", of_features)):
-        assert sensitivity(model, x, lambda model, x, key=key: {key: model(x)}).theta_d == expected
-    directions = lambda model, x: nn.functional.normalize(model(x), dim=-1)  # noqa: E731
-    as_features = sensitivity(model, x, lambda model, x: {"embeddings": directions(model, x)})
-    assert sensitivity(model, x, directions) == as_features
+    of_logits = sensitivity(model, X).theta_d
+    assert of_logits == pytest.approx(slope / least, rel=1e-3)
+    assert sensitivity(model, X, lambda model, x: {"logits": model(x)}).theta_d == of_logits
+    masked = nn.functional.pad
+    assert sensitivity(model, X, lambda model, x: masked(model(x), (0, 90), value=-torch.inf)).theta_d == of_logits
+    features = sensitivity(model, X, lambda model, x: {"last_hidden_state": model(x)})
+    assert features.theta_d == pytest.approx(slope / spread, rel=1e-3)
+
+
+@pytest.mark.parametrize("outputs", [unit_directions, rounded_directions, shares, one_number])
+def test_outputs_that_have_no_unit_of_logits(outputs):
+    model = linear()
+    assert sensitivity(model, X, outputs) == sensitivity(model, X, lambda model, x: {"outputs": outputs(model, x)})
+
+
+def test_logits_that_are_0_at_first():
+    model = linear()
+    with torch.no_grad():
+        for parameter in model.base_model.model[0].base_layer.parameters():
+            parameter.zero_()
+    slope, spread = slope_of_linear(model, X)
+    assert spread == 0
+    assert sensitivity(model, X).theta_d == pytest.approx(slope / (LEAST_SPREAD * 32**0.5), rel=1e-3)
+
+
+def test_the_steeper_of_a_small_change_and_a_whole_one_counts():
+    """A square grows with the change, and a bounded function never reaches the whole one."""
+    model = linear()
+    f_0 = model(X)
+    plain = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + model(x) - f_0}).theta_d
+    steep = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + (model(x) - f_0) ** 2}).theta_d
+    bounded = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + (model(x) - f_0).tanh()}).theta_d
+    assert steep > 2 * plain
+    assert 0.5 * plain < bounded <= plain
 
 
 def test_a_deep_network_that_is_not_trained():
     """Its outputs grow with a power of theta_d, so a line through 0 does not find where they have moved by a tenth."""
     torch.manual_seed(0)
-    layers = [each for _ in range(12) for each in (nn.Linear(16, 16), nn.ReLU())]
+    layers = [each for _ in range(12) for each in (nn.Linear(16, 16, bias=False), nn.GELU())]
     model = get_peft_model(nn.Sequential(nn.Linear(6, 16), *layers), settings(d=50, target_modules="all"))
-    assert 0.1 < 1 / sensitivity(model, X).theta_d < 10
+    assert 0.01 < 1 / sensitivity(model, X).theta_d < 10
 
 
 @pytest.mark.parametrize("case", ["bert", "convnet", "llama"])
