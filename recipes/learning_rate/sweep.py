@@ -281,7 +281,7 @@ def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
             axis.axhline(head, color=GREY, linestyle="--", label="classifier alone")
         axis.plot([], [], "*", color=GREY, markersize=13, linestyle="none", label="the rate that is found")
         axis.set(xlabel="learning rate of θ_d, or of all weights", title=name(network))
-        plain_ticks(axis, sorted(set(shown.lr) - {0}))
+        plain_ticks(axis, sorted(set(weights.lr) | set(full.index)))
     axes[0].set_ylabel("test accuracy, %")
     headline(figure, "Which learning rate does θ_d want?")
     legend_below(figure, columns=4)

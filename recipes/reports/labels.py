@@ -15,6 +15,8 @@ NAMES = {
     "usps": "USPS",
     "fc": "FC",
     "lenet": "LeNet",
+    "lenet_mnist": "LeNet, MNIST",
+    "fc_mnist": "FC, MNIST",
     "lenet5": "LeNet-5",
     "untied_lenet": "Untied LeNet",
     "fc_lenet": "FC-LeNet",

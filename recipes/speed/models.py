@@ -135,17 +135,18 @@ def text(models: dict[str, dict]) -> str:
 
 
 def beside_lora(models: dict[str, dict]) -> str:
-    """CPU time of a step and memory beyond the base, of LoRA's."""
+    """CPU time of a step, memory beyond the base, and the most of it, of LoRA's; no time where none was measured."""
+    others = [method for method in METHODS if method != "lora"]
     rows = []
     for name, methods in models.items():
-        memory = methods["lora"]["held_mb"]
-        cells = [
-            (f"{r['of_lora']:.2f}, " if "of_lora" in r else "") + f"{r['held_mb'] / memory:.2f}"
-            for m, r in methods.items()
-            if m != "lora"
-        ]
-        rows.append([name, *cells])
-    return "\n".join(markdown(["model", *(m for m in next(iter(models.values())) if m != "lora")], rows))
+        lora = methods["lora"]
+        cells = {
+            method: (f"{r['of_lora']:.2f}" if "of_lora" in r else "-")
+            + "".join(f", {r[key] / lora[key]:.2f}" for key in ("held_mb", "peak_mb"))
+            for method, r in methods.items()
+        }
+        rows.append([name, *(cells.get(method, "") for method in others)])
+    return "\n".join(markdown(["model", *others], rows))
 
 
 def tables() -> dict[str, str]:
@@ -171,10 +172,8 @@ def record(chosen: argparse.Namespace) -> dict[str, Any]:
     earlier = {name: origin for name in before["models"] if name not in chosen.models} | before.get("earlier", {})
     earlier = {name: made for name, made in earlier.items() if name not in chosen.models}
     others = {name: before["models"][name] for name in earlier}
-    return settings | {
-        "models": others | {name: measure(name, chosen.rounds) for name in chosen.models},
-        "earlier": earlier,
-    }
+    found = others | {name: measure(name, chosen.rounds) for name in chosen.models}
+    return settings | {"models": {name: found[name] for name in MODELS if name in found}, "earlier": earlier}
 
 
 if __name__ == "__main__":

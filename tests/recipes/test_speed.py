@@ -108,7 +108,7 @@ def test_whole_models(record, monkeypatch):
     assert {"versions", "hardware", "commit", "load"} <= set(later["earlier"]["tiny"])
     assert set(later["models"]["other"]["kronecker"]) == {"held_mb", "peak_mb"}
     again = record(models, "--rounds", "1", "--models", "tiny")
-    assert (list(again["models"]), list(again["earlier"])) == (["other", "tiny"], ["other"])
+    assert (list(again["models"]), list(again["earlier"])) == (["tiny", "other"], ["other"])
     assert again["earlier"]["other"]["rounds"] == 0
 
 
