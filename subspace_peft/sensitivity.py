@@ -17,8 +17,8 @@ from .plain_model import unwrapped
 
 
 CHANGES = (0.1, 1.0)
-"""The relative changes at which the sensitivity is measured, of which the larger counts: at a tenth outputs are nearly
-linear in theta_d; one is about as far as a training goes, and may be steeper, as where B A moves."""
+"""The relative changes at which the sensitivity is measured; the larger one found counts. At a tenth, outputs are
+about linear in theta_d; one is about as far as a training goes, and may be steeper, as where B A moves."""
 NEAR = (3.0, 1.5)
 """It is measured at a change from CHANGES / NEAR to CHANGES * NEAR."""
 LEAST_SPREAD = 1.0
@@ -93,7 +93,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
         sizes = [_spread(f) for f in start]
-        if are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
+        if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
             sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
         if not _mean(any(sizes), theta_d[0]):
             raise ValueError(
@@ -213,6 +213,8 @@ def _are_logits(output: Any) -> bool:
 
 def _have_unit(f: Tensor) -> bool:
     """Whether these are logits of several classes: no prediction of one number, no directions, no probabilities."""
+    if not f.numel():
+        return False
     lengths = torch.linalg.vector_norm(f, dim=1)
     are_directions, are_shares = (lengths - 1).abs().max() < 0.02, (f.sum(1) - 1).abs().max() < 0.02 and f.min() >= 0
     return f.shape[1] > 1 and not are_directions and not are_shares

@@ -76,6 +76,12 @@ def test_outputs_that_have_no_unit_of_logits(outputs):
     assert sensitivity(model, X, outputs) == sensitivity(model, X, lambda model, x: {"outputs": outputs(model, x)})
 
 
+def test_outputs_that_are_no_floats_are_refused():
+    for outputs in (lambda model, x: model(x).argmax(-1), lambda model, x: {"logits": None}):
+        with pytest.raises(ValueError, match="the model returned no tensor of floats"):
+            sensitivity(linear(), X, outputs)
+
+
 def test_logits_that_are_0_at_first():
     model = linear()
     with torch.no_grad():
