@@ -66,8 +66,8 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     """How far the outputs of a model move with theta_d and with a head, for one batch.
 
     The outputs are `logits`, or the first tensor, or what enters the last module that is trained whole, whichever
-    changes more: a new head may be 0. It takes a handful of evaluations; the model, theta_d and torch's random numbers
-    are left as they were.
+    changes more: a new head may be 0. It takes five to twenty-five evaluations; the model, theta_d and torch's random
+    numbers are left as they were.
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor, of at least two samples (or tokens).

@@ -99,9 +99,7 @@ def mnist(source: str) -> tuple[Split, Split]:
     return load("mnist", source, "train").first(IMAGES), load("mnist", source, "test")
 
 
-def fit(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, epochs: int, seed: int, batch: int = 16
-) -> None:
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, epochs: int, batch: int, seed: int) -> None:
     steps = epochs * (len(data.labels) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
@@ -127,9 +125,15 @@ def accuracy(model: nn.Module, data: Split) -> float:
 def pretrained(network: str) -> nn.Module:
     """The network, trained on the digits 0 to 4."""
     torch.manual_seed(0)
-    model = NETWORKS[network].build()
-    fit(model, torch.optim.AdamW(model.parameters(), lr=3e-3), half("train", 0), PRETRAINING, seed=0)
+    build, _, _, batch = NETWORKS[network]
+    model = build()
+    fit(model, torch.optim.AdamW(model.parameters(), lr=3e-3), half("train", 0), PRETRAINING, batch, seed=0)
     return model
+
+
+def searched(method: str) -> str:
+    """The method whose rates of the grid are compared with the found ones: "found kronecker" -> "kronecker"."""
+    return method.removeprefix("found").strip() or "subspace"
 
 
 def start(network: str, seed: int) -> nn.Module:
@@ -148,7 +152,7 @@ def train(
 ) -> tuple[nn.Module, list[float]]:
     """The trained model and its rates, that of its head last."""
     _, head, targets, batch = NETWORKS[network]
-    changes = SUBSPACES.get(method.removeprefix("found").strip() or "subspace")
+    changes = SUBSPACES.get(searched(method))
     if changes:
         whole = {"exclude_modules": [head], "modules_to_save": [head]} if head else {}
         model = get_peft_model(model, SubspaceConfig(d=d, seed=seed, target_modules=targets, **changes, **whole))
@@ -162,7 +166,7 @@ def train(
             groups.insert(0, {"params": rest, "lr": lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    fit(model, optimizer, data, epochs, seed, batch)
+    fit(model, optimizer, data, epochs, batch, seed)
     return model, rates
 
 
@@ -219,8 +223,8 @@ def records(runs: list[PlainSettings], results: Results) -> pd.DataFrame:
 
 def trained(method: str, d: int) -> str:
     """What a row of the table says of a run: "full training", "kronecker, d = 64"."""
-    method = method.removeprefix("found").strip() or "subspace"
-    word = {"head": "head alone", "full": "full training", "subspace": "fastfood"}.get(method, method)
+    words = {"head": "head alone", "full": "full training", "subspace": "fastfood"}
+    word = words.get(searched(method), searched(method))
     return word + (f", d = {d:,}" if d else "")
 
 

@@ -29,6 +29,7 @@ from recipes.lab.measurement import at_least
 from recipes.lab.results import read_measurement
 from recipes.reports.tables import markdown
 from recipes.speed.record import FOLDER, measured, parser
+from recipes.training.memory import held_for_backward
 from subspace_peft import SubspaceConfig
 
 
@@ -74,20 +75,8 @@ class Contender:
 
     def extra_bytes(self) -> int:
         """Beyond the frozen layer and its input."""
-        known = {t.untyped_storage().data_ptr() for t in (self.x, *self.model.parameters())}
-        held = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                held[storage.data_ptr()] = storage  # it lives on, so that no other has its place
-
-        # nothing goes backward here, and the graph would hold a tensor of its own in a circle
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-            y = self.model(self.x)
-        assert y.requires_grad
-        saved = sum(storage.nbytes() for storage in held.values())
-        return saved + BYTES_A_NUMBER * sum(p.numel() for p in self.trained)
+        held = held_for_backward(lambda: self.model(self.x), self.model, self.x)
+        return held + BYTES_A_NUMBER * sum(p.numel() for p in self.trained)
 
 
 def measure(size: str, rounds: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from recipes.lab.measurement import at_least
 from recipes.lab.results import read_measurement
 from recipes.reports.tables import markdown
 from recipes.speed.record import FOLDER, measured, parser
+from recipes.training.memory import held_for_backward
 from subspace_peft import SubspaceConfig
 
 
@@ -91,20 +92,7 @@ class Contender:
 
     def saved_bytes(self) -> int:
         """Bytes that autograd holds between forward and backward, without the parameters."""
-        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        held = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                held[storage.data_ptr()] = storage  # it lives on, so that no other has its place
-
-        # nothing goes backward here, and the graph would hold a tensor of its own in a circle
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-            loss = self.model(**self.inputs).loss
-            total = sum(storage.nbytes() for storage in held.values())
-        del loss
-        return total
+        return held_for_backward(lambda: self.model(**self.inputs).loss, self.model)
 
     def result(self, full: "Contender | None") -> dict:
         quartiles = statistics.quantiles(self.wall, n=4) if len(self.wall) > 1 else [self.wall[0]] * 3

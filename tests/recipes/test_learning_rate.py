@@ -94,7 +94,8 @@ def test_a_network_without_a_new_head_is_drawn_from_the_seed(method, lr, monkeyp
         ({"network": "resnet"}, "`network` must be one of lenet, vit, fc_mnist, lenet_mnist, got 'resnet'"),
         (
             {"method": "lora"},
-            "`method` must be one of head, full, subspace, kronecker, low rank, found, .*, got 'lora'",
+            "`method` must be one of head, full, subspace, kronecker, low rank, found, found kronecker, "
+            "found low rank, got 'lora'",
         ),
         ({"d": 0}, "`d` of method 'subspace' must be at least 1, got 0"),
         ({"d": 0, "method": "found low rank"}, "`d` of method 'found low rank' must be at least 1, got 0"),

@@ -1,6 +1,5 @@
 """The recipe that fine-tunes pretrained models, tiny: random weights, sentences of six words, the digits."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +43,7 @@ WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)
 def test_every_yaml_with_sentences_runs_tiny(file, shared, sentences, capsys):
     for result in _made(file, shared, TINY | sentences):
         assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
-    assert re.search(r"^\| (weight|norms and biases), kronecker|^\| full fine-tuning", capsys.readouterr().out, re.M)
+    assert "| weight, kronecker" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", WITH_IMAGES, ids=lambda file: file.stem)
