@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, distributed, nn
@@ -86,6 +87,15 @@ def is_distributed(parameter: nn.Parameter) -> bool:
 def whole(parameter: nn.Parameter) -> Tensor:
     """All of a parameter that FSDP2 shards (a DTensor). Call it on every process."""
     return parameter.full_tensor() if is_distributed(parameter) else parameter
+
+
+class HasStandIns:
+    """A module that reads its parameters through `stand_in`, where there is one: what it returns acts in their place.
+
+    It gets the name of a parameter and all of it, also where the model is sharded but for its forward.
+    """
+
+    stand_in: Callable[[str, Tensor], Tensor] | None = None
 
 
 def gathered(model: nn.Module) -> AbstractContextManager:

@@ -58,9 +58,8 @@ def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.M
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
-    d = sum(vector.numel() for vector in trained_theta_d(model))
     found = sensitivity(model, batch, forward)
-    rate = RELATIVE_STEP / (found.theta_d * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / d) ** 0.25
+    rate = RELATIVE_STEP / (found.theta_d * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / found.d) ** 0.25
     return Rates(rate, HEAD_TIMES * rate if found.head is None else HEAD_STEP / found.head)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .evaluation import evaluating, moved, run, same_random
 from .optim.processes import process_count, sum_over_processes
-from .plain_model import unwrapped
+from .plain_model import HasStandIns, unwrapped
 
 
 CHANGES = (0.1, 1.0)
@@ -55,10 +55,12 @@ class Sensitivity(NamedTuple):
             that vary by less than LEAST_SPREAD count as if they varied by that, unless a head trains whole.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
             |x - mean x|_1 over its inputs x. None without a head that floats enter.
+        d: The number of entries of theta_d that the outputs depend on.
     """
 
     theta_d: float
     head: float | None
+    d: int
 
 
 @torch.no_grad()
@@ -66,8 +68,8 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     """How far the outputs of a model move with theta_d and with a head, for one batch.
 
     The outputs are `logits`, or the first tensor, or what enters the last module that is trained whole, whichever
-    changes more: a new head may be 0. It takes five to twenty-five evaluations; the model, theta_d and torch's random
-    numbers are left as they were.
+    changes more: a new head may be 0. It takes five to twenty-five evaluations; the model and torch's random numbers
+    are left as they were. theta_d is not written to, so the model may be sharded: all processes call this.
 
     Args:
         batch: The arguments of the model: a mapping, a tuple or a tensor, of at least two samples (or tokens).
@@ -77,11 +79,10 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         ValueError: if no theta_d trains, or the outputs do not depend on theta_d or on the sample. With several
             processes all raise it, or none.
     """
-    theta_d = trained_theta_d(model)
+    like = trained_theta_d(model)[0]
     model = unwrapped(model)
-    batch = moved(batch, theta_d[0].device)
-    before = [vector.clone() for vector in theta_d]
-    with evaluating(model), _seen(model) as places:
+    batch = moved(batch, like.device)
+    with evaluating(model), _seen(model) as places, _stand_ins(model) as stand_ins:
 
         def outputs() -> tuple[list[Tensor], bool]:
             places.clear()
@@ -95,27 +96,26 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         sizes = [_spread(f) for f in start]
         if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
             sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
-        if not _mean(any(sizes), theta_d[0]):
+        if not _mean(any(sizes), like):
             raise ValueError(
                 "A batch must have samples with different outputs, "
                 f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
                 "samples, or a learning rate."
             )
 
+        theta_d = [vector for stand_in in stand_ins for vector in stand_in.stand()]
+        before = [vector.clone() for vector in theta_d]
+
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
                 vector.copy_(old + sigma * z)
             ends = [f.where(at, 0) for f, at in zip(outputs()[0], known, strict=True)]
             changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
-            return _mean(max(changes, default=None), theta_d[0])
+            return _mean(max(changes, default=None), like)
 
-        try:
-            slopes = [_slope(change, direction) for direction in _directions(theta_d)]
-        finally:
-            for vector, old in zip(theta_d, before, strict=True):
-                vector.copy_(old)
+        slopes = [_slope(change, direction) for direction in _directions(theta_d)]
     head = places[-1].volume * (start[-1] - start[-1].mean(0)).abs().sum(1).mean().item() if places else None
-    return Sensitivity(sum(slopes) / len(slopes), _mean(head, theta_d[0]) or None)
+    return Sensitivity(sum(slopes) / len(slopes), _mean(head, like) or None, sum(vector.numel() for vector in before))
 
 
 def _mean(value: float | None, like: Tensor) -> float:
@@ -125,6 +125,41 @@ def _mean(value: float | None, like: Tensor) -> float:
     found = torch.tensor([value or 0.0, value is not None], dtype=torch.float32, device=like.device)
     total, count = sum_over_processes(found).tolist()
     return total / count if count else 0.0
+
+
+class _StandIn:
+    """What stands for the theta_d of adapters that train, in one module: copies, made when a run has read them."""
+
+    def __init__(self, module: HasStandIns):
+        trained = (name for name, p in module.named_parameters() if p.requires_grad and is_theta_d(name))
+        self.adapters = [name.split(".")[-2] for name in trained]
+        self.read: dict[str, Tensor] = {}
+        self.standing: dict[str, nn.Parameter] = {}
+
+    def __call__(self, adapter: str, theta_d: Tensor) -> Tensor:
+        if adapter in self.standing:
+            return self.standing[adapter]
+        if adapter in self.adapters and adapter not in self.read:
+            self.read[adapter] = theta_d.clone()
+        return theta_d
+
+    def stand(self) -> list[nn.Parameter]:
+        """Let the copies stand from now on, in the order of the adapters."""
+        read = (adapter for adapter in self.adapters if adapter in self.read)
+        self.standing = {adapter: nn.Parameter(self.read[adapter], requires_grad=False) for adapter in read}
+        return list(self.standing.values())
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[list[_StandIn]]:
+    modules = [module for module in model.modules() if isinstance(module, HasStandIns)]
+    try:
+        for module in modules:
+            module.stand_in = _StandIn(module)
+        yield [module.stand_in for module in modules]
+    finally:
+        for module in modules:
+            del module.stand_in
 
 
 def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:

@@ -23,33 +23,32 @@ PER_INPUT = 0.5
 LEAST_INPUTS = 1000
 """Networks with fewer are toys, which train at any rate: with rows of norm 1 nothing is said from 3e-4 on."""
 
-_watched: dict[int, tuple[weakref.ref, float]] = {}
+_watched: weakref.WeakKeyDictionary[nn.ParameterDict, float] = weakref.WeakKeyDictionary()
 _hooks: list[RemovableHandle] = []
 
 
-def watch(theta_d: nn.Parameter, inputs: int, row: float) -> None:
+def watch(holder: nn.ParameterDict, inputs: int, row: float) -> None:
     """Warn at the first step of an optimiser like Adam that trains theta_d at a rate far below those that learn.
 
     Args:
+        holder: Holds theta_d alone, in whose place FSDP may put another parameter.
         inputs: The number of inputs of the target matrices, added up.
         row: The root of the mean square norm of the rows of P.
     """
-    key, least = (
-        id(theta_d),
-        RELATIVE_STEP / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * sqrt(STEPS) * MARGIN),
-    )
-    _watched[key] = weakref.ref(theta_d, lambda _: _watched.pop(key, None)), least
+    least = RELATIVE_STEP / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * sqrt(STEPS) * MARGIN)
+    _watched[holder] = least
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
 
 
 def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if not _watched:
+    holders = {id(theta_d): holder for holder in _watched for theta_d in holder.values()}
+    if not holders:
         return
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group.get("lr"))  # a schedule may begin at zero
         for parameter in group["params"]:
-            _, least = _watched.pop(id(parameter), (None, 0.0))
+            least = _watched.pop(holders[id(parameter)]) if id(parameter) in holders else 0.0
             if isinstance(optimizer, RATE_OF_THE_ENTRY) and rate < least:
                 warnings.warn(
                     f"theta_d is trained at a learning rate of {float(rate):.1e}, at which it hardly moves in "

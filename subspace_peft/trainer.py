@@ -97,7 +97,7 @@ class SubspaceTrainer(Trainer):
 
     Where `learning_rate` is left at Trainer's default and the optimiser to Trainer, the rates are those of
     `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, falling by the schedule of the
-    arguments. With a learning rate, an optimiser, FSDP or DeepSpeed it trains as Trainer does, bit for bit.
+    arguments. With a learning rate, an optimiser or DeepSpeed it trains as Trainer does, bit for bit.
 
     Pass an optimiser that needs a closure as `optimizers=(PBFGS([theta_d]), None)`, or as
     `optimizer_cls_and_kwargs=(PBFGS, {})`, which gives it all trainable parameters in one group. An update needs no
@@ -150,8 +150,7 @@ class SubspaceTrainer(Trainer):
     # ------------------------------------------------------------------------------------- the rates that are left out
 
     def _is_rate_left_out(self) -> bool:
-        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        return is_whole and self.args.learning_rate == TrainingArguments.learning_rate
+        return not self.is_deepspeed_enabled and self.args.learning_rate == TrainingArguments.learning_rate
 
     def _group(self, model: nn.Module) -> None:
         """Give theta_d and the head groups of their own, whose rates the first step corrects."""

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from recipes import run
+from subspace_peft import SubspaceTrainer
 from tests.cases import settings
 
 
@@ -35,7 +37,8 @@ SHARDINGS = ("ddp", "fsdp2", "fsdp1")
 LOW_RANK = {"coordinates": "low_rank", "rank": 2}
 KINDS = {name: {"projection": name} for name in ("fastjl", "kronecker", "sparse")} | {"low_rank": LOW_RANK}
 STEPS, ROWS = 4, 8
-RESUMED = "fastjl"
+FOUND, SLOW = "rate found", "Trainer's own rate"
+RESUMED = ("fastjl", FOUND)
 """Also trained again from the checkpoint in the middle."""
 RESUMABLE = ("ddp", "fsdp2")
 """Under FSDP1 accelerate 1.15 loads no adapter of PEFT: it looks for its keys without those of the wrapper."""
@@ -78,13 +81,13 @@ class Reductions(TorchDispatchMode):
 def train(kind: str, folder: str, processes: int = 1, resume: bool = False) -> tuple[dict, list[int]]:
     """The adapter's file after training, and how many numbers each reduction held."""
     torch.manual_seed(0)
-    model = get_peft_model(Net(), settings(**KINDS[kind], target_modules="all-linear"))
+    model = get_peft_model(Net(), settings(**KINDS.get(kind, {}), target_modules="all-linear"))
     args = TrainingArguments(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=ROWS // processes, learning_rate=0.05,
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=ROWS // processes,
         lr_scheduler_type="constant", save_steps=STEPS // 2, report_to=[], disable_tqdm=True, seed=0,
-        use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ,
+        use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ, **({"learning_rate": 0.05} if kind in KINDS else {}),
     )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=Rows())
+    trainer = (SubspaceTrainer if kind == FOUND else Trainer)(model=model, args=args, train_dataset=Rows())
     with Reductions() as reductions:
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if resume else None)
     trainer.save_model(f"{folder}/saved")
@@ -110,12 +113,15 @@ def work(process: int, sharding: str, port: int, folder: str) -> None:
         # torch moves the parameters of FSDP1 to the CPU, on which they are, and frees them: a segmentation fault
         FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()
     results = {}
-    for kind in KINDS:
-        file, moved = train(kind, f"{folder}/{kind}", processes=2)
+    for kind in (*KINDS, FOUND, SLOW):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            file, moved = train(kind, f"{folder}/{kind}", processes=2)
+        warned = sum("hardly moves" in str(each.message) for each in caught)
         again = file
-        if kind == RESUMED and sharding in RESUMABLE:
+        if kind in RESUMED and sharding in RESUMABLE:
             again, _ = train(kind, f"{folder}/{kind}", processes=2, resume=True)
-        results[kind] = {"file": file, "resumed": again, "moved": moved}
+        results[kind] = {"file": file, "resumed": again, "moved": moved, "warned": warned}
     if process == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -43,22 +43,35 @@ def test_the_file_is_that_of_one_process(sharding, kind, together, alone):
     assert_same_file(together[sharding][kind]["file"], alone[kind])
 
 
+@pytest.mark.parametrize("sharding", ["fsdp2", "fsdp1"])
+def test_the_rate_that_is_found_is_that_of_data_parallelism(sharding, together):
+    assert_same_file(together[sharding][sharded.FOUND]["file"], together["ddp"][sharded.FOUND]["file"])
+
+
+@pytest.mark.parametrize("sharding", sharded.SHARDINGS)
+def test_a_rate_at_which_theta_d_hardly_moves_is_warned_of_once(sharding, together):
+    warned = {kind: result["warned"] for kind, result in together[sharding].items()}
+    assert warned == dict.fromkeys(warned, 0) | {sharded.SLOW: 1}
+
+
+@pytest.mark.parametrize("kind", sharded.RESUMED)
 @pytest.mark.parametrize("sharding", sharded.RESUMABLE)
-def test_a_resumed_training_ends_where_the_whole_one_did(sharding, together):
-    results = together[sharding][sharded.RESUMED]
+def test_a_resumed_training_ends_where_the_whole_one_did(sharding, kind, together):
+    results = together[sharding][kind]
     assert_same_file(results["resumed"], results["file"])
 
 
 @pytest.mark.parametrize(("sharding", "numbers"), [("ddp", 7), ("fsdp2", 8)])
 def test_a_step_reduces_d_numbers_or_as_many_as_two_processes_share(sharding, numbers, together):
-    moved = {kind: result["moved"] for kind, result in together[sharding].items()}
+    moved = {kind: together[sharding][kind]["moved"] for kind in sharded.KINDS}
     assert moved == {kind: [numbers] * sharded.STEPS for kind in sharded.KINDS}
 
 
 def test_a_step_under_fsdp1_reduces_the_frozen_weights_beside_theta_d_too(together):
     numbers = 8 + sum(parameter.numel() for parameter in sharded.Net().parameters())
-    for result in together["fsdp1"].values():
-        assert [count for count in result["moved"] if count > 1] == [numbers] * sharded.STEPS  # 1: the gradient's norm
+    for kind in sharded.KINDS:
+        moved = together["fsdp1"][kind]["moved"]
+        assert [count for count in moved if count > 1] == [numbers] * sharded.STEPS  # 1: the gradient's norm
 
 
 @pytest.mark.parametrize("stage", [2, 3])

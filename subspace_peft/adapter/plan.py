@@ -223,7 +223,7 @@ class Plan:
             projections = [projection for c in coordinates.values() for projection in c.projections.values()]
             joint_cache = PROJECTIONS[config.projection].together(projections)
         vectors.add(adapter, theta_d, scale, joint_cache, self.renaming)
-        self._watch(vectors.subspace_peft_theta_d[adapter])
+        self._watch(vectors.subspace_peft_theta_d.get_submodule(adapter))
         layers: dict[int, SubspaceLayer] = {}
         for target in self.targets:
             layer = layers.get(id(target.module), target.layer)
@@ -235,11 +235,11 @@ class Plan:
                 moved = {path: coordinates[name] for path, name in target.tensors.items() if name in coordinates}
                 layer.add_adapter(adapter, moved, target.merged_elsewhere)
 
-    def _watch(self, theta_d: nn.Parameter) -> None:
+    def _watch(self, holder: nn.ParameterDict) -> None:
         """Have a rate at which theta_d hardly moves warned of, where its scale is known."""
         if self.config.projection not in GIVEN and self.config.coordinates == "weight":
             inputs = sum(_as_matrix(shape.moving, name in self.stacked)[1] for name, shape in self.shapes.items())
-            watch(theta_d, inputs, 1.0 if self.config.normalization == "rows" else sqrt(self.d / self.D))
+            watch(holder, inputs, 1.0 if self.config.normalization == "rows" else sqrt(self.d / self.D))
 
     def _coordinates(self) -> dict[str, Coordinates]:
         config, coordinates = self.config, {}
