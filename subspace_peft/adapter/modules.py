@@ -6,6 +6,9 @@ import contextlib
 import itertools
 import threading
 import warnings
+from functools import partial
+from inspect import unwrap
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -91,11 +94,18 @@ class _StandIn:
         self.__dict__.update(tensors, _of=module)
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["_of"], name)
+        found = getattr(self.__dict__["_of"], name)
+        is_own = isinstance(found, MethodType) and found.__self__ is self.__dict__["_of"]
+        return partial(found.__func__, self) if is_own else found  # it may read these tensors too
 
 
 def has_stand_in(module: nn.Module) -> bool:
-    """Whether `run_with` may run it: a module of torch or transformers without children, hooks or a cache."""
+    """Whether `run_with` may run it: a module of torch or transformers without children, hooks or a cache.
+
+    Nor may its forward call `super()`, which takes no stand-in.
+    """
+    if "__class__" in unwrap(type(module).forward).__code__.co_freevars:
+        return False
     if module._modules or "forward" in module.__dict__ or isinstance(module, nn.RNNBase):
         return False
     if has_hooks(module) or has_cache(module):

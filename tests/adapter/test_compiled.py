@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2LayerNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -113,6 +114,47 @@ def test_checkpoints_are_in_the_graph(changes, kwargs, dtype):
 
     found, expected = gradient(True), gradient(False)
     assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
+
+
+class ReadsInAMethod(nn.Module):
+    """As modules of transformers may."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def scaled(self, x):
+        return self.weight * x
+
+    def forward(self, x):
+        return self.scaled(x)
+
+
+class Image(nn.Module):
+    """As ConvNextV2 has them: norms whose forward calls that of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = ConvNextV2LayerNorm(4, data_format="channels_first")
+
+    def forward(self, x):
+        return self.norm(x.view(2, 4, 2, 1)).flatten(1)
+
+
+@pytest.mark.parametrize("make", [Image, ReadsInAMethod], ids=lambda make: make.__name__)
+def test_a_forward_that_calls_that_of_its_parent_or_another_method(make, monkeypatch):
+    monkeypatch.setattr(ReadsInAMethod, "__module__", "transformers.models")
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(make()), settings(parameters="vectors", d=2))
+    move(model)
+    x = torch.randn(2, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    moved = compiled(x)
+    close(moved, model(x), atol=1e-6)
+    gradients = [torch.autograd.grad(each(x).sum() ** 2, theta_d(model))[0] for each in (compiled, model)]
+    close(*gradients, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), moved)
 
 
 def test_activations_that_run_through_p_are_in_the_graph():
