@@ -22,10 +22,10 @@ class MovedTensor(Tensor):
     """origin + P theta_d of one parameter, computed when its entries are first used.
 
     It has the shape, dtype and device of the parameter. Under autograd it is differentiable as any tensor is. It can
-    not be written to.
+    not be written to, but what changes no entry may run: models clamp weights that are within their bounds.
 
     Raises:
-        RuntimeError: if it is written to, because that would change neither the origin nor theta_d.
+        RuntimeError: if its entries are written to, because that would change neither the origin nor theta_d.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -45,11 +45,8 @@ class MovedTensor(Tensor):
         if func is torch.ops.aten.detach.default:
             return cls(args[0].source)
         kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for value in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
-                    if isinstance(value, cls):
-                        raise RuntimeError(value.source.refusal())
+        if written := _written(func, args, kwargs):
+            return _write(func, args, kwargs, written)
         if func.is_view:
             return _views(func, args, kwargs)
         args, kwargs = tree_map_only(cls, lambda value: value.source.entries(), (args, kwargs))
@@ -138,9 +135,11 @@ class Moving:
 
     def refusal(self) -> str:
         kind = type(self.layer.base_layer).__name__
+        name = self.layer.coordinates[next(iter(self.zs))][self.path].name
         return (
             f"A parameter that an adapter moves must not be written to, `{self.path}` of {kind} is computed; write to "
-            "that of its `base_layer`, the origin, or merge or unload the adapter first."
+            "that of its `base_layer`, the origin, or merge or unload the adapter first. If the model writes to it, "
+            f"leave it out of what is adapted: `{name}`."
         )
 
 
@@ -154,6 +153,28 @@ class Part:
 
     def __init__(self, whole: Moving | Part, view: Callable[[], Tensor], like: Tensor):
         self.refusal, self.device, self.entries, self.like = whole.refusal, whole.device, view, like
+
+
+def _written(func: Callable, args: tuple, kwargs: dict) -> list[MovedTensor]:
+    """The moved tensors to which an operation writes."""
+    places = [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [value for value in tree_leaves(places) if isinstance(value, MovedTensor)]
+
+
+def _write(func: Callable, args: tuple, kwargs: dict, written: list[MovedTensor]) -> Any:
+    """What the operation returns if it leaves all entries as they are."""
+    copies = {id(value): value.source.entries().clone() for value in tree_leaves((args, kwargs)) if isinstance(value, MovedTensor)}
+    args, kwargs = tree_map_only(MovedTensor, lambda value: copies[id(value)], (args, kwargs))
+    result = func(*args, **kwargs)
+    for value in written:
+        if not torch.equal(copies[id(value)], value.source.entries()):
+            raise RuntimeError(value.source.refusal())
+    originals = {id(copies[id(value)]): value for value in written}
+    return tree_map_only(Tensor, lambda value: originals.get(id(value), value), result)
 
 
 def _views(func: Callable, args: tuple, kwargs: dict) -> Any:

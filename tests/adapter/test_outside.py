@@ -128,12 +128,29 @@ def test_what_is_read_must_not_be_written_to():
             lambda: layer.weight.chunk(2)[1].mul_(2),
             lambda: torch._foreach_mul_([layer.weight], 2),
             lambda: torch.add(before, 1, out=layer.weight.detach()),
+            lambda: layer.weight.data.clamp_(-1e-3, 1e-3),
             lambda: setattr(layer.weight, "data", before),
             layer.reset_parameters,
         ):
             with pytest.raises(RuntimeError, match="must not be written to, `weight` of Linear is computed"):
                 write()
     assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_write_that_changes_nothing_may_be_made():
+    """As the clamp of Gemma 3n's weights, which their bounds are far from."""
+    model, plain = moved_pair(Fused)
+    layer = model.base_model.model.qkv
+    with torch.no_grad():
+        for clamped in (layer.weight.data.clamp_(-100, 100), layer.weight.data[1:].clamp_(-100, 100)):
+            assert type(clamped) is not torch.Tensor
+        torch._foreach_mul_([layer.weight, torch.ones(2)], 1)
+        out = torch.ones(2)
+        assert torch.mul(layer.weight[0, :2], 0, out=out) is out
+    assert torch.equal(out, torch.zeros(2))
+    torch.testing.assert_close(layer.weight.detach().plain().double(), plain.qkv.weight.detach())
+    with pytest.raises(RuntimeError, match="leave it out of what is adapted: `qkv.weight`"):
+        layer.weight.data.zero_()
 
 
 def test_assignments_reach_the_base_module_or_are_refused():
