@@ -42,7 +42,7 @@ class Rates(NamedTuple):
 def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.Module, Any], Any] = run) -> Rates:
     """The rates for Adam without a search, where they fall to zero over the training:
 
-        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 1.5 / (mean of |x - mean x|_1)
+        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 1.5 / (mean of |x|_1 or |x - mean x|_1)
 
     with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a
     share s sigma when theta_d moves by sigma, whatever d is. The rates that learn best move theta_d, over the

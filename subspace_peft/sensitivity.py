@@ -53,8 +53,8 @@ class Sensitivity(NamedTuple):
             entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
             sigma where s sigma is about a tenth, or one if s is larger there. The mean of f is over the batch. Logits
             that vary by less than LEAST_SPREAD count as if they varied by that, unless a head trains whole.
-        head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean of
-            |x - mean x|_1 over its inputs x. None without a head that floats enter.
+        head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean over its
+            inputs x of |x|_1, or of |x - mean x|_1 if that is larger. None without a head that floats enter.
         d: The number of entries of theta_d that the outputs depend on.
     """
 
@@ -114,7 +114,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
             return _mean(max(changes, default=None), like)
 
         slopes = [_slope(change, direction) for direction in _directions(theta_d)]
-    head = places[-1].volume * (start[-1] - start[-1].mean(0)).abs().sum(1).mean().item() if places else None
+    head = places[-1].volume * _mean_length(start[-1]) if places else None
     return Sensitivity(sum(slopes) / len(slopes), _mean(head, like) or None, sum(vector.numel() for vector in before))
 
 
@@ -259,6 +259,11 @@ def _spread(f: Tensor) -> float:
     """How far the outputs of samples are from their mean; 0 if that is rounding alone."""
     spread = _norm(f - f.mean(0))
     return spread if spread > 10 * torch.finfo(f.dtype).eps * _norm(f) else 0.0
+
+
+def _mean_length(x: Tensor) -> float:
+    """The mean of |x|_1, or of what differs from the mean of x, if that is longer."""
+    return max(each.abs().sum(1).mean().item() for each in (x, x - x.mean(0)))
 
 
 def _norm(x: Tensor) -> float:

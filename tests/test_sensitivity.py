@@ -134,7 +134,7 @@ def test_a_new_head_that_is_zero():
     model = get_peft_model(MLP(), settings(target_modules=["fc1"], modules_to_save=["fc2"]))
     hidden = model.base_model.model.fc1.base_layer(X).tanh()
     before = sensitivity(model, X)
-    assert before.head == pytest.approx((hidden - hidden.mean(0)).abs().sum(1).mean().item(), rel=1e-4)
+    assert before.head == pytest.approx(hidden.abs().sum(1).mean().item(), rel=1e-4)
     with torch.no_grad():
         for parameter in model.base_model.model.fc2.modules_to_save["default"].parameters():
             parameter.zero_()
@@ -142,6 +142,18 @@ def test_a_new_head_that_is_zero():
     assert 0 < after.theta_d <= before.theta_d
     assert after.head == before.head
     assert sensitivity(linear(), X).head is None
+
+
+@pytest.mark.parametrize(("bias", "larger"), [(10.0, 0), (-1.5, 1)], ids=["hardly varies", "mostly zero"])
+def test_what_enters_a_head(bias, larger):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+    nn.init.constant_(net[0].bias, bias)
+    x = net[:2](X).detach()
+    lengths = [each.abs().sum(1).mean().item() for each in (x, x - x.mean(0))]
+    assert lengths.index(max(lengths)) == larger
+    model = get_peft_model(net, settings(target_modules=["0"], modules_to_save=["2"]))
+    assert sensitivity(model, X).head == pytest.approx(lengths[larger], rel=1e-4)
 
 
 def test_large_outputs_are_compared_by_some_of_their_rows(monkeypatch):
