@@ -167,12 +167,9 @@ def _written(func: Callable, args: tuple, kwargs: dict) -> list[MovedTensor]:
 
 def _write(func: Callable, args: tuple, kwargs: dict, written: list[MovedTensor]) -> Any:
     """What the operation returns if it leaves all entries as they are."""
-    copies = {
-        id(value): value.source.entries().clone()
-        for value in tree_leaves((args, kwargs))
-        if isinstance(value, MovedTensor)
-    }
-    args, kwargs = tree_map_only(MovedTensor, lambda value: copies[id(value)], (args, kwargs))
+    copies: dict[int, Tensor] = {}
+    copied = lambda value: copies.setdefault(id(value), value.source.entries().clone())  # noqa: E731
+    args, kwargs = tree_map_only(MovedTensor, copied, (args, kwargs))
     result = func(*args, **kwargs)
     for value in written:
         if not torch.equal(copies[id(value)], value.source.entries()):
