@@ -18,6 +18,8 @@ RATE_OF_THE_ENTRY = (
     torch.optim.RMSprop,
 )  # fmt: skip
 """Optimisers whose step stays the same if every gradient of an entry is multiplied by one number."""
+IS_FOUND = "lr_is_found"
+"""Marks a parameter group whose rate comes from `find_rates`, of which nobody needs to be warned."""
 
 
 RELATIVE_STEP = 3.0
@@ -30,6 +32,14 @@ HEAD_STEP = 1.5
 """How far a step of the head moves its outputs: the rate of the head, times its sensitivity."""
 HEAD_TIMES = 10
 """The rate of other parameters over that of theta_d, where nothing is known of them."""
+
+
+def is_like_adam(kind: type) -> bool:
+    """Whether the rates that are found are those of this optimiser: of RATE_OF_THE_ENTRY, or called Adam elsewhere.
+
+    bitsandbytes, torchao, apex and others have 8-bit, paged or fused ones.
+    """
+    return issubclass(kind, RATE_OF_THE_ENTRY) or any("adam" in each.__name__.lower() for each in kind.__mro__)
 
 
 class Rates(NamedTuple):
@@ -96,9 +106,11 @@ def parameter_groups(
                 "`parameter_groups` must be given `batch` and `steps`, to find the rate of theta_d, or `lr`; got "
                 f"neither `lr` nor {'`batch`' if batch is None else '`steps`'}."
             )
-        lr, found = find_rates(model, batch, steps)
-        head_lr = found if head_lr is None else head_lr
-    groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0}]
+        found = find_rates(model, batch, steps)
+        lr, head_lr = found.theta_d, found.head if head_lr is None else head_lr
+    else:
+        found = None
+    groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0, **({IS_FOUND: True} if found else {})}]
     if head:
         head_lr = HEAD_TIMES * lr if head_lr is None else head_lr
         groups.append({"params": head, "lr": head_lr, "weight_decay": weight_decay})
@@ -124,7 +136,7 @@ def gamma_for(rate: float, optimizer: type[torch.optim.Optimizer] | torch.optim.
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if issubclass(kind, RATE_OF_THE_STEP):
         return rate**0.5
-    if issubclass(kind, RATE_OF_THE_ENTRY):
+    if is_like_adam(kind):
         return float(rate)
     known = ", ".join(kind.__name__ for kind in (*RATE_OF_THE_STEP, *RATE_OF_THE_ENTRY))
     raise ValueError(

@@ -41,7 +41,10 @@ def trained_theta_d(model: nn.Module) -> list[nn.Parameter]:
     """
     theta_d = [p for name, p in model.named_parameters() if p.requires_grad and is_theta_d(name)]
     if not theta_d:
-        raise ValueError("The model must have a trainable theta_d, it has none; wrap it with a SubspaceConfig first.")
+        raise ValueError(
+            "The model must have a trainable theta_d, it has none; wrap it with a SubspaceConfig, or load its adapter "
+            "with `is_trainable=True`."
+        )
     return theta_d
 
 
@@ -100,7 +103,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
             raise ValueError(
                 "A batch must have samples with different outputs, "
                 f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
-                "samples, or a learning rate."
+                "samples, or a learning rate (of TrainingArguments: `per_device_train_batch_size`, `learning_rate`)."
             )
 
         theta_d = [vector for stand_in in stand_ins for vector in stand_in.stand()]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .rates import RATE_OF_THE_ENTRY, RELATIVE_STEP
+from .rates import IS_FOUND, RELATIVE_STEP, is_like_adam
 
 
 STEPS = 10_000
@@ -49,7 +49,7 @@ def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         rate = group.get("initial_lr", group.get("lr"))  # a schedule may begin at zero
         for parameter in group["params"]:
             least = _watched.pop(holders[id(parameter)]) if id(parameter) in holders else 0.0
-            if isinstance(optimizer, RATE_OF_THE_ENTRY) and rate < least:
+            if rate < least and is_like_adam(type(optimizer)) and not group.get(IS_FOUND):
                 warnings.warn(
                     f"theta_d is trained at a learning rate of {float(rate):.1e}, at which it hardly moves in "
                     f"{STEPS:,} steps: rates below {least:.1e} are too low for this model. SubspaceTrainer, and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from .evaluation import run
 from .optim import PPlusBFGS, repeatable
-from .rates import RATE_OF_THE_ENTRY, find_rates, parameter_groups
+from .rates import IS_FOUND, find_rates, is_like_adam, parameter_groups
 from .sensitivity import is_theta_d
 
 
@@ -97,7 +98,7 @@ class SubspaceTrainer(Trainer):
 
     Where `learning_rate` is left at Trainer's default and the optimiser to Trainer, the rates are those of
     `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, falling by the schedule of the
-    arguments. With a learning rate, an optimiser or DeepSpeed it trains as Trainer does, bit for bit.
+    arguments, and are logged. With a learning rate, an optimiser or DeepSpeed it trains as Trainer does, bit for bit.
 
     Pass an optimiser that needs a closure as `optimizers=(PBFGS([theta_d]), None)`, or as
     `optimizer_cls_and_kwargs=(PBFGS, {})`, which gives it all trainable parameters in one group. An update needs no
@@ -136,7 +137,8 @@ class SubspaceTrainer(Trainer):
                     )
                 parameters = (self.model if model is None else model).parameters()
                 self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self._is_rate_left_out():
+        is_rate_left_out = self.args.learning_rate == TrainingArguments.learning_rate
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and is_rate_left_out:
             self._group(self.model if model is None else model)
         super().create_optimizer(model)
         optimizer = self.optimizer
@@ -149,20 +151,22 @@ class SubspaceTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------- the rates that are left out
 
-    def _is_rate_left_out(self) -> bool:
-        return not self.is_deepspeed_enabled and self.args.learning_rate == TrainingArguments.learning_rate
-
     def _group(self, model: nn.Module) -> None:
         """Give theta_d and the head groups of their own, whose rates the first step corrects."""
+        if not any(p.requires_grad and is_theta_d(name) for name, p in model.named_parameters()):
+            return
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if issubclass(kind, RATE_OF_THE_ENTRY) and any(map(is_theta_d, trained)):
-            lr = settings.pop("lr")
-            theta_d, *head = parameter_groups(model, lr, head_lr=lr)
-            if self.args.weight_decay:
-                head = [part for group in head for part in self._decaying(model, group)]
-            # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
-            self.optimizer = self._due = kind([theta_d, *head], lr=1.0, **settings)
+        if self.is_deepspeed_enabled or not is_like_adam(kind):
+            why = "with DeepSpeed" if self.is_deepspeed_enabled else f"for {kind.__name__}"
+            wanted = "give `learning_rate`, or take an optimiser of Adam's kind, without DeepSpeed."
+            warnings.warn(f"No rate is found {why}, theta_d trains at Trainer's own; {wanted}", stacklevel=2)
+            return
+        lr = settings.pop("lr")
+        theta_d, *head = parameter_groups(model, lr, head_lr=lr)
+        if self.args.weight_decay:
+            head = [part for group in head for part in self._decaying(model, group)]
+        # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
+        self.optimizer = self._due = kind([theta_d, *head], lr=1.0, **settings)
 
     def _decaying(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The group in two, as Trainer makes them: biases and norms do not decay."""
@@ -184,6 +188,9 @@ class SubspaceTrainer(Trainer):
                     forward = partial(self._outputs, num_items=num_items)
                     theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
                 self._schedule_from(optimizer, [theta_d, *[head] * (len(groups) - 1)])
+                groups[0][IS_FOUND] = True
+                of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
+                self.log({"found_learning_rate": theta_d} | of_head)
         self._due = None
 
     def _schedule_from(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

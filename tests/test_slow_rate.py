@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from subspace_peft import parameter_groups
 from tests.cases import BY_NAME, theta_d, wrap
 
 
@@ -48,6 +49,18 @@ def test_the_rate_is_that_of_the_units_of_theta_d():
     assert step(torch.optim.AdamW([theta_d(model)], lr=1e-3), model)
     model = wrap(CASE, d=2)
     assert not step(torch.optim.AdamW([theta_d(model)], lr=1e-3), model)
+
+
+def test_a_rate_that_was_found_is_right_however_low_it_is():
+    model, batch = wrap(CASE), CASE.batch()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-3)
+    (group,) = parameter_groups(model, batch=batch, steps=10**9)
+    assert group["lr"] < 1e-4
+    assert not step(torch.optim.AdamW([group]), model)
+    other = wrap(CASE)
+    assert step(torch.optim.AdamW([theta_d(other)], lr=group["lr"]), other)
 
 
 def test_a_schedule_that_begins_at_zero():

@@ -6,6 +6,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subspace_peft import SubspaceTrainer, find_rates
+from subspace_peft.rates import Rates
 from tests.cases import theta_d, wrap
 from tests.distributed_trainer import logged
 from tests.test_trainer import BERT, Rows
@@ -55,12 +56,45 @@ def test_resuming_is_bit_equal_to_going_on(tmp_path):
     assert torch.equal(theta_d(resumed.model), theta_d(whole.model))
 
 
+@pytest.mark.filterwarnings("ignore:No rate is found:UserWarning")
 @pytest.mark.parametrize("changes", [{"learning_rate": 1e-3}, {"optim": "sgd"}], ids=["a rate", "another optimiser"])
 def test_otherwise_it_is_trainer(changes, tmp_path):
     runs = [trainer(tmp_path, cls, batch=4, **changes) for cls in (SubspaceTrainer, Trainer)]
     for run in runs:
         run.train()
     assert torch.equal(*(theta_d(run.model) for run in runs))
+
+
+def test_that_no_rate_is_found_is_said(tmp_path):
+    with pytest.warns(
+        UserWarning, match="No rate is found for SGD, theta_d trains at Trainer's own; give `learning_rate`"
+    ):
+        trainer(tmp_path, optim="sgd", batch=4).train()
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """As other libraries have them."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, **settings):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure=None):
+        return closure and closure()
+
+
+@pytest.mark.filterwarnings("error:theta_d is trained at:UserWarning")
+@pytest.mark.parametrize("sensitivity", [1.0, 1e6])
+def test_other_optimisers_called_adam_and_what_is_logged(sensitivity, tmp_path, monkeypatch):
+    """However low a rate is that was found, it is not warned of."""
+    found = find_rates(trainer(tmp_path).model, default_collate([Rows()[i] for i in range(16)]), 6)
+    expected = Rates(found.theta_d / sensitivity, found.head)
+    monkeypatch.setattr("subspace_peft.trainer.find_rates", lambda *args: expected)
+    monkeypatch.setattr(SubspaceTrainer, "get_optimizer_cls_and_kwargs", lambda *args: (AdamW8bit, {"lr": 5e-5}))
+    run = trainer(tmp_path)
+    run.train()
+    assert rates_of(run) == [*expected]
+    assert logged(run, "found_learning_rate") == [expected.theta_d]
+    assert logged(run, "found_head_learning_rate") == [expected.head]
 
 
 def rates_of(run):
