@@ -94,7 +94,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
                 f"The adapter file holds `{key}`, which no version of subspace_peft writes; it is damaged."
             )
     if not any(key.endswith(f"{VECTORS}.{PREFIX}theta_d.{adapter}.vector") for key in remapped):
-        raise ValueError("The adapter file must hold theta_d, but does not; it is damaged.")
+        raise ValueError("The adapter file must hold theta_d, but does not; it is damaged, or of another method.")
     coordinates = unique_coordinates(model, adapter)
     _install(coordinates, config, saved)
     if saved:

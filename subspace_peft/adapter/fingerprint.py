@@ -67,6 +67,14 @@ def identity(config: PeftConfig) -> str:
     return json.dumps({field: getattr(config, field) for field in (*IDENTITY, *later)})
 
 
+def _described(config: PeftConfig) -> str:
+    """The identity in a message, without the digits of the base."""
+    values = {field: getattr(config, field) for field in (*IDENTITY[1:], *LATER)}
+    return ", ".join(
+        f"{field} = {value}" for field, value in values.items() if value is not None and value is not False
+    )
+
+
 def mark(config: PeftConfig) -> Tensor:
     """The identity in 64 bits, which the file with the weights holds: its bytes as float32 [8], from 0 to 255.
 
@@ -91,11 +99,11 @@ def check_mark(saved: Tensor, config: PeftConfig) -> None:
     if ((saved - saved.round()).abs() >= tolerance).any():
         raise ValueError(
             "Adapters must share one P to be averaged, but the mark in this average is one of different marks: some "
-            f"were trained with another seed, d, projection or base than the one it is loaded into, {identity(config)}"
-            "; start each of them from this config, on this base."
+            "were trained with another seed, d, projection or base than the one it is loaded into "
+            f"({_described(config)}); start each of them from this config, on this base."
         )
     raise ValueError(
-        f"The adapter file must belong to the adapter it is loaded into, {identity(config)}: its theta_d was "
-        "trained with another seed, d, projection or base; load it under another adapter name, with its own "
-        "adapter_config.json."
+        f"The adapter file must belong to the adapter it is loaded into ({_described(config)}): its theta_d was "
+        "trained with another seed, d, projection or base; load it under another adapter name, or resume with a model "
+        "that has its own adapter_config.json."
     )
