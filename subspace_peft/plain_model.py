@@ -89,13 +89,13 @@ def whole(parameter: nn.Parameter) -> Tensor:
     return parameter.full_tensor() if is_distributed(parameter) else parameter
 
 
-class HasStandIns:
-    """A module that reads its parameters through `stand_in`, where there is one: what it returns acts in their place.
+class HasSubstitutes:
+    """A module that reads its parameters through `substitute`, where there is one, which returns what acts instead.
 
     It gets the name of a parameter and all of it, also where the model is sharded but for its forward.
     """
 
-    stand_in: Callable[[str, Tensor], Tensor] | None = None
+    substitute: Callable[[str, Tensor], Tensor] | None = None
 
 
 def gathered(model: nn.Module) -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """Rates: the learning rates of theta_d, of a head that trains beside it, and of the factors that it moves."""
 
+import re
 from collections.abc import Callable
 from math import isfinite, sqrt
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ RATE_OF_THE_ENTRY = (
     torch.optim.RMSprop,
 )  # fmt: skip
 """Optimisers whose step stays the same if every gradient of an entry is multiplied by one number."""
+ADAM = re.compile("_?(Paged|Fused)?Adam")
 IS_FOUND = "lr_is_found"
 """Marks a parameter group whose rate comes from `find_rates`, of which nobody needs to be warned."""
 
@@ -37,9 +39,17 @@ HEAD_TIMES = 10
 def is_like_adam(kind: type) -> bool:
     """Whether the rates that are found are those of this optimiser: of RATE_OF_THE_ENTRY, or called Adam elsewhere.
 
-    bitsandbytes, torchao, apex and others have 8-bit, paged or fused ones.
+    bitsandbytes, torchao, apex and others have 8-bit, paged or fused ones. DAdaptAdam or GaLoreAdamW are others.
     """
-    return issubclass(kind, RATE_OF_THE_ENTRY) or any("adam" in each.__name__.lower() for each in kind.__mro__)
+    return issubclass(kind, RATE_OF_THE_ENTRY) or any(map(ADAM.match, (each.__name__ for each in kind.__mro__)))
+
+
+def set_rate(group: dict[str, Any], lr: float) -> None:
+    """Set the rate of a parameter group; torchao holds it in a tensor, which must stay."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 class Rates(NamedTuple):
@@ -136,7 +146,7 @@ def gamma_for(rate: float, optimizer: type[torch.optim.Optimizer] | torch.optim.
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if issubclass(kind, RATE_OF_THE_STEP):
         return rate**0.5
-    if is_like_adam(kind):
+    if issubclass(kind, RATE_OF_THE_ENTRY):
         return float(rate)
     known = ", ".join(kind.__name__ for kind in (*RATE_OF_THE_STEP, *RATE_OF_THE_ENTRY))
     raise ValueError(

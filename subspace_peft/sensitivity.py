@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .evaluation import evaluating, moved, run, same_random
 from .optim.processes import process_count, sum_over_processes
-from .plain_model import HasStandIns, unwrapped
+from .plain_model import HasSubstitutes, unwrapped
 
 
 CHANGES = (0.1, 1.0)
@@ -84,8 +84,11 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     """
     like = trained_theta_d(model)[0]
     model = unwrapped(model)
-    batch = moved(batch, like.device)
-    with evaluating(model), _seen(model) as places, _stand_ins(model) as stand_ins:
+    if not like.is_meta:  # else accelerate moves the batch too
+        batch = moved(batch, like.device)
+    # compiled blocks would be compiled once more, for these evaluations
+    as_written = torch.compiler.set_stance("force_eager")
+    with as_written, evaluating(model), _seen(model) as places, _substitutes(model) as substitutes:
 
         def outputs() -> tuple[list[Tensor], bool]:
             places.clear()
@@ -96,9 +99,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         start, are_logits = outputs()
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
-        sizes = [_spread(f) for f in start]
-        if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
-            sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
+        sizes = _spreads(start, known, are_logits)
         if not _mean(any(sizes), like):
             raise ValueError(
                 "A batch must have samples with different outputs, "
@@ -106,8 +107,8 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 "samples, or a learning rate (of TrainingArguments: `per_device_train_batch_size`, `learning_rate`)."
             )
 
-        theta_d = [vector for stand_in in stand_ins for vector in stand_in.stand()]
-        before = [vector.clone() for vector in theta_d]
+        theta_d = [vector for substitute in substitutes for vector in substitute.act()]
+        before = [vector.clone() for vector in _checked(theta_d)]
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
@@ -121,6 +122,23 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     return Sensitivity(sum(slopes) / len(slopes), _mean(head, like) or None, sum(vector.numel() for vector in before))
 
 
+def _spreads(start: list[Tensor], known: list[Tensor], are_logits: bool) -> list[float]:
+    """The spread of each output, that of logits at least LEAST_SPREAD for each that is known."""
+    sizes = [_spread(f) for f in start]
+    if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
+        sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
+    return sizes
+
+
+def _checked(theta_d: list[nn.Parameter]) -> list[nn.Parameter]:
+    if not theta_d:
+        raise ValueError(
+            "The outputs must depend on theta_d to find its learning rate, but no run of the model reads it: its "
+            "adapter is merged, disabled or not active, or none of its targets runs; change that, or give a rate."
+        )
+    return theta_d
+
+
 def _mean(value: float | None, like: Tensor) -> float:
     """The mean over those processes that have a value; 0 if none has."""
     if process_count() == 1:
@@ -130,39 +148,39 @@ def _mean(value: float | None, like: Tensor) -> float:
     return total / count if count else 0.0
 
 
-class _StandIn:
-    """What stands for the theta_d of adapters that train, in one module: copies, made when a run has read them."""
+class _Substitute:
+    """What stands for the theta_d of adapters that train, in one module: copies, made of what a first run reads."""
 
-    def __init__(self, module: HasStandIns):
+    def __init__(self, module: HasSubstitutes):
         trained = (name for name, p in module.named_parameters() if p.requires_grad and is_theta_d(name))
         self.adapters = [name.split(".")[-2] for name in trained]
         self.read: dict[str, Tensor] = {}
-        self.standing: dict[str, nn.Parameter] = {}
+        self.copies: dict[str, nn.Parameter] = {}
 
     def __call__(self, adapter: str, theta_d: Tensor) -> Tensor:
-        if adapter in self.standing:
-            return self.standing[adapter]
+        if adapter in self.copies:
+            return self.copies[adapter]
         if adapter in self.adapters and adapter not in self.read:
             self.read[adapter] = theta_d.clone()
         return theta_d
 
-    def stand(self) -> list[nn.Parameter]:
-        """Let the copies stand from now on, in the order of the adapters."""
+    def act(self) -> list[nn.Parameter]:
+        """Let copies act from now on, in the order of the adapters."""
         read = (adapter for adapter in self.adapters if adapter in self.read)
-        self.standing = {adapter: nn.Parameter(self.read[adapter], requires_grad=False) for adapter in read}
-        return list(self.standing.values())
+        self.copies = {adapter: nn.Parameter(self.read[adapter], requires_grad=False) for adapter in read}
+        return list(self.copies.values())
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[list[_StandIn]]:
-    modules = [module for module in model.modules() if isinstance(module, HasStandIns)]
+def _substitutes(model: nn.Module) -> Iterator[list[_Substitute]]:
+    modules = [module for module in model.modules() if isinstance(module, HasSubstitutes)]
     try:
         for module in modules:
-            module.stand_in = _StandIn(module)
-        yield [module.stand_in for module in modules]
+            module.substitute = _Substitute(module)
+        yield [module.substitute for module in modules]
     finally:
         for module in modules:
-            del module.stand_in
+            del module.substitute
 
 
 def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:

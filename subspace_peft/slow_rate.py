@@ -24,6 +24,7 @@ LEAST_INPUTS = 1000
 """Networks with fewer are toys, which train at any rate: with rows of norm 1 nothing is said from 3e-4 on."""
 
 _watched: weakref.WeakKeyDictionary[nn.ParameterDict, float] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _hooks: list[RemovableHandle] = []
 
 
@@ -42,13 +43,15 @@ def watch(holder: nn.ParameterDict, inputs: int, row: float) -> None:
 
 
 def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    holders = {id(theta_d): holder for holder in _watched for theta_d in holder.values()}
-    if not holders:
+    if not _watched or optimizer in _seen:
         return
+    _seen.add(optimizer)
+    holders = {id(theta_d): holder for holder in list(_watched) for theta_d in holder.values()}
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group.get("lr"))  # a schedule may begin at zero
         for parameter in group["params"]:
-            least = _watched.pop(holders[id(parameter)]) if id(parameter) in holders else 0.0
+            holder = holders.get(id(parameter))
+            least = 0.0 if holder is None else _watched.pop(holder, 0.0)
             if rate < least and is_like_adam(type(optimizer)) and not group.get(IS_FOUND):
                 warnings.warn(
                     f"theta_d is trained at a learning rate of {float(rate):.1e}, at which it hardly moves in "

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from .evaluation import run
 from .optim import PPlusBFGS, repeatable
-from .rates import IS_FOUND, find_rates, is_like_adam, parameter_groups
+from .rates import IS_FOUND, find_rates, is_like_adam, parameter_groups, set_rate
 from .sensitivity import is_theta_d
 
 
@@ -158,11 +158,12 @@ class SubspaceTrainer(Trainer):
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         if self.is_deepspeed_enabled or not is_like_adam(kind):
             why = "with DeepSpeed" if self.is_deepspeed_enabled else f"for {kind.__name__}"
-            wanted = "give `learning_rate`, or take an optimiser of Adam's kind, without DeepSpeed."
-            warnings.warn(f"No rate is found {why}, theta_d trains at Trainer's own; {wanted}", stacklevel=2)
+            default = f"theta_d trains at Trainer's default of {self.args.learning_rate}, too low for most models"
+            warnings.warn(f"No rate is found {why}: {default}; set `learning_rate`.", stacklevel=2)
             return
         lr = settings.pop("lr")
         theta_d, *head = parameter_groups(model, lr, head_lr=lr)
+        theta_d[IS_FOUND] = True
         if self.args.weight_decay:
             head = [part for group in head for part in self._decaying(model, group)]
         # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
@@ -182,23 +183,22 @@ class SubspaceTrainer(Trainer):
         if optimizer is self._due:
             groups = optimizer.param_groups
             if optimizer.state:
-                self._schedule_from(optimizer, [group.get("initial_lr", group["lr"]) for group in groups])
+                self._schedule_from(optimizer, [float(group.get("initial_lr", group["lr"])) for group in groups])
             else:
                 with self.compute_loss_context_manager():
                     forward = partial(self._outputs, num_items=num_items)
                     theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
                 self._schedule_from(optimizer, [theta_d, *[head] * (len(groups) - 1)])
-                groups[0][IS_FOUND] = True
                 of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
                 self.log({"found_learning_rate": theta_d} | of_head)
         self._due = None
 
     def _schedule_from(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
         """Let the schedule begin from these rates: where it is, callbacks may hold it."""
-        held, now = self.lr_scheduler, [group["lr"] for group in optimizer.param_groups]
+        held, now = self.lr_scheduler, [float(group["lr"]) for group in optimizer.param_groups]
         state = held.state_dict() if optimizer.state else None
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            set_rate(group, rate)
             group.pop("initial_lr", None)
         optimizer.defaults["lr"] = rates[0]  # where schedules with an absolute end read it
         self.lr_scheduler = None
@@ -206,7 +206,7 @@ class SubspaceTrainer(Trainer):
         if state is not None:
             begun.load_state_dict(state)
             for group, lr in zip(optimizer.param_groups, now, strict=True):
-                group["lr"] = lr
+                set_rate(group, lr)
         held.__dict__.update(begun.__dict__)
         self.lr_scheduler = held
 

@@ -193,19 +193,3 @@ def vit() -> nn.Module:
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3, **off)
     return transformers.ViTForImageClassification(config)
-
-
-class Asks(nn.Module):
-    """Tells modules by their class, as Parakeet's subsampling does: an adapted one would be passed over."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), nn.LayerNorm(2)])
-        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, x):
-        if isinstance(x, nn.Parameter) or isinstance(self.last, (nn.Conv1d, nn.Linear)):
-            x = 2 * x
-        for layer in self.layers:
-            x = layer(x) if isinstance(layer, (torch.nn.LayerNorm, nn.Module)) else x
-        return self.last(self.first(x))

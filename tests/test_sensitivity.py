@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 
@@ -80,6 +81,19 @@ def test_outputs_that_are_no_floats_are_refused():
     for outputs in (lambda model, x: model(x).argmax(-1), lambda model, x: {"logits": None}):
         with pytest.raises(ValueError, match="the model returned no tensor of floats"):
             sensitivity(linear(), X, outputs)
+
+
+def test_an_adapter_that_no_run_reads_is_refused():
+    model = linear()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="no run of the model reads it: its adapter is merged, disabled or"):
+        sensitivity(model, X)
+    assert model.base_model.subspace_vectors.substitute is None
+
+
+def test_a_model_that_accelerate_has_offloaded():
+    model, offloaded = linear(), cpu_offload(linear())
+    assert sensitivity(offloaded, X) == sensitivity(model, X)
 
 
 def test_logits_that_are_0_at_first():
@@ -250,5 +264,7 @@ def test_what_has_none():
     network.forward = lambda x: network["used"](x)
     model = get_peft_model(network, SubspaceConfig(d=5, target_modules=["unused"]))
     with pytest.raises(ValueError, match="must depend on theta_d smoothly"):
+        sensitivity(linear(), X, lambda model, x: {"outputs": 0 * model(x) + x[:, :4]})
+    with pytest.raises(ValueError, match="must depend on theta_d .* or none of its targets runs"):
         sensitivity(model, X)
     assert not theta_d(model).any()

@@ -63,6 +63,12 @@ def test_a_rate_that_was_found_is_right_however_low_it_is():
     assert step(torch.optim.AdamW([theta_d(other)], lr=group["lr"]), other)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
+def test_a_parameter_that_is_listed_twice():
+    model = wrap(CASE)
+    assert len(step(torch.optim.AdamW([theta_d(model)] * 2, lr=1e-6), model)) == 1
+
+
 def test_a_schedule_that_begins_at_zero():
     model = wrap(CASE)
     optimizer = torch.optim.AdamW([theta_d(model)], lr=1e-2)

@@ -6,7 +6,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from subspace_peft import SubspaceTrainer, find_rates
-from subspace_peft.rates import Rates
+from subspace_peft.rates import Rates, is_like_adam
 from tests.cases import theta_d, wrap
 from tests.distributed_trainer import logged
 from tests.test_trainer import BERT, Rows
@@ -66,9 +66,7 @@ def test_otherwise_it_is_trainer(changes, tmp_path):
 
 
 def test_that_no_rate_is_found_is_said(tmp_path):
-    with pytest.warns(
-        UserWarning, match="No rate is found for SGD, theta_d trains at Trainer's own; give `learning_rate`"
-    ):
+    with pytest.warns(UserWarning, match="No rate is found for SGD: theta_d trains at Trainer's default of 5e-05"):
         trainer(tmp_path, optim="sgd", batch=4).train()
 
 
@@ -95,6 +93,22 @@ def test_other_optimisers_called_adam_and_what_is_logged(sensitivity, tmp_path, 
     assert rates_of(run) == [*expected]
     assert logged(run, "found_learning_rate") == [expected.theta_d]
     assert logged(run, "found_head_learning_rate") == [expected.head]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.*:DeprecationWarning")
+def test_an_optimiser_of_torchao(tmp_path):
+    """It holds its rate in a tensor."""
+    whole = trainer(tmp_path, batch=4, optim="adamw_torch_8bit", save_strategy="steps", save_steps=2)
+    whole.train()
+    assert rates_of(whole)[0] == pytest.approx(logged(whole, "found_learning_rate")[0], rel=1e-6)
+    resumed = trainer(tmp_path, batch=4, optim="adamw_torch_8bit", lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(theta_d(resumed.model), theta_d(whole.model))
+
+
+@pytest.mark.parametrize(("name", "is_one"), [("PagedAdamW8bit", 1), ("_AdamBase", 1), ("DAdaptAdam", 0), ("Lion", 0)])
+def test_which_optimisers_are_adam(name, is_one):
+    assert is_like_adam(type(name, (torch.optim.Optimizer,), {})) is bool(is_one)
 
 
 def rates_of(run):

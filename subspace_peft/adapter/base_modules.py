@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 
 from peft import PeftConfig
@@ -87,48 +83,3 @@ def asked_for(path: str, parameter: Tensor, config: PeftConfig) -> bool:
     if config.parameters == OF_ONE_DIMENSION:
         return is_lazy(parameter) or parameter.dim() == 1  # a lazy one is refused by name
     return config.parameters is None or path in config.parameters
-
-
-def told_by_class(name: str, modules: dict[str, nn.Module]) -> tuple[str, type] | None:
-    """The module whose forward asks whether this one is of a class, by isinstance, and that class; None if none does.
-
-    It asks its own children, or those of its containers, by name or in a loop.
-
-    Args:
-        modules: The base modules by name, with the model itself under "".
-    """
-    asker = name.rpartition(".")[0]
-    while isinstance(modules[asker], (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and asker:
-        asker = asker.rpartition(".")[0]
-    path = name.removeprefix(f"{asker}.")
-    for of, kind in _classes_asked_for(type(modules[asker])):
-        if of in ("", path) and isinstance(modules[name], kind) and not issubclass(SubspaceLayer, kind):
-            return asker, kind
-    return None
-
-
-@functools.lru_cache
-def _classes_asked_for(kind: type) -> list[tuple[str, type]]:
-    """What the forward of a class asks: the path of a child, or "" for what a loop runs over, and the class."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):  # not written in Python, or not in a file
-        return []
-    names = inspect.unwrap(kind.forward).__globals__
-    loops = {ast.unparse(node.target) for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))}
-    found = []
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and len(node.args) == 2):
-            continue
-        of, asked = map(ast.unparse, node.args)
-        if of not in loops and not of.startswith("self."):
-            continue
-        for each in asked.strip("()").split(", "):
-            first, *rest = each.split(".")
-            try:
-                known = functools.reduce(getattr, rest, names[first])
-            except (KeyError, AttributeError):
-                continue
-            if isinstance(known, type) and issubclass(known, nn.Module):
-                found.append(("" if of in loops else of.removeprefix("self."), known))
-    return found

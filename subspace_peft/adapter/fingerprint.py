@@ -63,16 +63,17 @@ def check_fingerprint(expected: str, shapes: dict[str, Shape]) -> None:
 
 def identity(config: PeftConfig) -> str:
     """Everything that P and its use depend on, as JSON."""
-    later = [field for field in LATER if getattr(config, field) != getattr(type(config), field)]
-    return json.dumps({field: getattr(config, field) for field in (*IDENTITY, *later)})
+    return json.dumps({field: getattr(config, field) for field in (*IDENTITY, *_later(config))})
+
+
+def _later(config: PeftConfig) -> list[str]:
+    return [field for field in LATER if getattr(config, field) != getattr(type(config), field)]
 
 
 def _described(config: PeftConfig) -> str:
     """The identity in a message, without the digits of the base."""
-    values = {field: getattr(config, field) for field in (*IDENTITY[1:], *LATER)}
-    return ", ".join(
-        f"{field} = {value}" for field, value in values.items() if value is not None and value is not False
-    )
+    values = ((field, getattr(config, field)) for field in (*IDENTITY[1:], *_later(config)))
+    return ", ".join(f"{field} = {value}" for field, value in values if value is not None)
 
 
 def mark(config: PeftConfig) -> Tensor:

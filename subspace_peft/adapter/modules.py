@@ -98,19 +98,23 @@ class _StandIn:
         is_own = isinstance(found, MethodType) and found.__self__ is self.__dict__["_of"]
         return partial(found.__func__, self) if is_own else found  # it may read these tensors too
 
+    def __setattr__(self, name: str, value):
+        setattr(self.__dict__["_of"], name, value)
+
 
 def has_stand_in(module: nn.Module) -> bool:
     """Whether `run_with` may run it: a module of torch or transformers without children, hooks or a cache.
 
     Nor may its forward call `super()`, which takes no stand-in.
     """
-    if "__class__" in unwrap(type(module).forward).__code__.co_freevars:
-        return False
     if module._modules or "forward" in module.__dict__ or isinstance(module, nn.RNNBase):
         return False
     if has_hooks(module) or has_cache(module):
         return False
-    return type(module).__module__.startswith(("torch.nn.modules.", "transformers."))
+    if not type(module).__module__.startswith(("torch.nn.modules.", "transformers.")):
+        return False
+    forward = unwrap(type(module).forward)
+    return hasattr(forward, "__code__") and "__class__" not in forward.__code__.co_freevars
 
 
 def run_with(module: nn.Module, tensors: dict[str, Tensor], *args, **kwargs):

@@ -6,6 +6,7 @@ of all for its dtype. So what they read is made at the first operation that uses
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -155,18 +156,26 @@ class Part:
         self.refusal, self.device, self.entries, self.like = whole.refusal, whole.device, view, like
 
 
-def _written(func: Callable, args: tuple, kwargs: dict) -> list[MovedTensor]:
-    """The moved tensors to which an operation writes."""
+def _written(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors to which an operation writes, if a moved one is among them."""
     places = [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return [value for value in tree_leaves(places) if isinstance(value, MovedTensor)]
+    written = [value for value in tree_leaves(places) if isinstance(value, Tensor)]
+    return written if any(isinstance(value, MovedTensor) for value in written) else []
 
 
-def _write(func: Callable, args: tuple, kwargs: dict, written: list[MovedTensor]) -> Any:
-    """What the operation returns if it leaves all entries as they are."""
+def _write(func: Callable, args: tuple, kwargs: dict, written: list[Tensor]) -> Any:
+    """What the operation returns if it leaves all entries as they are.
+
+    Raises:
+        RuntimeError: if it changes one, or more than moved tensors are written to, or the result is random.
+    """
+    refusal = next(value for value in written if isinstance(value, MovedTensor)).source.refusal()
+    if torch.Tag.nondeterministic_seeded in func.tags or not all(isinstance(value, MovedTensor) for value in written):
+        raise RuntimeError(refusal)
     copies: dict[int, Tensor] = {}
     copied = lambda value: copies.setdefault(id(value), value.source.entries().clone())  # noqa: E731
     args, kwargs = tree_map_only(MovedTensor, copied, (args, kwargs))
@@ -174,6 +183,7 @@ def _write(func: Callable, args: tuple, kwargs: dict, written: list[MovedTensor]
     for value in written:
         if not torch.equal(copies[id(value)], value.source.entries()):
             raise RuntimeError(value.source.refusal())
+    warnings.warn(f"This write changes nothing now, and is refused where it does: {refusal}", stacklevel=2)
     originals = {id(copies[id(value)]): value for value in written}
     return tree_map_only(Tensor, lambda value: originals.get(id(value), value), result)
 

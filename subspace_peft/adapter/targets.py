@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..plain_model import COMPILED, is_distributed, is_partitioned
 from . import statistics
-from .base_modules import asked_for, base_modules, computed_from, own_parameters, owned_or_read, told_by_class
+from .base_modules import asked_for, base_modules, computed_from, own_parameters, owned_or_read
 from .config import OF_ONE_DIMENSION
 from .modules import is_linear_in_parameters
 from .quantised import check_not_packed, is_quantised, is_quantised_linear
@@ -57,7 +57,7 @@ def find_targets(
             "tensors; add the adapter first, FSDP afterwards."
         )
     named = _named_paths(modules, config, rename)
-    chosen = _chosen_paths(model, modules, config, matches, rename, named)
+    chosen = _chosen_paths(modules, config, matches, rename, named)
     first_names = {}  # a tied tensor goes by the first of its names
     for name, _, _, module in base_modules(model, saved=True):
         for path, parameter in own_parameters(module).items():
@@ -114,7 +114,6 @@ def _named_paths(modules, config: PeftConfig, rename: Callable[[str], str]) -> d
 
 
 def _chosen_paths(
-    model: nn.Module,
     modules,
     config: PeftConfig,
     matches: Callable[[str], bool],
@@ -127,7 +126,7 @@ def _chosen_paths(
         named: The paths that `target_parameters` names, whatever `parameters` says.
     """
     chosen, empty, known = {}, [], set()
-    by_name = {"": model} | {name: module for name, _, _, module in modules}
+    by_name = {name: module for name, _, _, module in modules}
     for name, _, _, module in modules:
         if name in named:  # a stack of weights or biases goes by those names too
             known |= {*own_parameters(module), "weight", "bias"}
@@ -148,8 +147,6 @@ def _chosen_paths(
             empty.append(name)
             continue
         _check_tensors(name, module, {path: owned[path] for path in paths})
-        if config.expected_fingerprint is None:
-            _check_class(name, by_name)
         for path in paths:
             child, _, own = path.rpartition(".")
             chosen.setdefault(f"{name}.{child}" if child else name, []).append(own)
@@ -174,16 +171,6 @@ def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: C
         raise ValueError(
             f"A parametrised target must be named with what its parameters are computed from, `{name}` is without "
             f"`{missing[0]}`; add that to `target_modules`, or choose others by `parameters`, such as ['bias']."
-        )
-
-
-def _check_class(name: str, modules: dict[str, nn.Module]) -> None:
-    """Check that no other module asks for the class of this one, which an adapter changes."""
-    if told := told_by_class(name, modules):
-        asker, kind = told
-        raise ValueError(
-            f"A target must not be told by its class, but `{asker or type(modules[asker]).__name__}` asks whether "
-            f"`{name}` is a {kind.__name__}, which an adapted one is not; leave it out with `exclude_modules`."
         )
 
 

@@ -9,7 +9,7 @@ from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..plain_model import HasStandIns, whole
+from ..plain_model import HasSubstitutes, whole
 from ..projections import JointCache
 from ..projections.recorded import uncounted
 from .renaming import UNCHANGED, Renaming
@@ -58,7 +58,7 @@ class _Renames(dict):
         return iter(())
 
 
-class SubspaceVectors(HasStandIns, AuxiliaryTrainingWrapper):
+class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
     """theta_d of every adapter of a model, the scales that normalise their P, and the names that P is drawn from.
 
     It is a child of the base model, and layers hold an unregistered reference to it: theta_d has one owner and one
@@ -109,8 +109,8 @@ class SubspaceVectors(HasStandIns, AuxiliaryTrainingWrapper):
         if theta_d.device.type == "meta":  # accelerate offloaded it and loads it only for this module's own forward
             with align_module_device(self.subspace_peft_theta_d.get_submodule(adapter)):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
-        if self.stand_in is not None:
-            theta_d = self.stand_in(adapter, theta_d)
+        if self.substitute is not None:
+            theta_d = self.substitute(adapter, theta_d)
         if isinstance(scale, Tensor) and scale.device != theta_d.device:
             scale = self.scales[adapter] = scale.to(theta_d.device)
         if (joint_cache := self.joint_caches[adapter]) and (z := joint_cache.normalised(theta_d, scale)) is not None:

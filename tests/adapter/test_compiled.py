@@ -1,6 +1,7 @@
 """torch.compile and torch.export of adapted models: one graph, recorded once, whose outputs are those of the model."""
 
 import contextlib
+import copy
 import functools
 import shutil
 
@@ -130,6 +131,16 @@ class ReadsInAMethod(nn.Module):
         return self.scaled(x)
 
 
+class Remembers(ReadsInAMethod):
+    """As recurrent blocks of transformers do."""
+
+    state = None
+
+    def scaled(self, x):
+        self.state = x if self.state is None else self.state + x
+        return self.weight * self.state
+
+
 class Image(nn.Module):
     """As ConvNextV2 has them: norms whose forward calls that of torch."""
 
@@ -141,20 +152,24 @@ class Image(nn.Module):
         return self.norm(x.view(2, 4, 2, 1)).flatten(1)
 
 
-@pytest.mark.parametrize("make", [Image, ReadsInAMethod], ids=lambda make: make.__name__)
+@pytest.mark.filterwarnings("ignore:.*side effects.*:UserWarning")
+@pytest.mark.parametrize("make", [Image, ReadsInAMethod, Remembers], ids=lambda make: make.__name__)
 def test_a_forward_that_calls_that_of_its_parent_or_another_method(make, monkeypatch):
-    monkeypatch.setattr(ReadsInAMethod, "__module__", "transformers.models")
+    for each in (ReadsInAMethod, Remembers):
+        monkeypatch.setattr(each, "__module__", "transformers.models")
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(make()), settings(parameters="vectors", d=2))
     move(model)
-    x = torch.randn(2, 8)
+    plain, x = copy.deepcopy(model), torch.randn(2, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     moved = compiled(x)
-    close(moved, model(x), atol=1e-6)
-    gradients = [torch.autograd.grad(each(x).sum() ** 2, theta_d(model))[0] for each in (compiled, model)]
+    close(moved, plain(x), atol=1e-6)
+    gradients = [
+        torch.autograd.grad(call(x).sum() ** 2, theta_d(m))[0] for call, m in ((compiled, model), (plain, plain))
+    ]
     close(*gradients, atol=1e-5)
-    with model.disable_adapter():
-        assert not torch.allclose(model(x), moved)
+    with plain.disable_adapter():
+        assert not torch.allclose(plain(x), moved)
 
 
 def test_activations_that_run_through_p_are_in_the_graph():

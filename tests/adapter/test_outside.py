@@ -141,13 +141,19 @@ def test_a_write_that_changes_nothing_may_be_made():
     """As the clamp of Gemma 3n's weights, which their bounds are far from."""
     model, plain = moved_pair(Fused)
     layer = model.base_model.model.qkv
+    out, random = torch.ones(2), torch.get_rng_state()
     with torch.no_grad():
-        for clamped in (layer.weight.data.clamp_(-100, 100), layer.weight.data[1:].clamp_(-100, 100)):
-            assert type(clamped) is not torch.Tensor
-        torch._foreach_mul_([layer.weight, torch.ones(2)], 1)
-        out = torch.ones(2)
+        for weight in (layer.weight.data, layer.weight.data[1:]):
+            with pytest.warns(UserWarning, match="changes nothing now, and is refused where it does: A para"):
+                assert type(weight.clamp_(-100, 100)) is type(weight)
+        with pytest.warns(UserWarning, match="changes nothing now"):
+            torch._foreach_mul_([layer.weight, layer.weight[0]], 1)
         assert torch.mul(layer.weight[0, :2], 0, out=out) is out
+        for write in (lambda: torch._foreach_mul_([out, layer.weight], 2), lambda: layer.weight.normal_()):
+            with pytest.raises(RuntimeError, match="must not be written to"):
+                write()
     assert torch.equal(out, torch.zeros(2))
+    assert torch.equal(torch.get_rng_state(), random)
     torch.testing.assert_close(layer.weight.detach().plain().double(), plain.qkv.weight.detach())
     with pytest.raises(RuntimeError, match="leave it out of what is adapted: `qkv.weight`"):
         layer.weight.data.zero_()

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from subspace_peft.adapter.walk import unique_coordinates
 from tests.cases import BY_NAME, base_outputs, move, outputs, refused, settings, wrap
-from tests.models import MLP, Asks, Bare
+from tests.models import MLP, Bare
 
 
 def moved(model, adapter="default") -> set[str]:
@@ -247,18 +247,6 @@ def test_an_embedding_that_rewrites_its_weight_is_refused():
     with pytest.raises(ValueError, match="max_norm"):
         get_peft_model(model, settings())
     assert type(model[0]) is nn.Embedding
-
-
-def test_a_module_that_is_told_by_its_class_is_refused():
-    for model, place in ((Asks(), ""), (nn.Sequential(Asks()), "0.")):
-        asker = "`Asks`" if not place else "`0`"
-        with refused(model, f"{asker} asks whether `{place}layers.2` is a LayerNorm, .*; leave it out with `exclude"):
-            get_peft_model(model, settings())
-        with refused(model, f"{asker} asks whether `{place}last` is a Linear"):
-            get_peft_model(model, settings(target_modules="all-linear"))
-    model = get_peft_model(nn.Sequential(Asks()), settings(exclude_modules=["last", "layers.2"]))
-    assert moved(model) == {f"0.{name}.{path}" for name in ("layers.0", "first") for path in ("weight", "bias")}
-    model.add_adapter("other", settings(exclude_modules=["last", "layers.2"], seed=1))
 
 
 def test_tensors_that_zero_3_has_partitioned_are_refused():
