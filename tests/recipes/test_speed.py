@@ -100,6 +100,7 @@ def test_whole_models(record, monkeypatch):
     assert methods["lora"]["of_lora"] == methods["full"]["of_full"] == 1
     assert methods["kronecker"]["held_mb"] <= methods["lora"]["held_mb"] < methods["full"]["held_mb"]
     assert 0 < methods["kronecker"]["peak_mb"] < methods["full"]["peak_mb"]
+    monkeypatch.setattr(models, "METHODS", ("full", "lora", "kronecker"))
     monkeypatch.setitem(models.MODELS, "other", models.llama(512, 16, 1))
     later = record(models, "--rounds", "0", "--models", "other")
     assert list(later["models"]) == ["tiny", "other"]
