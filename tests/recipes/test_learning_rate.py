@@ -112,7 +112,7 @@ def test_runs_that_cannot_be_are_refused(values, message):
         sweep.settings({key: value for key, value in run.items() if value is not None})
 
 
-@pytest.mark.parametrize(("name", "count"), [("sweep", 462), ("sweep_80_epochs", 50)])
+@pytest.mark.parametrize(("name", "count"), [("sweep", 1096), ("sweep_80_epochs", 50)])
 def test_every_run_has_a_committed_result(name, count):
     runs, lines = read(FOLDER / f"{name}.yaml").runs, dict(read_lines(FOLDER / f"{name}.jsonl"))
     assert len(lines) == count
