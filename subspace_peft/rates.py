@@ -110,17 +110,16 @@ def parameter_groups(
     """
     theta_d = trained_theta_d(model)
     head = [p for name, p in model.named_parameters() if p.requires_grad and not is_theta_d(name)]
-    if lr is None:
+    is_found = lr is None
+    if is_found:
         if batch is None or steps is None:
             raise ValueError(
                 "`parameter_groups` must be given `batch` and `steps`, to find the rate of theta_d, or `lr`; got "
                 f"neither `lr` nor {'`batch`' if batch is None else '`steps`'}."
             )
-        found = find_rates(model, batch, steps)
-        lr, head_lr = found.theta_d, found.head if head_lr is None else head_lr
-    else:
-        found = None
-    groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0, **({IS_FOUND: True} if found else {})}]
+        lr, found = find_rates(model, batch, steps)
+        head_lr = found if head_lr is None else head_lr
+    groups = [{"params": theta_d, "lr": lr, "weight_decay": 0.0} | ({IS_FOUND: True} if is_found else {})]
     if head:
         head_lr = HEAD_TIMES * lr if head_lr is None else head_lr
         groups.append({"params": head, "lr": head_lr, "weight_decay": weight_decay})

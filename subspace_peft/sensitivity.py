@@ -107,8 +107,8 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 "samples, or a learning rate (of TrainingArguments: `per_device_train_batch_size`, `learning_rate`)."
             )
 
-        theta_d = [vector for substitute in substitutes for vector in substitute.act()]
-        before = [vector.clone() for vector in _checked(theta_d)]
+        theta_d = _acting(substitutes)
+        before = [vector.clone() for vector in theta_d]
 
         def change(direction: list[Tensor], sigma: float) -> float:
             for vector, old, z in zip(theta_d, before, direction, strict=True):
@@ -128,15 +128,6 @@ def _spreads(start: list[Tensor], known: list[Tensor], are_logits: bool) -> list
     if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
         sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
     return sizes
-
-
-def _checked(theta_d: list[nn.Parameter]) -> list[nn.Parameter]:
-    if not theta_d:
-        raise ValueError(
-            "The outputs must depend on theta_d to find its learning rate, but no run of the model reads it: its "
-            "adapter is merged, disabled or not active, or none of its targets runs; change that, or give a rate."
-        )
-    return theta_d
 
 
 def _mean(value: float | None, like: Tensor) -> float:
@@ -181,6 +172,17 @@ def _substitutes(model: nn.Module) -> Iterator[list[_Substitute]]:
     finally:
         for module in modules:
             del module.substitute
+
+
+def _acting(substitutes: list[_Substitute]) -> list[nn.Parameter]:
+    """The copies of each theta_d that a run has read, which act from now on."""
+    theta_d = [vector for substitute in substitutes for vector in substitute.act()]
+    if not theta_d:
+        raise ValueError(
+            "The outputs must depend on theta_d to find its learning rate, but no run of the model reads it: its "
+            "adapter is merged, disabled or not active, or none of its targets runs; change that, or give a rate."
+        )
+    return theta_d
 
 
 def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:

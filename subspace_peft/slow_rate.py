@@ -46,7 +46,8 @@ def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if not _watched or optimizer in _seen:
         return
     _seen.add(optimizer)
-    holders = {id(theta_d): holder for holder in list(_watched) for theta_d in holder.values()}
+    alive = [holder for each in _watched.keyrefs() if (holder := each()) is not None]  # another thread may add one
+    holders = {id(theta_d): holder for holder in alive for theta_d in holder.values()}
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group.get("lr"))  # a schedule may begin at zero
         for parameter in group["params"]:

@@ -176,15 +176,15 @@ def _write(func: Callable, args: tuple, kwargs: dict, written: list[Tensor]) -> 
     refusal = next(value for value in written if isinstance(value, MovedTensor)).source.refusal()
     if torch.Tag.nondeterministic_seeded in func.tags or not all(isinstance(value, MovedTensor) for value in written):
         raise RuntimeError(refusal)
-    copies: dict[int, Tensor] = {}
-    copied = lambda value: copies.setdefault(id(value), value.source.entries().clone())  # noqa: E731
-    args, kwargs = tree_map_only(MovedTensor, copied, (args, kwargs))
+    moved = {id(value): value for value in tree_leaves((args, kwargs)) if isinstance(value, MovedTensor)}
+    before = {key: value.source.entries() for key, value in moved.items()}
+    copies = {key: entries.clone() for key, entries in before.items()}
+    args, kwargs = tree_map_only(MovedTensor, lambda value: copies[id(value)], (args, kwargs))
     result = func(*args, **kwargs)
-    for value in written:
-        if not torch.equal(copies[id(value)], value.source.entries()):
-            raise RuntimeError(value.source.refusal())
+    if not all(torch.equal(copies[id(value)], before[id(value)]) for value in written):
+        raise RuntimeError(refusal)
     warnings.warn(f"This write changes nothing now, and is refused where it does: {refusal}", stacklevel=2)
-    originals = {id(copies[id(value)]): value for value in written}
+    originals = {id(copies[key]): value for key, value in moved.items()}
     return tree_map_only(Tensor, lambda value: originals.get(id(value), value), result)
 
 
