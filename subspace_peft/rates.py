@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from math import isfinite, sqrt
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +24,10 @@ IS_FOUND = "lr_is_found"
 """Marks a parameter group whose rate comes from `find_rates`, of which nobody needs to be warned."""
 
 
-RELATIVE_STEP = 3.0
-"""The rate of theta_d, times the sensitivity, times the root of the number of steps."""
+RELATIVE_STEP = 3.6
+"""The rate of theta_d, times the sensitivity, times the fourth root of d and of the number of steps."""
 FEWEST_STEPS = 100
-"""Below it the rate is that of so many steps: one step should not change the outputs by more than a quarter."""
-FIT_AT = 256
-"""The d at which RELATIVE_STEP holds as it is; it falls with the fourth root of d."""
+"""Below it the rate is that of so many steps."""
 HEAD_STEP = 1.5
 """How far a step of the head moves its outputs: the rate of the head, times its sensitivity."""
 HEAD_TIMES = 10
@@ -62,7 +60,7 @@ class Rates(NamedTuple):
 def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.Module, Any], Any] = run) -> Rates:
     """The rates for Adam without a search, where they fall to zero over the training:
 
-        theta_d: 3 / (s sqrt(max(steps, 100))) (256 / d)^(1/4)        head: 1.5 / (mean of |x|_1 or |x - mean x|_1)
+        theta_d: 3.6 / (s (d max(steps, 100))^(1/4))        head: 1.5 / (mean of |x|_1 or |x - mean x|_1)
 
     with s from `sensitivity`, and x what enters the head. In a random subspace the outputs of a model change by a
     share s sigma when theta_d moves by sigma, whatever d is. The rates that learn best move theta_d, over the
@@ -79,7 +77,7 @@ def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.M
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
     found = sensitivity(model, batch, forward)
-    rate = RELATIVE_STEP / (found.theta_d * sqrt(max(steps, FEWEST_STEPS))) * (FIT_AT / found.d) ** 0.25
+    rate = RELATIVE_STEP / (found.theta_d * (found.d * max(steps, FEWEST_STEPS)) ** 0.25)
     return Rates(rate, HEAD_TIMES * rate if found.head is None else HEAD_STEP / found.head)
 
 

@@ -17,10 +17,11 @@ from .plain_model import HasSubstitutes, unwrapped
 
 
 CHANGES = (0.1, 1.0)
-"""The relative changes at which the sensitivity is measured; the larger one found counts. At a tenth, outputs are
-about linear in theta_d; one is about as far as a training goes, and may be steeper, as where B A moves."""
+"""The relative changes at which it is measured: outputs are about linear at a tenth, B A is steeper at one."""
 NEAR = (3.0, 1.5)
 """It is measured at a change from CHANGES / NEAR to CHANGES * NEAR."""
+REACH = 3.0
+"""The relative change up to which the steepest counts, by a power law from CHANGES on; some outputs end before."""
 LEAST_SPREAD = 1.0
 """Of logits: those of a network that is not trained vary by less, and have to move by about this."""
 DIRECTIONS = 2
@@ -53,9 +54,10 @@ class Sensitivity(NamedTuple):
 
     Args:
         theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
-            entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, at the
-            sigma where s sigma is about a tenth, or one if s is larger there. The mean of f is over the batch. Logits
-            that vary by less than LEAST_SPREAD count as if they varied by that, unless a head trains whole.
+            entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, the
+            largest for s sigma from a tenth to three. The mean of f is over the batch. Logits that vary by less than
+            LEAST_SPREAD count as if they varied by that, unless a head trains whole; three times what they do vary
+            by, or LEAST_SPREAD if that is more, is as far as they go.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean over its
             inputs x of |x|_1, or of |x - mean x|_1 if that is larger. None without a head that floats enter.
         d: The number of entries of theta_d that the outputs depend on.
@@ -99,7 +101,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         start, are_logits = outputs()
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
-        sizes = _spreads(start, known, are_logits)
+        sizes, share = _sizes(start, known, are_logits)
         if not _mean(any(sizes), like):
             raise ValueError(
                 "A batch must have samples with different outputs, "
@@ -107,6 +109,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 "samples, or a learning rate (of TrainingArguments: `per_device_train_batch_size`, `learning_rate`)."
             )
 
+        farthest = max(REACH * _mean(share, like), CHANGES[-1])
         theta_d = _acting(substitutes)
         before = [vector.clone() for vector in theta_d]
 
@@ -117,17 +120,18 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
             changes = [_norm(f - f_0) / size for f, f_0, size in zip(ends, start, sizes, strict=True) if size]
             return _mean(max(changes, default=None), like)
 
-        slopes = [_slope(change, direction) for direction in _directions(theta_d)]
+        slopes = [_slope(change, direction, farthest) for direction in _directions(theta_d)]
     head = places[-1].volume * _mean_length(start[-1]) if places else None
     return Sensitivity(sum(slopes) / len(slopes), _mean(head, like) or None, sum(vector.numel() for vector in before))
 
 
-def _spreads(start: list[Tensor], known: list[Tensor], are_logits: bool) -> list[float]:
-    """The spread of each output, that of logits at least LEAST_SPREAD for each that is known."""
-    sizes = [_spread(f) for f in start]
+def _sizes(start: list[Tensor], known: list[Tensor], are_logits: bool) -> tuple[list[float], float | None]:
+    """What each output counts as varying by, logits by at least LEAST_SPREAD each, and the share of that it does."""
+    sizes, share = [_spread(f) for f in start], 1.0
     if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
-        sizes[0] = max(sizes[0], LEAST_SPREAD * math.sqrt(known[0].sum()))
-    return sizes
+        least = LEAST_SPREAD * math.sqrt(known[0].sum())
+        share, sizes[0] = min(sizes[0] / least, 1.0), max(sizes[0], least)
+    return sizes, share if any(sizes) else None
 
 
 def _mean(value: float | None, like: Tensor) -> float:
@@ -192,16 +196,19 @@ def _directions(theta_d: list[nn.Parameter]) -> Iterator[list[Tensor]]:
         yield [torch.randn(vector.shape, generator=generator).to(vector) for vector in theta_d]
 
 
-def _slope(change, direction: list[Tensor]) -> float:
-    """The change over sigma, the larger of those at CHANGES; bounded outputs may reach the first alone."""
-    small, sigma, found = _trial(change, direction, CHANGES[0], NEAR[0], FIRST)
-    if not small:
+def _slope(change, direction: list[Tensor], farthest: float) -> float:
+    """The largest change over sigma, for changes from CHANGES[0] to the farthest, by a power law from two of them."""
+    found_near, sigma, near = _trial(change, direction, CHANGES[0], NEAR[0], FIRST)
+    if not found_near:
         raise ValueError(
             "The outputs must depend on theta_d smoothly to find its learning rate, their relative change with "
-            f"entries of {sigma:.1e} is {found:.1e}; give a rate."
+            f"entries of {sigma:.1e} is {near:.1e}; give a rate."
         )
-    large, at, then = _trial(change, direction, CHANGES[1], NEAR[1], sigma * CHANGES[1] / found)
-    return max(found / sigma, then / at if large else 0.0)
+    found_far, at, far = _trial(change, direction, CHANGES[1], NEAR[1], sigma * CHANGES[1] / near)
+    if not found_far:
+        return near / sigma
+    growth = math.log(far / at * sigma / near, far / near)  # of the slope, with the change
+    return max(near / sigma, far / at * (farthest / far) ** growth)
 
 
 def _trial(change, direction: list[Tensor], wanted: float, near: float, sigma: float) -> tuple[bool, float, float]:

@@ -52,8 +52,8 @@ def test_the_rate_follows_from_the_sensitivity_the_steps_and_d():
     model = wrap(CASE, d=16)
     batch = CASE.batch()
     s = sensitivity(model, batch).theta_d
-    for steps, expected in ((400, 3 / s / 20), (1600, 3 / s / 40), (7, 3 / s / 10)):
-        assert find_rates(model, batch, steps).theta_d == pytest.approx(expected * 2, rel=1e-6)
+    for steps, expected in ((625, 3.6 / s / 10), (10_000, 3.6 / s / 20), (7, 3.6 / s / 1600**0.25)):
+        assert find_rates(model, batch, steps).theta_d == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="`steps` must be the number of updates of the training, at least 1, got 0"):
         find_rates(model, batch, 0)
 

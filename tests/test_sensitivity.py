@@ -106,15 +106,38 @@ def test_logits_that_are_0_at_first():
     assert sensitivity(model, X).theta_d == pytest.approx(slope / (LEAST_SPREAD * 32**0.5), rel=1e-3)
 
 
-def test_the_steeper_of_a_small_change_and_a_whole_one_counts():
-    """A square grows with the change, and a bounded function never reaches the whole one."""
+def test_the_steepest_up_to_a_change_of_three_counts():
+    """A square grows with the change, and a bounded function never gets to a whole one."""
     model = linear()
     f_0 = model(X)
     plain = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + model(x) - f_0}).theta_d
-    steep = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + (model(x) - f_0) ** 2}).theta_d
+    square = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + (model(x) - f_0) ** 2}).theta_d
     bounded = sensitivity(model, X, lambda model, x: {"outputs": 10 * f_0 + (model(x) - f_0).tanh()}).theta_d
-    assert steep > 2 * plain
+    assert square == pytest.approx(square_at(3, model, 10 * spread_of(f_0)), rel=1e-3)
     assert 0.5 * plain < bounded <= plain
+
+
+@pytest.mark.parametrize(("times", "change"), [(0.01, 1), (0.5, 1.5), (1, 3), (3, 3)])
+def test_how_far_logits_go(times, change):
+    """To three times what they vary by, and to a change of LEAST_SPREAD."""
+    model, least = linear(), LEAST_SPREAD * 32**0.5
+    f_0 = model(X) * times * least / spread_of(model(X))
+    found = sensitivity(model, X, lambda model, x: f_0 + (model(x) - linear()(x)) ** 2).theta_d
+    assert found == pytest.approx(square_at(change, model, max(times, 1) * least), rel=1e-3)
+
+
+def spread_of(f):
+    return (f - f.mean(0)).norm().item()
+
+
+def square_at(change, model, size):
+    """The change over sigma at that change, if outputs move by the squares of a linear layer's and vary by size."""
+    P, generator, slopes = dense_P(model), torch.Generator().manual_seed(0), []
+    for _ in range(DIRECTIONS):
+        z = torch.randn(5, generator=generator)
+        of_square = (X @ (P["0.weight"] @ z).view(4, 6).T + P["0.bias"] @ z).square().norm() / size
+        slopes.append((change * of_square).sqrt())
+    return sum(slopes).item() / DIRECTIONS
 
 
 def test_a_deep_network_that_is_not_trained():
