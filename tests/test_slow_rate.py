@@ -56,7 +56,7 @@ def test_a_rate_that_was_found_is_right_however_low_it_is():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1e-3)
-    (group,) = parameter_groups(model, batch=batch, steps=10**9)
+    (group,) = parameter_groups(model, batch=batch, steps=10**18)
     assert group["lr"] < 1e-4
     assert not step(torch.optim.AdamW([group]), model)
     other = wrap(CASE)
