@@ -94,19 +94,19 @@ class Results:
 def compact(results: Results, runs: Iterable[Run], file: Path) -> int:
     """Move the results of these runs into `file`, JSON Lines in the order of their names; how many were moved.
 
-    A run that another file of the folder already holds stays there: recipes share runs. Every other file, and every
-    line of `file` that belongs to no run, is left as it is.
+    Of a run that another file of the folder already holds, the line there is replaced: recipes share runs. Every other
+    line is left as it is.
     """
-    lines = dict(read_lines(file)) if file.exists() else {}
-    elsewhere = results.compacted().keys() - lines.keys()
     moved = {run.name: run for run in runs if results.path(run).exists()}
-    lines |= {name: results.load(run) for name, run in moved.items() if name not in elsewhere}
-    if not moved:
-        results.drop_abandoned()
-        return 0
-    draft = file.with_suffix(".draft")
-    draft.write_text("".join(as_line(name, lines[name]) for name in sorted(lines)), encoding="utf-8")
-    draft.replace(file)
+    files = {each: dict(read_lines(each)) for each in (file, *sorted(results.output.glob("*.jsonl"))) if each.exists()}
+    changed: dict[Path, dict[str, Any]] = {}
+    for name, run in moved.items():
+        holder = next((each for each, lines in files.items() if name in lines), file)
+        changed.setdefault(holder, files.get(holder, {}))[name] = results.load(run)
+    for holder, lines in changed.items():
+        draft = holder.with_suffix(".draft")
+        draft.write_text("".join(as_line(name, lines[name]) for name in sorted(lines)), encoding="utf-8")
+        draft.replace(holder)
     for run in moved.values():
         results.path(run).unlink()
     results.drop_abandoned()

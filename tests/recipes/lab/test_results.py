@@ -49,6 +49,21 @@ def test_compacting_again_adds_and_sorts(tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == text
 
 
+def test_a_run_that_is_made_again_takes_the_place_of_its_line_wherever_it_is(tmp_path):
+    results = Results(tmp_path)
+    finished(results, RUNS[:2])
+    compact(results, RUNS[:1], tmp_path / "a.jsonl")
+    compact(results, RUNS[1:], tmp_path / "b.jsonl")
+    for one in RUNS[:2]:
+        assert results.take(one)
+        results.write(one, {"final_accuracy": 0.9})
+        results.release(one)
+    assert compact(results, RUNS, tmp_path / "b.jsonl") == 2
+    for file, one in zip("ab", RUNS, strict=False):
+        assert read_lines(tmp_path / f"{file}.jsonl") == [(one.name, results.load(one))]
+        assert results.load(one)["final_accuracy"] == 0.9
+
+
 def test_runs_of_another_recipe_stay_where_they_are(tmp_path):
     results = Results(tmp_path)
     finished(results, RUNS)
