@@ -29,9 +29,8 @@ def needs_closure(optimizer: Callable) -> bool:
 class Update:
     """The closure of one update: it returns the loss of its micro-batches, and computes gradients if they are enabled.
 
-    Trainer decides how losses are accumulated and by what they are divided; the loss is the mean over the processes.
-    Trainer evaluates the micro-batches before it calls `step`. The first call of the closure returns these results, so
-    that nothing is evaluated twice.
+    Trainer decides how losses are accumulated and divided, and evaluates the micro-batches before it calls `step`: the
+    first call of the closure returns these results. The loss is the mean over the processes.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -52,11 +51,12 @@ class Update:
     def keep_gradients(self) -> None:
         """Keep the gradients of Trainer's evaluations, which an optimiser may clear before it calls the closure."""
         self.gradients = [p.grad for p in self._trained_parameters()]
+        self.versions += [gradient._version for gradient in self.gradients if gradient is not None]
 
     def __call__(self):
-        results, self.results = self.results, []
-        gradients, self.gradients = self.gradients, []
-        if not results or self.versions != self._versions():
+        is_usable = self.results and self.versions == self._versions()
+        results, gradients, self.results, self.gradients = self.results, self.gradients, [], []
+        if not is_usable:
             del results, gradients  # free their graph before the next one is made
             results = self._evaluate()
         elif torch.is_grad_enabled():
@@ -70,7 +70,7 @@ class Update:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self._trained_parameters()]
+        return [p._version for p in (*self._trained_parameters(), *self.gradients) if p is not None]
 
     def _evaluate(self) -> list:
         if not torch.is_grad_enabled():
@@ -286,7 +286,7 @@ class SubspaceTrainer(Trainer):
     def _forward(
         self, model: nn.Module, inputs: dict, num_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, logits and labels, with their graph, from which the optimiser computes its gradients."""
+        """Loss, logits (in a tuple after the loss) and labels, from whose graph the gradients are computed."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
@@ -297,4 +297,4 @@ class SubspaceTrainer(Trainer):
         # no_sync, because no backward follows for which DDP should prepare
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
-        return loss, outputs["logits"] if isinstance(outputs, dict) else outputs[1], labels
+        return loss, outputs["logits"] if isinstance(outputs, dict) else outputs[outputs[0].ndim == 0], labels

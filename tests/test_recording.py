@@ -104,6 +104,48 @@ def test_an_interrupted_trajectory_goes_on(tmp_path):
             assert torch.equal(two.sample(i)[name], tensor), (i, name)
 
 
+class StopAtFive(TrainerCallback):
+    """As at a time limit: saves, and stops within an epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == 5
+
+
+def test_an_end_within_an_epoch_is_no_end_of_one_once_the_training_goes_on(tmp_path):
+    folder = tmp_path / "samples"
+    trainer(tmp_path / "run", TrajectoryCallback(folder), StopAtFive()).train()
+    assert Trajectory(folder).steps == [0, 2, 4, 5]
+    trainer(tmp_path / "run", TrajectoryCallback(folder)).train(resume_from_checkpoint=True)
+    assert Trajectory(folder).steps == [0, 2, 4, 6, 8]
+
+
+class Small(Regression):
+    """Runs out of memory with more than two samples, after its third call."""
+
+    calls = 0
+
+    def forward(self, x, labels=None):
+        self.calls += 1
+        if len(x) > 2 and self.calls > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "spectra"])
+def test_smaller_batches_are_recorded_from_the_start(kind, tmp_path):
+    spectra = Spectra(rank=2)
+    recorder = (
+        TrajectoryCallback(tmp_path / "a", every=1) if kind == "trajectory" else SpectraCallback(spectra, every=1)
+    )
+    run = trainer(tmp_path / "run", recorder, save_strategy="no", auto_find_batch_size=True, max_steps=4)
+    run.model = run.model_wrapped = Small()
+    run.train()
+    assert run.state.train_batch_size == 2
+    assert recorder.recorded() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="must be recorded in"):
+        run.train()
+
+
 # ------------------------------------------------------------------------------------------------------------- spectra
 
 

@@ -136,6 +136,34 @@ def test_an_evaluation_is_not_used_once_the_weights_moved(tmp_path):
     assert torch.equal(update[0][1], update[2][1])
 
 
+class Descent(torch.optim.Optimizer):
+    """Clears the gradients itself, then evaluates."""
+
+    needs_closure = True
+
+    def __init__(self, params, set_to_none):
+        super().__init__(params, {"lr": 0.1})
+        self.set_to_none = set_to_none
+
+    def step(self, closure):
+        self.zero_grad(self.set_to_none)
+        loss = closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=0.1)
+        return loss
+
+
+def test_gradients_that_the_optimiser_clears_in_place_are_computed_again(tmp_path):
+    ends = []
+    for set_to_none in (True, False):
+        model = net()
+        trainer(model, arguments(tmp_path), lambda params, how=set_to_none: Descent(params, how)).train()
+        ends.append(theta_d(model).detach().clone())
+    assert ends[0].any()
+    assert torch.equal(*ends)
+
+
 def test_gradients_are_not_clipped(tmp_path):
     record = []
     run = trainer(net(), arguments(tmp_path), lambda params: Probe(params, record=record))
@@ -190,6 +218,22 @@ def test_an_optimiser_that_needs_logits_gets_their_graph(tmp_path):
     for loss, loss_of_logits, gradient in optimizer.record:
         assert loss == pytest.approx(loss_of_logits, rel=1e-6)
         assert gradient.any()
+
+
+def test_logits_of_a_model_that_returns_a_tuple(tmp_path):
+    """Where Trainer smooths the labels it takes them out, and the model returns no loss."""
+    case, records = BY_NAME["bert"], []
+    rows = [{"input_ids": row, "labels": at % 2} for at, row in enumerate(case.batch())]
+    for smoothing in (0.0, 0.2):
+        model = wrap(case)
+        model.config.return_dict = False
+        optimizer = Logits([theta_d(model)])
+        args = arguments(tmp_path, label_smoothing_factor=smoothing)
+        SubspaceTrainer(model, args, train_dataset=rows, optimizers=(optimizer, None)).train()
+        records.append(optimizer.record)
+    for loss, loss_of_logits, _ in records[0]:
+        assert loss == pytest.approx(loss_of_logits, rel=1e-6)
+    assert records[1][0][1] == records[0][0][1] != records[1][0][0]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

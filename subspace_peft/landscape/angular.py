@@ -106,6 +106,7 @@ def local_dimension_bound(radii: Tensor, R: Tensor | float) -> Tensor:
         radii: [..., D]; may be infinite.
         R: [...]
     """
+    radii = floating(radii)
     R = torch.as_tensor(R, dtype=radii.dtype)[..., None]
     return (1 / (1 + (R / radii).square())).sum(-1)
 
@@ -127,7 +128,7 @@ def local_dimension_limit(radii: Tensor, R: Tensor | float) -> Tensor:
     Returns:
         [...]; D if w_0 is inside the ellipsoid on average, sum_i R^2 / (D r_i^2) <= 1.
     """
-    D = radii.shape[-1]
+    D, radii = radii.shape[-1], floating(radii)
     R = torch.as_tensor(R, dtype=radii.dtype)
     low, high = (torch.zeros_like(radii[..., 0] * R) + end for end in (0, 1))
     for _ in range(HALVINGS):
@@ -135,3 +136,8 @@ def local_dimension_limit(radii: Tensor, R: Tensor | float) -> Tensor:
         too_small = D - local_dimension_bound(radii, R * rest.sqrt()) > rest * D
         low, high = torch.where(too_small, rest, low), torch.where(too_small, high, rest)
     return D * (1 - low)
+
+
+def floating(x: Tensor) -> Tensor:
+    """Whole numbers as floats of double precision; what is combined with them would be cut to whole numbers too."""
+    return x if x.is_floating_point() else x.double()

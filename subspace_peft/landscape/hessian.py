@@ -70,7 +70,8 @@ def lanczos(
 
     Args:
         iterations: The largest number of products; [n, iterations] numbers are held. min(n, 10 k + 100) if left out.
-        tol: It stops when the residual of all k is below tol |T|; 0 makes all iterations.
+        tol: It stops when the residual of all k is below tol |T|; 0 makes all iterations. Eigenvalues that differ by
+            less than tol |T| may count as one, and a smaller one as the next.
         seed: For the random vectors, which are drawn on the CPU.
         dtype: For Q and everything but the product itself.
 

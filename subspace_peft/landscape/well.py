@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .angular import floating
+
 
 def radii(eigenvalues: Tensor, epsilon: Tensor | float) -> Tensor:
     """The semi-axes r_i = sqrt(2 epsilon / lambda_i) of the ellipsoid S(epsilon) = {w: L(w) <= epsilon} (section 3.2).
@@ -27,6 +29,7 @@ def radii(eigenvalues: Tensor, epsilon: Tensor | float) -> Tensor:
         ValueError: if an eigenvalue is negative, or `epsilon` is not positive.
     """
     _check(eigenvalues)
+    eigenvalues = floating(eigenvalues)
     epsilon = torch.as_tensor(epsilon, dtype=eigenvalues.dtype)
     if not (epsilon > 0).all():
         raise ValueError(f"`epsilon` must be above 0, the loss at the bottom of the well, got {epsilon.min().item()}.")

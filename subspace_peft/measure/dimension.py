@@ -191,7 +191,13 @@ def _threshold(
     fraction = check_number("fraction", 0.9 if fraction is None else fraction)
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}; 0.9 is 90 % of full training.")
-    return fraction * _baseline(runs, baseline, metric)
+    baseline = _baseline(runs, baseline, metric)
+    if not baseline > 0:
+        raise ValueError(
+            f"`fraction` needs a metric of full training above 0, of which a share is less, got {baseline}; give "
+            "`absolute`."
+        )
+    return fraction * baseline
 
 
 def _baseline(runs: pd.DataFrame, baseline: float | pd.DataFrame | None, metric: str) -> float:

@@ -96,8 +96,8 @@ def find_dimension(
     """
     schedule = _schedule(d_min, d_max, seeds, probability, confidence, resolution, max_runs)
     threshold, crew = check_number("threshold", threshold), Workers(train, executor, workers)
-    search = {"threshold": threshold, "larger_is_better": bool(larger_is_better), "probability": probability}
-    search |= {"d_min": int(d_min), "d_max": int(d_max)}
+    search = {"threshold": threshold, "larger_is_better": bool(larger_is_better)}
+    search |= {"probability": schedule.curve.probability, "d_min": int(d_min), "d_max": int(d_max)}
     trials = Trials(threshold, larger_is_better, file and Path(file), search, in_turn=crew.number == 1)
     with tqdm(total=max_runs, initial=len(trials.runs), unit="run", disable=not progress) as bar:
         _make_runs(schedule, trials, crew, bar)

@@ -54,7 +54,7 @@ class SearchFile:
             whole = text = header
         first, *lines = whole.splitlines()
         _check_header(path, _parse(path, 1, first, lambda record: KIND in record), search)
-        records = [_parse(path, at, line, _is_entry) for at, line in enumerate(lines, 2)]
+        records = [_parse(path, at, line, _is_entry) for at, line in enumerate(lines, 2) if line.strip()]
         self.proposals = [record for record in records if "metric" not in record]
         runs = [record for record in records if "metric" in record]
         _check_seeds(path, runs, self.proposals)

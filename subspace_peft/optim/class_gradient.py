@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class ClassGradients:
 def class_gradients(logits: Tensor, labels: Tensor, params: Iterable[Tensor]) -> ClassGradients:
     """c_k = 1 / |D_k| sum_{mu in D_k} grad z_k^mu (equation 1), D_k the examples of class k in the batch.
 
-    One batched vector-Jacobian product computes all classes. The result also holds the weights of c_k c_k^T in
-    equation (3). The graph is kept.
+    One batched vector-Jacobian product computes all classes, or one for each where torch cannot batch them. The result
+    also holds the weights of c_k c_k^T in equation (3). The graph is kept.
 
     Args:
         logits: [..., C], with their graph; examples may have several leading dimensions, such as tokens.
@@ -52,14 +53,7 @@ def class_gradients(logits: Tensor, labels: Tensor, params: Iterable[Tensor]) ->
     counts = sum_over_processes(classes.sum(0))
     # Divided by the counts of all processes, so that the sum over processes is the mean.
     mean_logits = (z * classes / counts.clamp_min(1)).sum(0)
-    rows = torch.autograd.grad(
-        mean_logits,
-        params,
-        torch.eye(C, dtype=mean_logits.dtype, device=z.device),
-        retain_graph=True,
-        is_grads_batched=True,
-        allow_unused=True,
-    )
+    rows = _jacobian(mean_logits, params)
     rows = [p.new_zeros(C, p.numel()) if row is None else row.flatten(1) for p, row in zip(params, rows, strict=True)]
     probabilities = z.detach().to(classes.dtype).softmax(-1)
     spread = probabilities * (1 - probabilities)
@@ -67,6 +61,18 @@ def class_gradients(logits: Tensor, labels: Tensor, params: Iterable[Tensor]) ->
         sum_over_processes(s.sum(0)) / counts.sum().clamp_min(1) for s in (classes * spread, spread)
     )
     return ClassGradients(sum_over_processes(torch.cat(rows, 1)), weight, weight_of_all, counts)
+
+
+def _jacobian(outputs: Tensor, params: list[Tensor]) -> list[Tensor | None]:
+    """The gradient of each output: [C, *shape of the parameter], None where none depends on it."""
+    products = partial(torch.autograd.grad, outputs, params, retain_graph=True, allow_unused=True)
+    units = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    try:
+        return list(products(units, is_grads_batched=True))
+    except RuntimeError:
+        # vmap takes neither every operation nor random numbers, which a checkpoint with dropout draws again
+        rows = zip(*(products(unit) for unit in units), strict=True)
+        return [None if row[0] is None else torch.stack(row) for row in rows]
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -29,8 +29,7 @@ def repeatable(closure: Callable, model: nn.Module) -> Callable:
         if first:
             with _restored(model, *first):
                 return closure()
-        buffers = [buffer.detach().clone() for buffer in model.buffers()]
-        states = _random_states(model)
+        buffers, states = _buffers(model), _random_states(model)
         value = closure()
         first.extend((buffers, states))
         return value
@@ -39,10 +38,9 @@ def repeatable(closure: Callable, model: nn.Module) -> Callable:
 
 
 @contextmanager
-def _restored(model: nn.Module, buffers: list[Tensor], states: dict[torch.device, Tensor]):
+def _restored(model: nn.Module, buffers: dict[str, Tensor], states: dict[torch.device, Tensor]):
     """Run with these buffers and random states; put back the present ones afterwards."""
-    states_after = _random_states(model)
-    buffers_after = [buffer.detach().clone() for buffer in model.buffers()]
+    buffers_after, states_after = _buffers(model), _random_states(model)
     _set(model, buffers, states)
     try:
         yield
@@ -50,10 +48,17 @@ def _restored(model: nn.Module, buffers: list[Tensor], states: dict[torch.device
         _set(model, buffers_after, states_after)
 
 
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all but expanded ones, which nothing can write to."""
+    kept = (each for each in model.named_buffers() if all(each[1].stride()) or each[1].numel() < 2)
+    return {name: buffer.detach().clone() for name, buffer in kept}
+
+
 @torch.no_grad()
-def _set(model: nn.Module, buffers: list[Tensor], states: dict[torch.device, Tensor]) -> None:
-    for buffer, value in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+def _set(model: nn.Module, buffers: dict[str, Tensor], states: dict[torch.device, Tensor]) -> None:
+    for name, buffer in model.named_buffers():  # a forward may have made more of them, or another size
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
     for device, state in states.items():
         (torch if device.type == "cpu" else torch.get_device_module(device)).set_rng_state(
             state, *(() if device.type == "cpu" else (device,))
@@ -130,6 +135,14 @@ def trainable(params: Tensor | Iterable) -> list:
     """
     params = [params] if isinstance(params, Tensor) else list(params)
     return [p for p in params if (p[1] if isinstance(p, tuple) else p).requires_grad] or params
+
+
+def unnamed(params: Tensor | Iterable) -> list:
+    """The same parameters, or groups of them, without names."""
+    if isinstance(params, Tensor):
+        return [params]
+    groups = (p | {"params": unnamed(p["params"])} if isinstance(p, dict) else p for p in params)
+    return [p[1] if isinstance(p, tuple) else p for p in groups]
 
 
 def check_closure(closure: Callable | None, optimizer: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bfgs import quasi_newton_step
-from .closure import Objective, refuse_scaled_gradients, trainable
+from .closure import Objective, refuse_scaled_gradients, trainable, unnamed
 from .line_search import Armijo, LineSearch
 
 
@@ -53,6 +53,9 @@ class PBFGS(Optimizer):
         super().__init__(params, {"lr": lr, "curvature": curvature})
         self.search = search
         self._objective = Objective("PBFGS", self.param_groups[0]["params"])
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"search": self.search, "_objective": self._objective}
 
     def add_param_group(self, param_group: dict) -> None:
         _check_group(param_group, self.param_groups, "PBFGS")
@@ -113,12 +116,15 @@ class PPlusBFGS(Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum}.")
         weights = list(weights)
-        super().__init__(trainable(params), {"lr": 1.0, "curvature": curvature})
+        super().__init__(unnamed(params), {"lr": 1.0, "curvature": curvature})  # as the weights have no names
         (theta_d,) = self.param_groups[0]["params"]
         _check_lift(theta_d, weights, lift)
         Optimizer.add_param_group(self, {"params": weights, "lr": lr, "momentum": momentum})
         self.search, self.lift = search, lift
         self._objective = Objective("PPlusBFGS", [theta_d, *weights])
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"search": self.search, "lift": self.lift, "_objective": self._objective}
 
     def add_param_group(self, param_group: dict) -> None:
         _check_group(param_group, self.param_groups, "PPlusBFGS")

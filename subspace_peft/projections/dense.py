@@ -57,7 +57,9 @@ class Dense(Projection):
 
     def adjoint(self, grad: Tensor) -> Tensor:
         g = to_working_dtype(grad)
-        products = [g[..., start:stop] @ part.mT.to(g.dtype) for start, stop, part in self._parts(g.device)]
+        # not g[..., start:stop], which vmap of torch.autograd.grad cannot take where it is all of g
+        parts = ((g.narrow(-1, start, stop - start), part) for start, stop, part in self._parts(g.device))
+        products = [each @ part.mT.to(g.dtype) for each, part in parts]
         return torch.stack(products).sum(0).to(grad.dtype)
 
     def column_square_norms(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from ..recording import RecordingCallback
@@ -37,10 +39,10 @@ class SpectraCallback(RecordingCallback):
     def recorded(self) -> list[int]:
         return self.spectra.steps
 
-    def keep_until(self, step: int) -> None:
-        if len(self.spectra) and step == 0:
+    def keep_until(self, step: int, own: Collection[int]) -> None:
+        if (others := set(self.recorded()) - set(own)) and step == 0:
             raise ValueError(
-                f"A training from the start must be recorded in an empty Spectra, this one holds {len(self.spectra)} "
+                f"A training from the start must be recorded in an empty Spectra, this one holds {len(others)} "
                 f"steps (folder: {self.spectra.folder}); resume that training with "
                 "trainer.train(resume_from_checkpoint=True), or use a new Spectra and another folder."
             )

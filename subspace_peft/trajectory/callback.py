@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from torch import nn
 
@@ -32,12 +33,12 @@ class TrajectoryCallback(RecordingCallback):
     def recorded(self) -> list[int]:
         return list(self.trajectory.files())
 
-    def keep_until(self, step: int) -> None:
+    def keep_until(self, step: int, own: Collection[int]) -> None:
         files = self.trajectory.files()
-        if files and step == 0:
+        if (others := files.keys() - own) and step == 0:
             raise ValueError(
                 f"A training from the start must be recorded in a folder without samples, "
-                f"{str(self.trajectory.folder)!r} holds {len(files)}; resume that training with "
+                f"{str(self.trajectory.folder)!r} holds {len(others)}; resume that training with "
                 "trainer.train(resume_from_checkpoint=True), choose another folder, or delete them."
             )
         for later in (path for other, path in files.items() if other > step):

@@ -156,6 +156,12 @@ def test_the_limit_solves_its_equation():
     torch.testing.assert_close(x, local_dimension_bound(r[:, None], R * (1 - x / 50).sqrt()))
 
 
+def test_whole_numbers_cut_nothing_off():
+    whole, R = torch.tensor([1, 2]), 1.9
+    for function in (local_dimension_bound, local_dimension_limit):
+        assert function(whole, R) == function(whole.double(), R)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="\\[D\\], D >= 2, got \\[3\\] and \\[2\\]"):
         directions_support(torch.ones(3), torch.ones(2))

@@ -26,6 +26,11 @@ def test_the_ellipsoid_is_the_sublevel_set():
     torch.testing.assert_close((tips.square() * eigenvalues[:2]).sum(-1) / 2, epsilon[:, None].expand(2, 2))
 
 
+def test_whole_numbers_cut_nothing_off():
+    whole = torch.tensor([1, 4])
+    assert torch.equal(radii(whole, 0.5), radii(whole.double(), 0.5))
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.data())
 def test_the_lowest_loss_by_a_linear_solve(seed, D, data):

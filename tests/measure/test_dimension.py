@@ -175,6 +175,7 @@ def test_monotone_curves_are_scikit_learns(points, others):
             "`fraction` needs a metric of which more is better; give `absolute` for",
         ),
         ({"baseline": float("nan")}, "`baseline` must be a finite number, got nan"),
+        ({"baseline": -40.0}, "`fraction` needs a metric of full training above 0, of which a share is less, got -40"),
         ({"baseline": PUBLISHED[:0]}, "`baseline` must have rows and a column `final_accuracy`"),
         ({"baseline": PUBLISHED.assign(model="fc")}, "one `model`, got 'lenet', 'fc'; take the runs of one"),
         ({"absolute": float("inf")}, "`absolute` must be a finite number, got inf"),

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -32,6 +33,15 @@ def test_a_search_that_ended_makes_no_run_and_goes_on_for_a_finer_resolution(tmp
     fine = find(step(187), d_max=1000, file=file, resolution=0)
     assert fine.interval == (187, 187)
     pd.testing.assert_frame_equal(fine.runs[: first.cost.runs], first.runs)
+
+
+def test_numbers_of_numpy_and_empty_lines(tmp_path):
+    file = tmp_path / "search.jsonl"
+    first = find(step(187), d_max=np.int64(1000), probability=np.float32(0.5), threshold=np.float32(0.5), file=file)
+    with open(file, "a") as lines:
+        lines.write("\n")
+    again = find(Flaky(1), d_max=1000, probability=0.5, threshold=0.5, file=file)
+    pd.testing.assert_frame_equal(again.runs, first.runs)
 
 
 def test_runs_without_a_number_are_in_the_file(tmp_path):

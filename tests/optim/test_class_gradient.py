@@ -54,6 +54,18 @@ def test_gradients_in_theta_d(name):
         torch.testing.assert_close(gradients.c[k], expected)
 
 
+@pytest.mark.parametrize("coordinates", [{}, {"coordinates": "low_rank", "rank": 2}], ids=["weight", "low_rank"])
+@pytest.mark.parametrize("projection", ["dense", "sparse", "fastfood", "fastjl", "kronecker"])
+def test_torch_can_batch_the_products_through_every_projection(projection, coordinates):
+    case = BY_NAME["mlp"]
+    model = wrap(case, projection=projection, **coordinates)
+    vector, logits = theta_d(model), model(case.batch()).sum(0)
+    units = torch.eye(len(logits))
+    (batched,) = torch.autograd.grad(logits, vector, units, is_grads_batched=True, retain_graph=True)
+    rows = [torch.autograd.grad(logits, vector, unit, retain_graph=True)[0] for unit in units]
+    torch.testing.assert_close(batched, torch.stack(rows))
+
+
 def test_parameters_without_effect_on_the_logits():
     model, (x, y) = network(), data()
     unused = nn.Parameter(torch.zeros(3).double())
@@ -71,6 +83,20 @@ def test_checkpoints():
     torch.testing.assert_close(class_gradients(parts[0], y, model.parameters()).c, whole)
     with pytest.raises(ValueError, match="without reentrant checkpoints.*use_reentrant=False"):
         class_gradients(parts[1], y, model.parameters())
+
+
+def test_a_checkpoint_with_dropout():
+    """It draws random numbers again, which torch cannot do in a batch of products."""
+    model, (x, y) = network(), data()
+    unused = nn.Parameter(torch.zeros(3).double())
+
+    def logits(checkpointed):
+        torch.manual_seed(0)
+        body = lambda x: nn.functional.dropout(model[:2](x), 0.5)  # noqa: E731
+        return model[2](checkpoint(body, x, use_reentrant=False) if checkpointed else body(x))
+
+    found, expected = (class_gradients(logits(each), y, [*model.parameters(), unused]).c for each in (True, False))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

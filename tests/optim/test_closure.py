@@ -51,6 +51,28 @@ def test_buffers_and_random_numbers_advance_once():
     assert model.norm.num_batches_tracked == 1
 
 
+def test_buffers_that_are_expanded_made_by_the_forward_or_grow():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1).expand(4))
+            self.register_buffer("cache", torch.zeros(0), persistent=False)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if not hasattr(self, "made"):
+                self.register_buffer("made", torch.full((4,), 2.0), persistent=False)
+            self.cache = torch.cat([self.cache, torch.ones(1)])
+            self.calls += 1
+            return self.scale * self.made * x * self.calls
+
+    model, x = Kept(), torch.randn(8, 4)
+    closure = repeatable(lambda: model(x).sum(), model)
+    values = [closure().item() for _ in range(3)]
+    assert values == [2 * x.sum().item()] * 3
+    assert model.calls == 1
+
+
 def test_an_evaluation_that_fails_leaves_no_trace():
     model, x = build()
     calls = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from subspace_peft.optim import PBFGS, ClassGradientNewton, PPlusBFGS
-from tests.optim.problems import PROBLEMS
+from tests.optim.problems import PROBLEMS, Closure
 
 
 def plus(x: Tensor, curvature: str = "same_batch") -> tuple[Optimizer, Callable[[], Tensor]]:
@@ -95,6 +97,20 @@ def test_it_resumes_to_the_bit(member, problem, dtype):
     resumed.load(file)
     assert resumed.steps(5) == expected
     assert torch.equal(resumed.point(), run.point())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("member", [member for member in OPTIMIZERS if "bfgs" in member.name], ids=str)
+def test_a_copy_goes_on_to_the_bit(member, again):
+    run = Run(member, "rosenbrock")
+    run.steps(3)
+    copied = again(run.optimizer)
+    (mine,), (its,) = run.parameters, copied.param_groups[0]["params"]
+    start, expected = mine.detach().clone(), run.steps(3)
+    assert torch.equal(its, start)
+    closure = Closure(its, run.problem.loss)
+    assert [copied.step(closure).item() for _ in range(3)] == expected
+    assert torch.equal(its, mine)
 
 
 @pytest.mark.parametrize("member", OPTIMIZERS, ids=str)

@@ -1,5 +1,7 @@
 """P+-BFGS: a step inside the subspace and one outside of it (Li et al. 2021, section 4.4)."""
 
+import copy
+
 import pytest
 import torch
 
@@ -58,6 +60,21 @@ def test_arguments_of_pplus(changes, message):
     PPlusBFGS(**good)
     with pytest.raises(ValueError, match=message):
         PPlusBFGS(**good | changes)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda p: p, lambda p: [("theta_d", p)], lambda p: [{"params": [p]}], lambda p: [{"params": [("a", p)]}]]
+)
+def test_forms_of_parameters(form):
+    weights, theta_d = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)), vector(0.0, 0.0)
+    optimizer = PPlusBFGS(form(theta_d), [weights], lambda x: [columns() @ x])
+    assert [group["params"] for group in optimizer.param_groups] == [[theta_d], [weights]]
+    optimizer.step(PROBLEMS["quadratic"].closure(optimizer, lambda: weights + columns() @ theta_d))
+    assert theta_d.any()
+    copied = copy.deepcopy(optimizer)
+    assert copied.lift is optimizer.lift
+    (state,), (its,) = ([o.state[o.param_groups[0]["params"][0]]["B"]] for o in (optimizer, copied))
+    assert torch.equal(state, its)
 
 
 def test_pplus_needs_a_gradient_on_every_weight():
