@@ -1,7 +1,7 @@
 """The best learning rate of theta_d: accuracy by rate and d, with the default normalisation and AdamW.
 
     python recipes/run.py recipes/learning_rate/sweep.yaml [--network lenet] [--d 64 256] [--output <folder>]
-    python recipes/run.py recipes/learning_rate/sweep_80_epochs.yaml
+    python recipes/run.py recipes/learning_rate/sweep_steps.yaml
 
 Two networks, a convolutional one and a small transformer, are trained on scikit-learn's digits 0 to 4. Each is then
 fine-tuned on the digits 5 to 9 with a new head: theta_d at the rates of the grid, the head at its own fixed rate.
@@ -214,11 +214,14 @@ def stays(part: dict[str, Any], key: str, values: list) -> bool:
 
 
 def records(runs: list[PlainSettings], results: Results) -> pd.DataFrame:
-    """The settings and the accuracy of each run that has a result."""
+    """The settings and the accuracy of each run that has a result; a network with several epochs is several."""
     shown = ("accuracy", "found_lr")
-    return pd.DataFrame(
+    table = pd.DataFrame(
         [each["settings"] | {key: each[key] for key in shown if key in each} for each in results.records(runs)]
     )
+    if table.groupby("network").epochs.nunique().max() > 1:
+        table["network"] += table.epochs.map(", {} epochs".format)
+    return table
 
 
 def trained(method: str, d: int) -> str:
@@ -284,7 +287,7 @@ def plot(runs: list[PlainSettings], results: Results, file: Path) -> Path:
         for head in shown[shown.method == "head"].groupby("network").accuracy.mean():
             axis.axhline(head, color=GREY, linestyle="--", label="classifier alone")
         axis.plot([], [], "*", color=GREY, markersize=13, linestyle="none", label="the rate that is found")
-        axis.set(xlabel="learning rate of θ_d, or of all weights", title=name(network))
+        axis.set(xlabel="learning rate of θ_d, or of all weights", title=", ".join(map(name, network.split(", "))))
         plain_ticks(axis, sorted(set(weights.lr) | set(full.index)))
     axes[0].set_ylabel("test accuracy, %")
     headline(figure, "Which learning rate does θ_d want?")

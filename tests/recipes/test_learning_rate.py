@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_baselines_stay_where_rates_and_dimensions_are_chosen(tiny):
     assert name in {r.name for r in read(tiny).runs}
 
 
+def test_a_network_that_is_trained_for_several_numbers_of_epochs_is_several():
+    runs = [
+        *(("subspace", 0.1, 3, 90.0), ("found", 0.0, 3, 91.5)),
+        *(("subspace", 0.1, 80, 98.0), ("subspace", 0.3, 80, 97.0), ("found", 0.0, 80, 1.0)),
+    ]
+    kept = [
+        {"settings": dict(zip(sweep.TYPES, ("lenet", method, lr, 64, 0, epochs), strict=True)), "accuracy": accuracy}
+        for method, lr, epochs, accuracy in runs
+    ]
+    tables = sweep.parts([], SimpleNamespace(records=lambda runs: kept))
+    assert "| lenet, 3 epochs | fastfood, d = 64 | 0.1 | 90.0 | 91.5 | +1.5 |" in tables["found"]
+    assert "| lenet, 80 epochs | fastfood, d = 64 | 1.0 | **98.0** | 97.0 |" in tables["rates"]
+    assert "Within 1 point of the best in 1 of 2 rows, within 3 in 1" in tables["found"]
+
+
 @pytest.mark.parametrize(("method", "lr"), [("full", 1e-3), ("kronecker", 1e-2), ("found kronecker", 0.0)])
 def test_a_network_without_a_new_head_is_drawn_from_the_seed(method, lr, monkeypatch):
     random = torch.Generator().manual_seed(0)
@@ -112,7 +128,7 @@ def test_runs_that_cannot_be_are_refused(values, message):
         sweep.settings({key: value for key, value in run.items() if value is not None})
 
 
-@pytest.mark.parametrize(("name", "count"), [("sweep", 1096), ("sweep_80_epochs", 50)])
+@pytest.mark.parametrize(("name", "count"), [("sweep", 1096), ("sweep_steps", 462)])
 def test_every_run_has_a_committed_result(name, count):
     runs, lines = read(FOLDER / f"{name}.yaml").runs, dict(read_lines(FOLDER / f"{name}.jsonl"))
     assert len(lines) == count
@@ -127,7 +143,7 @@ def test_every_run_has_a_committed_result(name, count):
 
 
 def test_a_page_of_results_is_json_with_plain_types():
-    for name in ("sweep", "sweep_80_epochs"):
+    for name in ("sweep", "sweep_steps"):
         for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             settings = json.loads(line)["settings"]
             assert {key: type(value) for key, value in settings.items()} == sweep.TYPES
