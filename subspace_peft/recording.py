@@ -43,7 +43,8 @@ class RecordingCallback(TrainerCallback, ABC):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
         # a training that stopped within an epoch has recorded its last step as the end of one
-        is_within = bool(step) and self.every == "epoch" and step not in self.also and bool((state.epoch or 0) % 1)
+        is_within = 0 < step < state.max_steps and bool((state.epoch or 0) % 1)
+        is_within = is_within and self.every == "epoch" and step not in self.also
         if state.is_world_process_zero:
             self.keep_until(step - is_within, self.recorded() if step else self._own * self._begins_again(args, state))
         self._own, self._batch_size = [], state.train_batch_size or 0

@@ -119,6 +119,13 @@ def test_an_end_within_an_epoch_is_no_end_of_one_once_the_training_goes_on(tmp_p
     assert Trajectory(folder).steps == [0, 2, 4, 6, 8]
 
 
+def test_the_end_of_a_training_within_an_epoch_stays(tmp_path):
+    folder = tmp_path / "samples"
+    for resume in (False, True):
+        trainer(tmp_path / "run", TrajectoryCallback(folder), max_steps=5).train(resume_from_checkpoint=resume)
+        assert Trajectory(folder).steps[:4] == [0, 2, 4, 5]  # Trainer makes one more step of a training that has ended
+
+
 class Small(Regression):
     """Runs out of memory with more than two samples, after its third call."""
 
