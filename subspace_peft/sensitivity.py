@@ -56,8 +56,8 @@ class Sensitivity(NamedTuple):
         theta_d: The relative change of the outputs for a step of theta_d in a random direction, by the size of its
             entries: s = |f(theta_d + sigma z) - f(theta_d)| / (sigma |f(theta_d) - mean f|), z normal in R^d, the
             largest for s sigma from a tenth to three. The mean of f is over the batch. Logits that vary by less than
-            LEAST_SPREAD count as if they varied by that, unless a head trains whole; three times what they do vary
-            by, or LEAST_SPREAD if that is more, is as far as they go.
+            LEAST_SPREAD count as if they varied by that, unless a head trains whole; the farthest change is then three
+            times what they do vary by, or LEAST_SPREAD if that is more.
         head: The change of a head's outputs for a step of its weights, by the size of their entries: the mean over its
             inputs x of |x|_1, or of |x - mean x|_1 if that is larger. None without a head that floats enter.
         d: The number of entries of theta_d that the outputs depend on.
@@ -128,7 +128,7 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
 def _sizes(start: list[Tensor], known: list[Tensor], are_logits: bool) -> tuple[list[float], float | None]:
     """What each output counts as varying by, logits by at least LEAST_SPREAD each, and the share of that it does."""
     sizes, share = [_spread(f) for f in start], 1.0
-    if start and are_logits and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
+    if start and are_logits and known[0].any() and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
         least = LEAST_SPREAD * math.sqrt(known[0].sum())
         share, sizes[0] = min(sizes[0] / least, 1.0), max(sizes[0], least)
     return sizes, share if any(sizes) else None

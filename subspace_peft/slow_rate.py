@@ -16,12 +16,14 @@ from .rates import IS_FOUND, RELATIVE_STEP, is_like_adam
 
 STEPS = 10_000
 """So many steps are more than most trainings of an adapter have: a rate too low for them is too low."""
+LARGE_D = 20_000
+"""The larger d is, the lower is its rate."""
 MARGIN = 5.0
 PER_INPUT = 0.5
 """The sensitivity over the root of the sum of the inputs of all layers: 0.4 to 0.6 in the networks measured."""
 
 LEAST_INPUTS = 1000
-"""Networks with fewer are toys, which train at any rate: with rows of norm 1 nothing is said from 3e-4 on."""
+"""Networks with fewer are toys, which train at any rate: with rows of norm 1 nothing is said from 4e-4 on."""
 
 _watched: weakref.WeakKeyDictionary[nn.ParameterDict, float] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -36,7 +38,8 @@ def watch(holder: nn.ParameterDict, inputs: int, row: float) -> None:
         inputs: The number of inputs of the target matrices, added up.
         row: The root of the mean square norm of the rows of P.
     """
-    least = RELATIVE_STEP / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * sqrt(STEPS) * MARGIN)
+    of_large_d = RELATIVE_STEP / (LARGE_D * STEPS) ** 0.25  # as in `find_rates`, times the sensitivity
+    least = of_large_d / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * MARGIN)
     _watched[holder] = least
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))

@@ -281,8 +281,9 @@ def test_what_has_none():
         sensitivity(linear(), X, lambda model, x: {"loss": model(x).sum()})
     with pytest.raises(ValueError, match="must have a trainable theta_d, it has none"):
         sensitivity(nn.Linear(6, 4), X)
-    with pytest.raises(ValueError, match="samples with different outputs"):
-        sensitivity(linear(), X[:1])
+    for outputs in (lambda model, x: model(x[:1]), lambda model, x: model(x) * torch.nan):
+        with pytest.raises(ValueError, match="samples with different outputs"):
+            sensitivity(linear(), X, outputs)
     network = nn.ModuleDict({"used": nn.Linear(6, 4), "unused": nn.Linear(6, 4)})
     network.forward = lambda x: network["used"](x)
     model = get_peft_model(network, SubspaceConfig(d=5, target_modules=["unused"]))

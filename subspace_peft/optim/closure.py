@@ -49,9 +49,13 @@ def _restored(model: nn.Module, buffers: dict[str, Tensor], states: dict[torch.d
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all but expanded ones, which nothing can write to."""
-    kept = (each for each in model.named_buffers() if all(each[1].stride()) or each[1].numel() < 2)
-    return {name: buffer.detach().clone() for name, buffer in kept}
+    return {name: b.detach().clone() for name, b in model.named_buffers() if not _is_expanded(b)}
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether several entries are one place in memory, so that nothing can write to it."""
+    sizes = zip(buffer.shape, buffer.stride(), strict=True) if buffer.layout == torch.strided else ()
+    return any(size > 1 and not stride for size, stride in sizes)
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def test_buffers_that_are_expanded_made_by_the_forward_or_grow():
             self.register_buffer("scale", torch.ones(1).expand(4))
             self.register_buffer("cache", torch.zeros(0), persistent=False)
             self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("sparse", torch.eye(2).to_sparse())
 
         def forward(self, x):
             if not hasattr(self, "made"):
