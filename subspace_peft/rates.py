@@ -57,6 +57,11 @@ class Rates(NamedTuple):
     head: float
 
 
+def relative_step(d: int, steps: int) -> float:
+    """The rate of theta_d times the sensitivity."""
+    return RELATIVE_STEP / (d * max(steps, FEWEST_STEPS)) ** 0.25
+
+
 def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.Module, Any], Any] = run) -> Rates:
     """The rates for Adam without a search, where they fall to zero over the training:
 
@@ -77,7 +82,7 @@ def find_rates(model: nn.Module, batch: Any, steps: int, forward: Callable[[nn.M
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be the number of updates of the training, at least 1, got {steps!r}.")
     found = sensitivity(model, batch, forward)
-    rate = RELATIVE_STEP / (found.theta_d * (found.d * max(steps, FEWEST_STEPS)) ** 0.25)
+    rate = relative_step(found.d, steps) / found.theta_d
     return Rates(rate, HEAD_TIMES * rate if found.head is None else HEAD_STEP / found.head)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .rates import IS_FOUND, RELATIVE_STEP, is_like_adam
+from .rates import IS_FOUND, is_like_adam, relative_step
 
 
 STEPS = 10_000
@@ -38,8 +38,7 @@ def watch(holder: nn.ParameterDict, inputs: int, row: float) -> None:
         inputs: The number of inputs of the target matrices, added up.
         row: The root of the mean square norm of the rows of P.
     """
-    of_large_d = RELATIVE_STEP / (LARGE_D * STEPS) ** 0.25  # as in `find_rates`, times the sensitivity
-    least = of_large_d / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * MARGIN)
+    least = relative_step(LARGE_D, STEPS) / (PER_INPUT * sqrt(max(inputs, LEAST_INPUTS)) * row * MARGIN)
     _watched[holder] = least
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
