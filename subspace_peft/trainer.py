@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from .evaluation import run
-from .optim import PPlusBFGS, repeatable
+from .evaluation import run, same_random
+from .optim import PPlusBFGS
+from .optim.closure import Update
 from .rates import IS_FOUND, find_rates, is_like_adam, parameter_groups, set_rate
 from .sensitivity import is_theta_d
 
@@ -26,79 +25,24 @@ def needs_closure(optimizer: Callable) -> bool:
     return is_lbfgs or getattr(optimizer, "needs_closure", False)
 
 
-class Update:
-    """The closure of one update: it returns the loss of its micro-batches, and computes gradients if they are enabled.
-
-    Trainer decides how losses are accumulated and divided, and evaluates the micro-batches before it calls `step`: the
-    first call of the closure returns these results. The loss is the mean over the processes.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.model: nn.Module | None = None
-        self.evaluations: list[Callable] = []
-        self.results: list = []  # of Trainer's evaluations, until the first call uses them
-        self.gradients: list[Tensor | None] = []
-
-    def add(self, model: nn.Module, evaluation: Callable):
-        """Add a micro-batch, and evaluate it for Trainer."""
-        self.model = model
-        self.evaluations.append(repeatable(evaluation, model))
-        self.results.append(self.evaluations[-1]())
-        self.versions = self._versions()
-        return self.results[-1]
-
-    def keep_gradients(self) -> None:
-        """Keep the gradients of Trainer's evaluations, which an optimiser may clear before it calls the closure."""
-        self.gradients = [p.grad for p in self._trained_parameters()]
-        self.versions += [gradient._version for gradient in self.gradients if gradient is not None]
-
-    def __call__(self):
-        is_usable = self.results and self.versions == self._versions()
-        results, gradients, self.results, self.gradients = self.results, self.gradients, [], []
-        if not is_usable:
-            del results, gradients  # free their graph before the next one is made
-            results = self._evaluate()
-        elif torch.is_grad_enabled():
-            for parameter, gradient in zip(self._trained_parameters(), gradients, strict=True):
-                parameter.grad = gradient
-        if isinstance(results[0], tuple):
-            return results[0]
-        return self.accelerator.reduce(torch.stack(results).sum(), reduction="mean")
-
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _versions(self) -> list[int]:
-        return [p._version for p in (*self._trained_parameters(), *self.gradients) if p is not None]
-
-    def _evaluate(self) -> list:
-        if not torch.is_grad_enabled():
-            with without_backward(self.accelerator):
-                return [evaluation() for evaluation in self.evaluations]
-        self.model.zero_grad()
-        *first, last = self.evaluations
-        with self.accelerator.no_sync(self.model):
-            results = [evaluation() for evaluation in first]
-        return [*results, last()]
+def innermost(optimizer: Any) -> Any:
+    """The optimiser inside those of accelerate and DeepSpeed."""
+    while isinstance(optimizer, AcceleratedOptimizer) or type(optimizer).__module__.startswith("deepspeed.runtime"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
-@contextlib.contextmanager
-def without_backward(accelerator: Accelerator) -> Iterator[None]:
-    """Turn backward off: Trainer.training_step always calls it, but trials of a line search need no gradients."""
-    accelerator.backward = lambda loss, **kwargs: None
-    try:
-        yield
-    finally:
-        del accelerator.backward
+class NoOutputsError(Exception):
+    """A loss that does not return the outputs it was computed from."""
 
 
 class SubspaceTrainer(Trainer):
     """transformers.Trainer that finds the rates of theta_d and a head, and takes optimisers that need a closure.
 
-    Where `learning_rate` is left at Trainer's default and the optimiser to Trainer, the rates are those of
+    Where `learning_rate` is left at the default of its arguments and the optimiser to Trainer, the rates are those of
     `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, falling by the schedule of the
-    arguments, and are logged. With a learning rate, an optimiser or DeepSpeed it trains as Trainer does, bit for bit.
+    arguments, and are logged. With a learning rate or an optimiser it trains as Trainer does, bit for bit. In front of
+    a subclass of Trainer it does the same there: `class Tuner(SubspaceTrainer, SFTTrainer): pass`.
 
     Pass an optimiser that needs a closure as `optimizers=(PBFGS([theta_d]), None)`, or as
     `optimizer_cls_and_kwargs=(PBFGS, {})`, which gives it all trainable parameters in one group. An update needs no
@@ -117,7 +61,7 @@ class SubspaceTrainer(Trainer):
     _update: Update | None = None
     _undo: Callable[[], None] | None = None
     _logits = False
-    _due: torch.optim.Optimizer | None = None  # the first step finds its rates
+    _is_due = False  # whether the first step finds rates
 
     def train(self, *args, **kwargs):
         self._end()
@@ -137,13 +81,12 @@ class SubspaceTrainer(Trainer):
                     )
                 parameters = (self.model if model is None else model).parameters()
                 self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
-        is_rate_left_out = self.args.learning_rate == TrainingArguments.learning_rate
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and is_rate_left_out:
+        is_left = self.optimizer is None or type(self.optimizer).__name__ == "DummyOptim"  # that of DeepSpeed
+        is_rate_left_out = self.args.learning_rate == type(self.args).learning_rate
+        if is_left and self.optimizer_cls_and_kwargs is None and is_rate_left_out:
             self._group(self.model if model is None else model)
         super().create_optimizer(model)
-        optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier call of `train`
-            optimizer = optimizer.optimizer
+        optimizer = innermost(self.optimizer)  # accelerate's is around it from an earlier call of `train`
         if needs_closure(type(optimizer)) and self._undo is None:
             self._check(optimizer)
             self._begin(optimizer)
@@ -156,10 +99,8 @@ class SubspaceTrainer(Trainer):
         if not any(p.requires_grad and is_theta_d(name) for name, p in model.named_parameters()):
             return
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.is_deepspeed_enabled or not is_like_adam(kind):
-            why = "with DeepSpeed" if self.is_deepspeed_enabled else f"for {kind.__name__}"
-            default = f"theta_d trains at Trainer's default of {self.args.learning_rate}, too low for most models"
-            warnings.warn(f"No rate is found {why}: {default}; set `learning_rate`.", stacklevel=2)
+        if why := self._obstacle(kind):
+            self._warn_of_default(why)
             return
         lr = settings.pop("lr")
         theta_d, *head = parameter_groups(model, lr, head_lr=lr)
@@ -167,7 +108,20 @@ class SubspaceTrainer(Trainer):
         if self.args.weight_decay:
             head = [part for group in head for part in self._decaying(model, group)]
         # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
-        self.optimizer = self._due = kind([theta_d, *head], lr=1.0, **settings)
+        self.optimizer, self._is_due = kind([theta_d, *head], lr=1.0, **settings), True
+
+    def _obstacle(self, kind: type) -> str:
+        """Why no rate is found, or nothing."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        config = plugin.deepspeed_config if self.is_deepspeed_enabled else {}
+        own = next((name for name in ("optimizer", "scheduler") if name in config), None)
+        if own:
+            return f"where DeepSpeed's configuration has an `{own}`"
+        return "" if is_like_adam(kind) else f"for {kind.__name__}"
+
+    def _warn_of_default(self, why: str) -> None:
+        default = f"theta_d trains at Trainer's default of {self.args.learning_rate}, too low for most models"
+        warnings.warn(f"No rate is found {why}: {default}; set `learning_rate`.", stacklevel=3)
 
     def _decaying(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The group in two, as Trainer makes them: biases and norms do not decay."""
@@ -179,33 +133,40 @@ class SubspaceTrainer(Trainer):
 
     def _find_rates(self, inputs: Any, num_items: Tensor | int | None) -> None:
         """Begin the schedule from the rates that are due, or from those of the checkpoint that was loaded."""
-        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        if optimizer is self._due:
-            groups = optimizer.param_groups
-            if optimizer.state:
-                self._schedule_from(optimizer, [float(group.get("initial_lr", group["lr"])) for group in groups])
-            else:
-                with self.compute_loss_context_manager():
-                    forward = partial(self._outputs, num_items=num_items)
-                    theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
-                self._schedule_from(optimizer, [theta_d, *[head] * (len(groups) - 1)])
-                of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
-                self.log({"found_learning_rate": theta_d} | of_head)
-        self._due = None
+        groups = self.optimizer.param_groups
+        if not groups[0].get(IS_FOUND):  # of another optimiser
+            return
+        if self.optimizer.state and self.state.global_step:
+            self._schedule_from([float(group.get("initial_lr", group["lr"])) for group in groups], is_resumed=True)
+            return
+        with same_random(self.model):  # it may generate samples, and does so again
+            batch = self._prepare_inputs(inputs)
+        try:
+            with self.compute_loss_context_manager():
+                forward = partial(self._outputs, num_items=num_items)
+                theta_d, head = find_rates(self.model, batch, self.state.max_steps, forward)
+        except NoOutputsError:
+            del groups[0][IS_FOUND]
+            self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs")
+            return
+        self._schedule_from([theta_d, *[head] * (len(groups) - 1)], is_resumed=False)
+        of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
+        self.log({"found_learning_rate": theta_d} | of_head)
 
-    def _schedule_from(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    def _schedule_from(self, rates: list[float], is_resumed: bool) -> None:
         """Let the schedule begin from these rates: where it is, callbacks may hold it."""
-        held, now = self.lr_scheduler, [float(group["lr"]) for group in optimizer.param_groups]
-        state = held.state_dict() if optimizer.state else None
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        groups, held = self.optimizer.param_groups, self.lr_scheduler
+        now = [float(group["lr"]) for group in groups]
+        state = held.state_dict() if is_resumed else None
+        for group, rate in zip(groups, rates, strict=True):
             set_rate(group, rate)
             group.pop("initial_lr", None)
-        optimizer.defaults["lr"] = rates[0]  # where schedules with an absolute end read it
+        innermost(self.optimizer).defaults["lr"] = rates[0]  # where schedules with an absolute end read it
         self.lr_scheduler = None
         begun = self.create_scheduler(self.state.max_steps, self.optimizer)
         if state is not None:
             begun.load_state_dict(state)
-            for group, lr in zip(optimizer.param_groups, now, strict=True):
+            for group, lr in zip(groups, now, strict=True):
                 set_rate(group, lr)
         held.__dict__.update(begun.__dict__)
         self.lr_scheduler = held
@@ -213,7 +174,10 @@ class SubspaceTrainer(Trainer):
     def _outputs(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
         """As the loss sees them, which may be the user's own; it may change the mapping that it is given."""
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
+        try:
+            found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
+        except (NotImplementedError, ValueError) as error:  # the training step raises it again, if it is of the batch
+            raise NoOutputsError from error
         return found[1] if isinstance(found, tuple) else run(model, inputs)
 
     # ------------------------------------------------------------------------------------------------------- closures
@@ -274,8 +238,9 @@ class SubspaceTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        if self._due is not None:
+        if self._is_due:
             self._find_rates(inputs, num_items_in_batch)
+            self._is_due = False  # not before, as it may fail
         if self._undo is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._logits:

@@ -1,9 +1,11 @@
 """The program that test_sharded.py starts in two processes: Trainer under the YAMLs of recipes/accelerate.
 
-accelerate shards on GPUs alone. Here it takes the two processes on the CPU for two GPUs.
+accelerate shards on GPUs alone. Here it takes the two processes on the CPU for two GPUs. After that the models of
+cases.py train under DeepSpeed's ZeRO-3, with every tensor in parts.
 """
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,10 +16,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -29,19 +32,31 @@ from transformers import Trainer, TrainingArguments
 
 from recipes import run
 from subspace_peft import SubspaceTrainer
-from tests.cases import settings
+from tests.cases import BY_NAME, loss, settings, theta_d, wrap
 
 
 YAMLS = Path(run.__file__).parent / "accelerate"
-SHARDINGS = ("ddp", "fsdp2", "fsdp1")
+ZERO = ("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()
+"""DeepSpeed is for Linux; there the tests' environment has it."""
+SHARDINGS = ("ddp", "fsdp2", "fsdp1", *ZERO)
 LOW_RANK = {"coordinates": "low_rank", "rank": 2}
 KINDS = {name: {"projection": name} for name in ("fastjl", "kronecker", "sparse")} | {"low_rank": LOW_RANK}
 STEPS, ROWS = 4, 8
 FOUND, SLOW = "rate found", "Trainer's own rate"
 RESUMED = ("fastjl", FOUND)
 """Also trained again from the checkpoint in the middle."""
-RESUMABLE = ("ddp", "fsdp2")
+RESUMABLE = ("ddp", "fsdp2", *ZERO)
 """Under FSDP1 accelerate 1.15 loads no adapter of PEFT: it looks for its keys without those of the wrapper."""
+
+
+PARTS = ("convnet", "embeddings", "attention", "recurrent", "tied", "encoder", "llama", "gpt2")
+PART_KINDS = {"kronecker": {"projection": "kronecker"}, "low_rank": {**LOW_RANK, "parameters": ["weight"]}}
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1},
+}
 
 
 class Rows(Dataset):
@@ -101,12 +116,19 @@ def environment(sharding: str, port: int) -> dict[str, str]:
     """What `accelerate launch --config_file` would set."""
     given = ["--config_file", str(YAMLS / f"{sharding}.yaml"), "--main_process_port", str(port), "script.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
-    return prepare_multi_gpu_env(args)
+    if not args.use_deepspeed:
+        return prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(load_config_from_file(args.config_file).deepspeed_config)
+    return prepare_deepspeed_cmd_env(args)[1]
 
 
 def work(process: int, sharding: str, port: int, folder: str) -> None:
     os.environ.update(environment(sharding, port), RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if sharding in ZERO:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
+        deepspeed_torch.build_shm_op = lambda: None  # it would be compiled, and is only faster
     if sharding != "ddp":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
@@ -122,10 +144,41 @@ def work(process: int, sharding: str, port: int, folder: str) -> None:
         if kind in RESUMED and sharding in RESUMABLE:
             again, _ = train(kind, f"{folder}/{kind}", processes=2, resume=True)
         results[kind] = {"file": file, "resumed": again, "moved": moved, "warned": warned}
+    if sharding == "zero3":
+        results["parts"] = {f"{name} {kind}": train_case(name, kind, True) for name, kind in parts()}
     if process == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads abort some processes when the interpreter takes them down
+
+
+def parts() -> list[tuple[str, str]]:
+    return [(name, kind) for name in PARTS for kind in PART_KINDS if (name, kind) != ("recurrent", "low_rank")]
+
+
+def train_case(name: str, kind: str, in_parts: bool = False) -> list[float]:
+    """theta_d after three steps of Adam, on the same batch in each process."""
+    case = BY_NAME[name]
+    model = wrap(case, **PART_KINDS[kind]).train()
+    vector, engine = theta_d(model), model
+    optimizer = torch.optim.Adam([vector], lr=0.02)
+    if in_parts:
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+    for _ in range(3):
+        value = loss(engine, case.batch()).float()
+        if in_parts:
+            engine.backward(value)
+            engine.step()
+        else:
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    if not in_parts:
+        return vector.tolist()
+    with deepspeed.zero.GatheredParameters([vector]):
+        return vector.tolist()
 
 
 def free_port() -> int:

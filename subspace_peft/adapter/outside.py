@@ -20,8 +20,8 @@ from .modules import alone, in_place_of
 from .reading import MovedTensor, MovingBySample, read, refuse_by_sample
 
 
-OF_WRAPPERS = ("__", "_hf_", "_old_forward")
-"""How names begin that accelerate and Python look for on each module separately."""
+OF_WRAPPERS = ("__", "_hf_", "_old_forward", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+"""How names begin that Python, accelerate and DeepSpeed look for on each module separately."""
 OF_THE_BASE = ("weight", "bias")
 """Attributes that PEFT gives a layer too; they are the base module's all the same."""
 
@@ -69,9 +69,14 @@ def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> Callable[[], Abst
 
 
 def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
-    """Whether who sets this attribute means the base module: it has one of this name, the layer does not."""
+    """Whether who sets this attribute means the base module: it had one of this name before, the layer does not.
+
+    One that only came later is of a library that sets it on every module, and on this one by itself.
+    """
     base = layer.__dict__.get("_modules", {}).get("base_layer")
     if base is None or name.startswith(OF_WRAPPERS) or not hasattr(base, name):
+        return False
+    if name in base.__dict__ and name not in layer.names_of_the_base and name not in base._parameters:
         return False
     own = layer.__dict__, layer._modules, layer._parameters, layer._buffers
     return name in OF_THE_BASE or not (hasattr(type(layer), name) or any(name in names for names in own))

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from ..plain_model import is_partitioned
 from ..projections.recorded import is_transformed, uncounted
 from . import forming, quantised
 
@@ -110,6 +111,8 @@ class Moving:
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
+        if is_partitioned(parameter):  # it may not be gathered now; no gradient but its own depends on its entries
+            parameter = parameter.new_zeros(()).expand(self.like.shape)
         return self.layer.form(self.path, dict(zip(self.zs, zs, strict=True)), parameter)()
 
     def entries(self) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -77,6 +78,73 @@ def _random_states(model: nn.Module) -> dict[torch.device, Tensor]:
         if device.type not in ("cpu", "meta"):
             states[device] = torch.get_device_module(device).get_rng_state(device)
     return states
+
+
+class Update:
+    """The closure of one update: it returns the loss of its micro-batches, and computes gradients if they are enabled.
+
+    Trainer decides how losses are accumulated and divided, and evaluates the micro-batches before it calls `step`: the
+    first call of the closure returns these results. The loss is the mean over the processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.model: nn.Module | None = None
+        self.evaluations: list[Callable] = []
+        self.results: list = []  # of Trainer's evaluations, until the first call uses them
+        self.gradients: list[Tensor | None] = []
+
+    def add(self, model: nn.Module, evaluation: Callable):
+        """Add a micro-batch, and evaluate it for Trainer."""
+        self.model = model
+        self.evaluations.append(repeatable(evaluation, model))
+        self.results.append(self.evaluations[-1]())
+        self.versions = self._versions()
+        return self.results[-1]
+
+    def keep_gradients(self) -> None:
+        """Keep the gradients of Trainer's evaluations, which an optimiser may clear before it calls the closure."""
+        self.gradients = [p.grad for p in self._trained_parameters()]
+        self.versions += [gradient._version for gradient in self.gradients if gradient is not None]
+
+    def __call__(self):
+        is_usable = self.results and self.versions == self._versions()
+        results, gradients, self.results, self.gradients = self.results, self.gradients, [], []
+        if not is_usable:
+            del results, gradients  # free their graph before the next one is made
+            results = self._evaluate()
+        elif torch.is_grad_enabled():
+            for parameter, gradient in zip(self._trained_parameters(), gradients, strict=True):
+                parameter.grad = gradient
+        if isinstance(results[0], tuple):
+            return results[0]
+        return self.accelerator.reduce(torch.stack(results).sum(), reduction="mean")
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in (*self._trained_parameters(), *self.gradients) if p is not None]
+
+    def _evaluate(self) -> list:
+        if not torch.is_grad_enabled():
+            with _without_backward(self.accelerator):
+                return [evaluation() for evaluation in self.evaluations]
+        self.model.zero_grad()
+        *first, last = self.evaluations
+        with self.accelerator.no_sync(self.model):
+            results = [evaluation() for evaluation in first]
+        return [*results, last()]
+
+
+@contextmanager
+def _without_backward(accelerator: Accelerator) -> Iterator[None]:
+    """Turn backward off: Trainer.training_step always calls it, but trials of a line search need no gradients."""
+    accelerator.backward = lambda loss, **kwargs: None
+    try:
+        yield
+    finally:
+        del accelerator.backward
 
 
 class Objective:

@@ -184,6 +184,30 @@ def test_settings_of_the_base_module_reach_it():
     assert "momentum" not in vars(norm)
 
 
+@pytest.mark.parametrize("name", ["ds_id", "pre_bwd_fn", "whatever"])
+def test_what_is_set_on_every_module_is_each_ones_own(name):
+    """As DeepSpeed does, children first; its hooks of a layer would act in place of those of the base module."""
+    model, _ = moved_pair(Fused)
+    for module in reversed([*model.modules()]):
+        setattr(module, name, type(module).__name__)
+    layer = copy.deepcopy(model).base_model.model.qkv
+    assert (vars(layer)[name], vars(layer.base_layer)[name]) == ("SubspaceLayer", "Linear")
+    setattr(layer, name, "again")
+    assert getattr(layer.base_layer, name) == "Linear"
+
+
+def test_the_gradient_of_what_was_read_needs_no_entries_of_the_origin():
+    """DeepSpeed's ZeRO-3 has them in a module's forward and backward, which may be over."""
+    model, _ = moved_pair(Fused)
+    expected = torch.autograd.grad(model(x()).sum(), theta_d(model))[0]
+    for parameter in model.base_model.model.qkv.base_layer.parameters():
+        parameter.ds_id = 0
+    out = model(x()).sum()
+    for parameter in model.base_model.model.qkv.base_layer.parameters():
+        parameter.data = torch.empty(0)
+    torch.testing.assert_close(torch.autograd.grad(out, theta_d(model))[0], expected)
+
+
 def test_without_acting_adapters_the_bases_own_parameter_is_read():
     model, _ = moved_pair(Fused)
     layer = model.base_model.model.qkv
