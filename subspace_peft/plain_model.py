@@ -19,6 +19,10 @@ def is_main_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
+def has_other_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def wait_for_all() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

@@ -58,7 +58,8 @@ def _check(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
             if rate < least and is_like_adam(type(optimizer)) and not group.get(IS_FOUND):
                 warnings.warn(
                     f"theta_d is trained at a learning rate of {float(rate):.1e}, at which it hardly moves in "
-                    f"{STEPS:,} steps: rates below {least:.1e} are too low for this model. SubspaceTrainer, and "
-                    "parameter_groups(model, batch=batch, steps=steps) in a loop of your own, find the rate.",
+                    f"{STEPS:,} steps: rates below {least:.1e} are too low for this model. SubspaceTrainer finds the "
+                    "rate, also in front of another trainer (class Tuner(SubspaceTrainer, SFTTrainer): pass); in a "
+                    "loop of your own parameter_groups(model, batch=batch, steps=steps) does.",
                     stacklevel=2,
                 )

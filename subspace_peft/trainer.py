@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -172,13 +173,27 @@ class SubspaceTrainer(Trainer):
         self.lr_scheduler = held
 
     def _outputs(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
-        """As the loss sees them, which may be the user's own; it may change the mapping that it is given."""
+        """As the loss sees them, which may be the user's own; it may change the mapping that it is given.
+
+        The losses of TRL make outputs anew, or none, and count these runs as evaluations: there the model alone runs.
+        """
+        alone = self._inputs_of(model, inputs)
+        owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind))
+        if alone and owner.__module__.startswith("trl."):
+            return run(model, alone)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         try:
             found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
         except (NotImplementedError, ValueError) as error:  # the training step raises it again, if it is of the batch
             raise NoOutputsError from error
         return found[1] if isinstance(found, tuple) else run(model, inputs)
+
+    def _inputs_of(self, model: nn.Module, inputs: Any) -> dict[str, Any]:
+        """Those of the inputs that the model's forward takes, or none if its main one is not among them."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        taken = inspect.signature(base.forward).parameters
+        found = {name: value for name, value in inputs.items() if name in taken} if isinstance(inputs, Mapping) else {}
+        return found if getattr(base, "main_input_name", None) in found else {}
 
     # ------------------------------------------------------------------------------------------------------- closures
 

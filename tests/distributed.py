@@ -13,6 +13,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from subspace_peft import Spectra, Trajectory, find_rates
 from subspace_peft.spectra import matrices
@@ -72,6 +73,8 @@ def refused(accelerator: Accelerator) -> dict:
     """The errors where a tensor should be whole and is sharded, and whether all is as before."""
     plain, flat = BY_NAME["mlp"].model(), in_fsdp(BY_NAME["mlp"].model())
     adapted, flat_adapted = wrap(BY_NAME["mlp"]), wrap(BY_NAME["mlp"])
+    replica, x = accelerator.prepare(wrap(BY_NAME["mlp"])), BY_NAME["mlp"].batch().requires_grad_()
+    checkpoint(replica, x, use_reentrant=False).sum().backward()
     fully_shard(plain)
     fully_shard(adapted)
     in_fsdp(flat_adapted)
@@ -81,6 +84,7 @@ def refused(accelerator: Accelerator) -> dict:
         "merge in FSDP2": (adapted, adapted.merge_adapter),
         "unload from FSDP2": (adapted, adapted.merge_and_unload),
         "merge in FSDP": (flat_adapted, flat_adapted.merge_adapter),
+        "reentrant checkpoints": (replica, lambda: checkpoint(replica, x, use_reentrant=True).sum().backward()),
     }
     results = {}
     for name, (model, attempt) in attempts.items():

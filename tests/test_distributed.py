@@ -69,13 +69,14 @@ def test_sharded_training_is_that_of_one_process(kind, alone, together):
     assert together[kind]["theta_d"] == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
-def test_what_needs_whole_tensors_refuses_sharded_ones(together):
+def test_what_would_be_wrong_with_several_processes_is_refused(together):
     added = "A target tensor must be whole when an adapter is added"
     merged = "A tensor must be whole to merge an adapter into it or out of it, `fc1.weight` is sharded; save"
     starts = {
         "add to FSDP2": f"{added}: `fc1.weight` is a DTensor",
         "add to FSDP": f"{added}, but the model is in FSDP",
     }
+    starts["reentrant checkpoints"] = "Gradient checkpoints must not be reentrant where several processes train"
     starts |= dict.fromkeys(("merge in FSDP2", "unload from FSDP2", "merge in FSDP"), merged)
     for attempt, start in starts.items():
         assert together["refused"][attempt].startswith(start)

@@ -94,7 +94,7 @@ class FormedAgain:
             tensor = self.form()
             if tensor.stride() != self.stride:  # small tensors that were formed together are laid out as the origin
                 tensor = tensor.new_empty_strided(tensor.shape, self.stride).copy_(tensor)
-        if self.uses > 1 and _is_in_backward():
+        if self.uses > 1 and is_in_backward():
             Variable._execution_engine.queue_callback(_forget)
             _last[0] = self, tensor
         return tensor
@@ -108,9 +108,14 @@ def _forget() -> None:
     _last[0] = None
 
 
-def _is_in_backward() -> bool:
+def is_in_backward() -> bool:
     """Not so where somebody looks at what a node has saved."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_in_reentrant_checkpoint() -> bool:
+    """Whether a forward runs anew in a backward pass, and has one of its own; other checkpoints hook what is saved."""
+    return is_in_backward() and torch.is_grad_enabled() and OUTER_HOOKS is not None and OUTER_HOOKS(False) is None
 
 
 def check_version(tensor: Tensor, version: int) -> None:

@@ -9,9 +9,10 @@ from accelerate.utils import align_module_device
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..plain_model import HasSubstitutes, whole
+from ..plain_model import HasSubstitutes, has_other_processes, whole
 from ..projections import JointCache
 from ..projections.recorded import uncounted
+from .forming import is_in_reentrant_checkpoint
 from .renaming import UNCHANGED, Renaming
 
 
@@ -58,6 +59,15 @@ class _Renames(dict):
         return iter(())
 
 
+def _refuse_reentrant_checkpoints() -> None:
+    """Each adds to the gradient of theta_d for itself, when the processes may have averaged it already."""
+    if has_other_processes():
+        raise ValueError(
+            "Gradient checkpoints must not be reentrant where several processes train theta_d: they would average its "
+            "gradient before all layers have added to it; set `use_reentrant=False`."
+        )
+
+
 class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
     """theta_d of every adapter of a model, the scales that normalise their P, and the names that P is drawn from.
 
@@ -98,7 +108,7 @@ class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
         """z = theta_d times the scale, so that P z with the unnormalised P is P theta_d with the normalised one: [d].
 
         Raises:
-            ValueError: if the adapter's basis or mask was not read.
+            ValueError: if the adapter's basis or mask was not read; in a reentrant checkpoint, with several processes.
         """
         theta_d, scale = whole(self.subspace_peft_theta_d[adapter]), self.scales[adapter]  # also between two forwards
         if scale is None:
@@ -109,6 +119,8 @@ class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
         if theta_d.device.type == "meta":  # accelerate offloaded it and loads it only for this module's own forward
             with align_module_device(self.subspace_peft_theta_d.get_submodule(adapter)):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
+        if theta_d.requires_grad and not torch.compiler.is_compiling() and is_in_reentrant_checkpoint():
+            _refuse_reentrant_checkpoints()
         if self.substitute is not None:
             theta_d = self.substitute(adapter, theta_d)
         if isinstance(scale, Tensor) and scale.device != theta_d.device:

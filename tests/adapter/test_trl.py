@@ -1,4 +1,4 @@
-"""TRL: trainers that make their reference from a trained adapter, by copying it by name."""
+"""TRL: trainers that copy a trained adapter by its name as their reference, and rates that are found in them."""
 
 import math
 
@@ -8,9 +8,11 @@ from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from subspace_peft import SubspaceTrainer
 from tests.cases import BY_NAME, close, move, outputs, theta_d, wrap
+from tests.cases import settings as subspace
 
 
 LLAMA = BY_NAME["llama"]
@@ -98,3 +100,43 @@ def test_grpo_measures_its_divergence_from_the_trained_adapter(tmp_path):
     assert divergences[0] == 0
     assert divergences[-1] > 0
     assert_reference_is(trainer.model, trained_adapter(tmp_path / "adapter"))
+
+
+def tuned(folder, kind, config, cls=SubspaceTrainer, **options):
+    """After training at the default rate of the arguments, or at the one that is found."""
+    arguments = {name: value for name, value in settings(folder).items() if name != "learning_rate"}
+    made = type(kind.__name__, (kind,) if cls is None else (cls, kind), {})
+    trainer = made(
+        LLAMA.model(), args=config(**arguments, **options.pop("args", {})), processing_class=tokenizer(),
+        peft_config=subspace(**SETTINGS), **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+TEXTS = Dataset.from_list([{"text": "a b c d e f"}, {"text": "g h a b"}] * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "data"),
+    [(SFTTrainer, SFTConfig, TEXTS), (DPOTrainer, DPOConfig, Dataset.from_list(PREFERENCES * 3))],
+    ids=["sft", "dpo"],
+)
+def test_a_rate_is_found_where_it_is_left_at_the_default_of_the_arguments(kind, config, data, tmp_path):
+    trainer = tuned(tmp_path, kind, config, train_dataset=data)
+    (rate,) = logged(trainer, "found_learning_rate")
+    assert rate == logged(trainer, "learning_rate")[0] > 1000 * config.learning_rate
+
+
+def test_it_is_said_that_a_loss_without_outputs_shows_no_rate(tmp_path):
+    options = {
+        "reward_funcs": lambda completions, **_: [float(text.count("e") + len(text) / 10) for text in completions],
+        "train_dataset": Dataset.from_list([{"prompt": row["prompt"]} for row in PREFERENCES * 3]),
+        "args": {"num_generations": 2, "max_completion_length": 4, "beta": 0.1},
+    }
+    match = "No rate is found for GRPOTrainer, whose loss gives no outputs: .* Trainer's default of 1e-06"
+    with pytest.warns(UserWarning, match=match):
+        trainer = tuned(tmp_path, GRPOTrainer, GRPOConfig, **{**options, "args": dict(options["args"])})
+    plain = tuned(tmp_path, GRPOTrainer, GRPOConfig, cls=None, **options)
+    assert torch.equal(theta_d(trainer.model), theta_d(plain.model))
+    assert logged(trainer, "kl") == logged(plain, "kl")
