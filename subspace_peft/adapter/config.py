@@ -19,7 +19,7 @@ from ..coordinates.starts import STARTS
 from ..projections import PROJECTIONS
 from .card import add_note
 from .given_projection import GIVEN, stored_apart
-from .renaming import Substitutions
+from .renaming import Substitutions, are_names, check_names
 
 
 NORMALIZATIONS = ("rows", "columns")
@@ -171,8 +171,9 @@ class SubspaceConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SUBSPACE_PEFT
         self.subspace_peft_version = self.subspace_peft_version or package_version()
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            check_names(name, getattr(self, name), name != "modules_to_save")
+            if isinstance(getattr(self, name), (list, tuple)) and name != "modules_to_save":
                 setattr(self, name, set(getattr(self, name)))
         for name in ("d", "nnz_per_row", "rank", "seed", "cache_projection"):
             setattr(self, name, _plain_integer(getattr(self, name)))
@@ -205,17 +206,15 @@ class SubspaceConfig(PeftConfig):
                 )
 
     def _check_version(self) -> None:
-        if type(self.projection_version) is not int:
+        if type(self.projection_version) is not int or self.projection_version < 1:
             raise ValueError(
-                f"`projection_version` must be an integer, got {self.projection_version!r}; leave it out."
+                f"`projection_version` must be at least 1, got {self.projection_version!r}; leave it out."
             )
         if self.projection_version > PROJECTION_VERSION:
             raise ValueError(
                 f"`projection_version` must be at most {PROJECTION_VERSION} for subspace_peft {package_version()}, "
                 f"got {self.projection_version} (written by {self.subspace_peft_version}); upgrade subspace_peft."
             )
-        if self.projection_version < 1:
-            raise ValueError(f"`projection_version` must be at least 1, got {self.projection_version}; leave it out.")
 
     def _check_integers(self) -> None:
         if self.d is None and self.projection not in ("identity", *GIVEN):
@@ -268,7 +267,7 @@ class SubspaceConfig(PeftConfig):
             value = getattr(self, name)
             if value in (None, shorthand):
                 continue
-            if not isinstance(value, (list, tuple, set)) or (shorthand and not value):
+            if not are_names(value) or (shorthand and not value):
                 rule = "a list of names" + (f" or {shorthand!r}" if shorthand else "")
                 raise ValueError(f"`{name}` must be {rule}, got {value!r}; leave it out for all.")
 

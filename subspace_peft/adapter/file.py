@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..coordinates import Coordinates
+from ..plain_model import whole
 from ..projections import Projection
 from . import statistics
 from .embeddings import keys_in_model, offer
@@ -33,16 +34,21 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
     That is theta_d, batch-norm statistics, a given P, the start of replaced weights, and the mark of P. Training adds
     no key, and all but an integer P are floats: federated learning averages them entry by entry.
 
-    Where FSDP of version 1 gathers tensors, only the main process has any; the others select none.
+    Where FSDP of version 1 gathers tensors, only the main process has any; the others select none. PEFT has left out
+    the keys in which the name of another adapter stands between two dots, as "0" may; those are read from the model.
     """
     if not state_dict:
         return {}
-    suffix = f"theta_d.{adapter}.vector"
-    root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
-    kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
-    renaming = find_vectors(model).renamings[adapter]
-    for (key, *_), _ in _statistics(model, adapter):
-        statistic = state_dict[key]
+    vectors, suffix = find_vectors(model), f"theta_d.{adapter}.vector"
+    root = next((key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}")), None)
+    if root is None:
+        root = next(f"{name}.{PREFIX}" for name, module in model.named_modules() if module is vectors)
+        state_dict = {**state_dict, root + suffix: whole(vectors.subspace_peft_theta_d[adapter]).detach()}
+    theta_d = state_dict[root + suffix]
+    kept = {f"{root}theta_d.{adapter}": theta_d, f"{root}identity.{adapter}": mark(config)}
+    renaming = vectors.renamings[adapter]
+    for (key, *_), of_adapter, _ in _statistics(model, adapter):
+        statistic = state_dict.get(key, of_adapter)
         kept[_renamed(plain(key), renaming)] = statistic if statistic.is_floating_point() else statistic.float()
     saves_P = (config.projection in GIVEN and not stored_apart(config)) or config.save_projection
     for coordinates in unique_coordinates(model, adapter).values():
@@ -68,7 +74,7 @@ def remap(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tensor
     remapped: Tensors = {}
     places: dict[str, list[str]] = {}  # key in a file -> keys in this model
     renaming = find_vectors(model).renamings[adapter]
-    for keys, base in _statistics(model, adapter):
+    for keys, _, base in _statistics(model, adapter):
         remapped |= dict.fromkeys(keys, base.detach().clone())
         places |= {name: keys for key in keys for name in (plain(key), _renamed(plain(key), renaming))}
     own = {n: key for name, key in keys_in_model(model).items() for n in (name, _renamed(name, renaming))}
@@ -109,8 +115,8 @@ def _renamed(key: str, renaming: Renaming) -> str:
     return root + renaming(key.removeprefix(root))
 
 
-def _statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Tensor]]:
-    """The state-dict keys of each batch-norm statistic of the adapter, and the base's value."""
+def _statistics(model: nn.Module, adapter: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """The state-dict keys of each batch-norm statistic of the adapter, its value and the base's."""
     names: dict[SubspaceLayer, list[str]] = {}
     for name, layer in named_layers(model):
         names.setdefault(layer, []).append(name)

@@ -162,7 +162,7 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         Raises:
             ValueError: if more than one of them replaces a weight.
         """
-        held = [adapter for adapter in adapters if adapter in self.coordinates]
+        held = [adapter for adapter in dict.fromkeys(adapters) if adapter in self.coordinates]
         if len(held) < 2:
             return held
         replacing = [adapter for adapter in held if any(c.replaces for c in self.coordinates[adapter].values())]

@@ -5,7 +5,7 @@ Each function takes a SubspaceLayer. A tensor that several layers hold is merged
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +13,18 @@ from torch import Tensor, nn
 
 from ..plain_model import is_distributed
 from . import quantised
+
+
+def check_known(adapters: Iterable[str] | None, known: Iterable[str]) -> None:
+    """Check that adapters that are to be merged are there.
+
+    Raises:
+        ValueError: if one is not; PEFT would unload the model without it.
+    """
+    if unknown := [name for name in adapters or () if not isinstance(adapters, str) and name not in known]:
+        raise ValueError(
+            f"`adapter_names` must be adapters of the model, got {unknown[0]!r}; it has {', '.join(known)}."
+        )
 
 
 def check_whole(layer: BaseTunerLayer) -> None:

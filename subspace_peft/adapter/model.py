@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from ..plain_model import unwrapped
 from . import file as adapter_file
 from . import merging, quantised, statistics
-from .base_modules import base_modules
 from .config import SubspaceConfig
 from .embeddings import EMBEDDINGS, embeddings, key_in_file
 from .expansion import expanded
@@ -26,10 +25,11 @@ from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
-from .saved_whole import with_heads
-from .targets import Target, find_targets, near_names
+from .saved_whole import names_saved_whole, with_heads
+from .strength import check_sources, strength_of
+from .targets import Target, find_targets, is_named, refuse_all
 from .undo import undone_if_it_fails
-from .vectors import PREFIX, VECTORS, SubspaceVectors
+from .vectors import PREFIX, VECTORS, SubspaceVectors, check_adapter_name
 from .walk import uncompiled, unique_coordinates
 
 
@@ -77,6 +77,7 @@ class SubspaceModel(BaseTuner):
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
     ) -> None:
         """As in PEFT, but without `state_dict`: the keys of a file name no modules, so the config says where to go."""
+        check_adapter_name(adapter_name, names_saved_whole(self.peft_config[adapter_name]))
         vectors = getattr(model, VECTORS, None)
         if vectors is not None and adapter_name in vectors.subspace_peft_theta_d:
             raise ValueError(
@@ -97,21 +98,8 @@ class SubspaceModel(BaseTuner):
         if targets:
             self._plan = Plan(config, targets, self._renaming)
             config.target_modules, config.target_parameters = named.target_modules, named.target_parameters
-        elif self._all_excluded(model, named):
-            raise ValueError(
-                f"`exclude_modules` must leave a module that `target_modules` = {named.target_modules} names, "
-                f"{named.exclude_modules} leaves none; exclude fewer."
-            )
-        elif saved := [name for name, *_ in base_modules(model) if self._matches(named, self._renaming, name)]:
-            raise ValueError(
-                f"A target must not be one of `modules_to_save`, to which every module belongs whose name ends so: "
-                f"{named.modules_to_save} take `{saved[0]}`; write longer names, or leave one of the two out."
-            )
-        elif near := near_names(model, named):
-            raise ValueError(
-                f"Target modules {named.target_modules} not found in the base model; names near to it: "
-                f"{', '.join(near)}."
-            )
+        else:
+            refuse_all(model, named, super()._check_target_module_exists, self._renaming)
 
     def _find_targets(self, config: SubspaceConfig, model: nn.Module) -> tuple[SubspaceConfig, list[Target]]:
         """The targets, and the config with their names, read by the first names that fit the fingerprint."""
@@ -128,15 +116,8 @@ class SubspaceModel(BaseTuner):
         self._renaming, named, targets = readings[-1]
         return named, targets
 
-    def _all_excluded(self, model: nn.Module, config: SubspaceConfig) -> bool:
-        lenient = copy.copy(config)
-        lenient.exclude_modules = None
-        matches = partial(self._matches, lenient, self._renaming)
-        return bool(config.exclude_modules and find_targets(model, lenient, matches, self._renaming))
-
     def _matches(self, config: SubspaceConfig, renaming: Renaming, name: str) -> bool:
-        match = super()._check_target_module_exists(config, renaming(name))
-        return bool(match) and not isinstance(match, _ExcludedModule)
+        return is_named(super()._check_target_module_exists(config, renaming(name)))
 
     def _check_target_module_exists(self, config: SubspaceConfig, key: str):
         """As in PEFT, but by the names that P is drawn from, and every target matches.
@@ -169,9 +150,8 @@ class SubspaceModel(BaseTuner):
         return list(peft_config.target_parameters)
 
     def _prepare_adapter_config(self, peft_config, model_config):
-        """As in LoRA: `target_parameters` alone are enough for a model without default `target_modules`."""
-        is_known = model_config.get("model_type") in self.target_module_mapping
-        if peft_config.target_modules is None and peft_config.target_parameters and not is_known:
+        """As in PEFT, which knows targets of many models; but `target_parameters` alone are enough."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
             return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -208,11 +188,12 @@ class SubspaceModel(BaseTuner):
         return sum(c.moves for c in coordinates.values()) / self.peft_config[adapter_name].D
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs) -> None:
-        """Add an adapter whose theta_d is the weighted sum of those of others; exact, because P is linear.
+        """Add an adapter whose theta_d is the weighted sum of those of others, at their scales; P is linear.
 
         Raises:
-            ValueError: if it would not be exact: for adapters with different P, low-rank coordinates or batch-norm
-                statistics, and for another `combination_type` than "linear".
+            ValueError: if it would not be exact: for adapters with different P, low-rank coordinates, batch-norm
+                statistics, modules saved whole or scales that differ from layer to layer, and for another
+                `combination_type` than "linear".
         """
         if kwargs.get("combination_type", "linear") not in ("linear", None):
             raise ValueError(f"`combination_type` must be 'linear', got {kwargs['combination_type']!r}; leave it out.")
@@ -220,11 +201,7 @@ class SubspaceModel(BaseTuner):
             raise ValueError(
                 f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name."
             )
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                "`adapters` must name at least one adapter and `weights` hold one number for each, got "
-                f"{len(weights)} for {len(adapters)}; give as many."
-            )
+        check_sources(adapters, weights, self.peft_config)
         configs = [self.peft_config[adapter] for adapter in adapters]
         identities = {identity(config) for config in configs}
         if len(identities) > 1 or configs[0].coordinates != "weight" or configs[0].projection in GIVEN:
@@ -234,12 +211,18 @@ class SubspaceModel(BaseTuner):
             )
         if any(statistics.of_adapter(layer, adapter) for layer in self._layers() for adapter in adapters):
             raise ValueError("Adapters that hold batch-norm statistics have no exact sum; merge them one by one.")
+        strengths = [strength_of(self.model, adapter) for adapter in adapters]
         config = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
+        terms = zip(adapters, weights, strengths, strict=True)
         with torch.no_grad():
-            theta_d[adapter_name].copy_(sum(w * theta_d[a] for a, w in zip(adapters, weights, strict=True)))
+            theta_d[adapter_name].copy_(sum(w * strength * theta_d[a] for a, w, strength in terms))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -268,7 +251,12 @@ class SubspaceModel(BaseTuner):
         for layer in self._layers():
             merging.check_whole(layer)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        merging.check_known(adapter_names, self.peft_config)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        merging.check_known(adapter_names, self.peft_config)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unload_inside(model, merge, safe_merge, adapter_names)
         if hasattr(model, VECTORS):

@@ -1,4 +1,4 @@
-"""Renaming: from the names of a base model to those of the model that an adapter was made for.
+"""Renaming: from the names of a base model to those of the model that an adapter was made for; how names are given.
 
 P is drawn from names, so a model whose modules were renamed since has another P unless it is read by its old names.
 """
@@ -14,6 +14,27 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+
+
+def check_names(field: str, value: object, may_be_expression: bool) -> None:
+    """Check how a field of a config names modules or parameters.
+
+    Raises:
+        ValueError: if it is neither a list of names nor, where it may be one, a regular expression.
+    """
+    rule = "a list of names" + (" or a regular expression" if may_be_expression else "")
+    wrong = f"`{field}` must be {rule}, got {value!r}"
+    if isinstance(value, str) and may_be_expression:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{wrong} ({error}); put a backslash before what stands for itself.") from error
+    elif value is not None and not are_names(value):
+        raise ValueError(f"{wrong}; write names as strings, such as ['0', 'q_proj'].")
+
+
+def are_names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 from itertools import accumulate
 
 from peft import PeftConfig, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from .layer import SubspaceLayer
@@ -23,6 +24,12 @@ def with_heads(config: PeftConfig) -> PeftConfig:
     config = copy.copy(config)
     config.modules_to_save = [*(config.modules_to_save or ()), *HEADS[config.task_type]]
     return config
+
+
+def names_saved_whole(config: PeftConfig) -> list[str]:
+    """The names in `modules_to_save`, and those that PEFT adds to them for the task."""
+    of_task = SEQ_CLS_HEAD_NAMES if config.task_type == TaskType.SEQ_CLS else HEADS.get(config.task_type, ())
+    return [*(config.modules_to_save or ()), *of_task]
 
 
 def is_saved_whole(name: str, config: PeftConfig) -> bool:

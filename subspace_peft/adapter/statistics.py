@@ -67,10 +67,10 @@ def of_adapter(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
     return {name: buffers[adapter] for name, buffers in _dictionaries(layer).items() if adapter in buffers}
 
 
-def keyed(layer: BaseTunerLayer, names: list[str], adapter: str) -> Iterator[tuple[list[str], Tensor]]:
-    """For each statistic of the adapter its state-dict keys, one for each name of the layer, and the base's value."""
-    for statistic in of_adapter(layer, adapter):
-        yield [f"{name}.{PREFIX}{statistic}.{adapter}" for name in names], of_base(layer, statistic)
+def keyed(layer: BaseTunerLayer, names: list[str], adapter: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """For each statistic of the adapter its state-dict keys, one for each name of the layer, its value, the base's."""
+    for statistic, value in of_adapter(layer, adapter).items():
+        yield [f"{name}.{PREFIX}{statistic}.{adapter}" for name in names], value, of_base(layer, statistic)
 
 
 def in_use(layer: BaseTunerLayer) -> str | None:

@@ -1,8 +1,14 @@
-"""Strength: what the increments of an adapter are multiplied by, as diffusers asks of every layer."""
+"""Strength: what the increments of an adapter are multiplied by, as diffusers asks of every layer, and in sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from numbers import Real
+
+from peft import PeftConfig
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 
 from ..coordinates import Coordinates
 
@@ -52,3 +58,40 @@ class Strength:
             )
         coordinates.strength = strength
         self.reads.clear()
+
+
+def strength_of(model: nn.Module, adapter: str) -> float:
+    """The scale of an adapter, which has no part that is saved whole.
+
+    Raises:
+        ValueError: if it has one, or differs from layer to layer.
+    """
+    strengths = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Strength):
+            strengths |= {coordinates.strength for coordinates in module.coordinates.get(adapter, {}).values()}
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            raise ValueError(
+                f"Adapters that save modules whole have no exact sum, {adapter!r} saves `{name}`; average their state "
+                "dicts instead, or leave `modules_to_save` out."
+            )
+    if len(strengths) > 1:
+        raise ValueError(f"An adapter must have one scale to be summed, {adapter!r} has {sorted(strengths)}.")
+    return strengths.pop()
+
+
+def check_sources(adapters: Sequence[str], weights: Sequence[float], configs: Mapping[str, PeftConfig]) -> None:
+    """Check what a weighted sum is made of.
+
+    Raises:
+        ValueError: if an adapter is not one of the model's, or a weight is no finite number.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(
+            "`adapters` must name at least one adapter and `weights` hold one number for each, got "
+            f"{len(weights)} for {len(adapters)}; give as many."
+        )
+    if unknown := [adapter for adapter in adapters if adapter not in configs]:
+        raise ValueError(f"`adapters` must be adapters of the model, got {unknown[0]!r}; it has {', '.join(configs)}.")
+    if wrong := [weight for weight in weights if not isinstance(weight, Real) or not isfinite(weight)]:
+        raise ValueError(f"`weights` must be finite numbers, got {wrong[0]!r}.")

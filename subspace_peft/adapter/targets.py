@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -235,8 +237,40 @@ def _are_named(config: PeftConfig, names: list[str]) -> bool:
     return not isinstance(config.target_modules, str) and bool(set(names) & set(config.target_modules or ()))
 
 
-def near_names(model: nn.Module, config: PeftConfig) -> list[str]:
-    """The names of modules that resemble those of `target_modules`."""
+def is_named(match: object) -> bool:
+    """Whether PEFT's answer for a module is that a config names it."""
+    return bool(match) and not isinstance(match, _ExcludedModule)
+
+
+def refuse_all(
+    model: nn.Module, config: PeftConfig, answer: Callable[[PeftConfig, str], object], rename: Callable[[str], str]
+) -> None:
+    """Say why a config has no targets in the model, where more is known than that none was found, as PEFT says.
+
+    Args:
+        answer: PEFT's answer to whether a config names the module of this name.
+    """
+
+    def named(**changes: None) -> list[str]:
+        lenient = copy.copy(config)
+        for field, value in changes.items():
+            setattr(lenient, field, value)
+        return [name for name, *_ in base_modules(model) if is_named(answer(lenient, rename(name)))]
+
+    if config.exclude_modules and not named() and named(exclude_modules=None):
+        raise ValueError(
+            f"`exclude_modules` must leave a module that `target_modules` = {config.target_modules} names, "
+            f"{config.exclude_modules} leaves none; exclude fewer."
+        )
+    if config.modules_to_save and (saved := named(modules_to_save=None)):
+        raise ValueError(
+            f"A target must not be one of `modules_to_save`, to which every module belongs whose name ends so: "
+            f"{config.modules_to_save} take `{saved[0]}`; write longer names, or leave one of the two out."
+        )
     names = {name for name, *_ in base_modules(model)} | {child for _, _, child, _ in base_modules(model)}
     asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or ()
-    return sorted({near for target in asked for near in difflib.get_close_matches(target, names, 3, 0.5)})
+    near = sorted({near for target in asked for near in difflib.get_close_matches(target, names, 3, 0.5)})
+    if near:
+        raise ValueError(
+            f"Target modules {config.target_modules} not found in the base model; names near to it: {', '.join(near)}."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 from accelerate.utils import align_module_device
@@ -57,6 +58,22 @@ class _Renames(dict):
 
     def __iter__(self):
         return iter(())
+
+
+def check_adapter_name(adapter: str, saved_whole: Iterable[str]) -> None:
+    """Check a name before torch and PEFT take it for something else.
+
+    Args:
+        saved_whole: The names of modules that are saved whole, which PEFT looks for at the end of every module's name.
+
+    Raises:
+        ValueError: if they would.
+    """
+    taken = not adapter or "." in adapter or adapter == "vector" or hasattr(nn.ModuleDict(), adapter)
+    ending = next((name for name in saved_whole if adapter.endswith(name)), None)
+    if taken or ending:
+        rule = f"end like `{ending}`, which is saved whole" if ending else "be empty, have a dot, or be one of torch's"
+        raise ValueError(f"The name of an adapter must not {rule}, got {adapter!r}; choose another name.")
 
 
 def _refuse_reentrant_checkpoints() -> None:

@@ -48,10 +48,10 @@ def matrices(model: nn.Module | Mapping[str, Tensor], names: Names = None) -> It
 
 
 def _is_matrix(entry: Tensor | nn.Module) -> bool:
-    """Whether it is a floating tensor of two dimensions or more, or a module with a quantised weight."""
+    """Whether it is a floating tensor of two dimensions or more with entries, or a module with a quantised weight."""
     if isinstance(entry, nn.Module):
         return True
-    return entry.ndim >= 2 and entry.is_floating_point() and not is_quantised(entry)
+    return entry.ndim >= 2 and entry.numel() > 0 and entry.is_floating_point() and not is_quantised(entry)
 
 
 def _chosen(known: list[str], names: Names) -> list[str]:

@@ -75,6 +75,26 @@ def test_bad_values(bad, message):
         SubspaceConfig(**{"d": 7, **bad})
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            {"target_modules": [0]},
+            r"must be a list of names or a regular expression, got \[0\]; write names as strings",
+        ),
+        ({"target_modules": 5}, "`target_modules` must be a list of names or a regular expression, got 5"),
+        ({"target_modules": "("}, r"`target_modules` must be .*got '\(' \(missing \), .*; put a backslash"),
+        ({"exclude_modules": 3}, "`exclude_modules` must be a list of names or a regular expression, got 3"),
+        ({"modules_to_save": "lm_head"}, "`modules_to_save` must be a list of names, got 'lm_head'"),
+        ({"parameters": [1]}, r"`parameters` must be a list of names or 'vectors', got \[1\]"),
+    ],
+    ids=str,
+)
+def test_what_names_nothing(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SubspaceConfig(d=7, **bad)
+
+
 def test_d_follows_where_it_can():
     for projection in ("identity", "basis", "coordinate"):
         assert SubspaceConfig(projection=projection).d is None

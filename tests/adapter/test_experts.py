@@ -146,8 +146,9 @@ def test_vectors_leave_stacks_alone():
 
 
 def test_target_parameters_alone_need_no_default_target_modules():
-    model = get_peft_model(CASE.model(), settings(target_modules=[], target_parameters=["experts.down_proj"]))
-    assert moved(model) == {f"{MOE}experts.down_proj"}
+    for named in ([], None):
+        config = settings(target_modules=named, target_parameters=["experts.down_proj"])
+        assert moved(get_peft_model(CASE.model(), config)) == {f"{MOE}experts.down_proj"}
     mlp = nn.Sequential(nn.Linear(4, 3))
     assert moved(get_peft_model(mlp, settings(target_modules=None, target_parameters=["0.weight"]))) == {"0.weight"}
 

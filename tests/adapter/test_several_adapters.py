@@ -1,4 +1,4 @@
-"""Several adapters on one model: made, loaded, chosen, deleted, summed."""
+"""Several adapters on one model: made, loaded, chosen, deleted."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_layer_status, get_mod
 from peft.utils.hotswap import hotswap_adapter
 
 from subspace_peft import SubspaceConfig
-from subspace_peft.adapter.walk import find_vectors, unique_coordinates
+from subspace_peft.adapter.walk import find_vectors, named_layers, unique_coordinates
 from tests.cases import (
     BY_NAME,
     REPLACED,
@@ -131,51 +131,22 @@ def test_a_loaded_adapter_can_train_on(case, model, tmp_path):
     assert not torch.equal(theta_d(loaded, "one"), before)
 
 
-def test_a_weighted_sum_is_exact():
+def test_an_adapter_that_is_named_twice_acts_once():
     case = BY_NAME["mlp"]
-    model = wrap(case, "one")
-    model.add_adapter("two", settings())
-    move(model, "one", seed=1)
-    move(model, "two", seed=2)
-    model.base_model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
-    torch.testing.assert_close(theta_d(model, "sum"), 0.5 * theta_d(model, "one") - 2 * theta_d(model, "two"))
-    model.set_adapter("sum")
-    assert not torch.equal(outputs(model, case), outputs(case.model(), case))
+    model = wrap(case, init_weights=False)
+    expected = outputs(model, case)
+    model.base_model.set_adapter(["default", "default"])
+    torch.testing.assert_close(outputs(model, case), expected)
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(outputs(model, case), expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "share one seeded P"),
-        ({"d": 8}, "share one seeded P"),
-        ({"projection": "dense"}, "share one seeded P"),
-        ({"target_modules": ["fc1"]}, "share one seeded P"),
-    ],
-    ids=str,
-)
-def test_an_inexact_sum_is_refused(changes, message):
-    model = wrap(BY_NAME["mlp"], "one")
-    model.add_adapter("two", settings(**changes))
-    with pytest.raises(ValueError, match=message):
-        model.base_model.add_weighted_adapter(["one", "two"], [1, 1], "sum")
-    assert set(model.peft_config) == {"one", "two"}
-
-
-def test_other_inexact_sums_are_refused():
-    low_rank = wrap(BY_NAME["mlp"], coordinates="low_rank", rank=2)
-    with pytest.raises(ValueError, match="over weight coordinates"):
-        low_rank.base_model.add_weighted_adapter(["default"], [2.0], "sum")
-    convnet = wrap(BY_NAME["convnet"])
-    with pytest.raises(ValueError, match="batch-norm statistics have no exact sum"):
-        convnet.base_model.add_weighted_adapter(["default"], [2.0], "sum")
-    mlp = wrap(BY_NAME["mlp"])
-    with pytest.raises(ValueError, match="`weights` hold one number for each, got 2 for 1"):
-        mlp.base_model.add_weighted_adapter(["default"], [1.0, 2.0], "sum")
-    with pytest.raises(ValueError, match="must be 'linear', got 'svd'"):
-        mlp.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
-    with pytest.raises(ValueError, match="needs a name of its own, 'default' is taken; choose another name"):
-        mlp.base_model.add_weighted_adapter(["default"], [1.0], "default")
-    assert set(mlp.peft_config) == {"default"}
+def test_unknown_adapters_are_not_merged():
+    model = wrap(BY_NAME["mlp"])
+    for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
+        with pytest.raises(ValueError, match="must be adapters of the model, got 'zz'; it has default"):
+            merge(["zz"])
+    assert any(named_layers(model))
 
 
 def test_status(model):

@@ -1,4 +1,4 @@
-"""The scale of an adapter's increments, which diffusers sets on every layer."""
+"""The scale of an adapter's increments, which diffusers sets on every layer, and sums of adapters."""
 
 import copy
 
@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from subspace_peft import fold
-from subspace_peft.adapter.walk import unique_coordinates
+from subspace_peft.adapter.walk import named_layers, unique_coordinates
 from tests.cases import BY_NAME, base_outputs, dense_P, move, outputs, replaced, settings, theta_d, wrap
 
 
@@ -115,3 +115,78 @@ def test_an_adapter_that_a_layer_does_not_have_is_passed_over():
     move(model, size=0.3)
     activate(model, ["default", "other"], [0.0, 0.5])
     torch.testing.assert_close(outputs(model.eval(), case), base_outputs(case))
+
+
+def test_a_weighted_sum_is_exact():
+    case = BY_NAME["mlp"]
+    model = wrap(case, "one")
+    model.add_adapter("two", settings())
+    move(model, "one", seed=1)
+    move(model, "two", seed=2)
+    model.base_model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
+    torch.testing.assert_close(theta_d(model, "sum"), 0.5 * theta_d(model, "one") - 2 * theta_d(model, "two"))
+    model.set_adapter("sum")
+    assert not torch.equal(outputs(model, case), outputs(case.model(), case))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "share one seeded P"),
+        ({"d": 8}, "share one seeded P"),
+        ({"projection": "dense"}, "share one seeded P"),
+        ({"target_modules": ["fc1"]}, "share one seeded P"),
+    ],
+    ids=str,
+)
+def test_an_inexact_sum_is_refused(changes, message):
+    model = wrap(BY_NAME["mlp"], "one")
+    model.add_adapter("two", settings(**changes))
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(["one", "two"], [1, 1], "sum")
+    assert set(model.peft_config) == {"one", "two"}
+
+
+def test_other_inexact_sums_are_refused():
+    low_rank = wrap(BY_NAME["mlp"], coordinates="low_rank", rank=2)
+    with pytest.raises(ValueError, match="over weight coordinates"):
+        low_rank.base_model.add_weighted_adapter(["default"], [2.0], "sum")
+    convnet = wrap(BY_NAME["convnet"])
+    with pytest.raises(ValueError, match="batch-norm statistics have no exact sum"):
+        convnet.base_model.add_weighted_adapter(["default"], [2.0], "sum")
+    mlp = wrap(BY_NAME["mlp"])
+    with pytest.raises(ValueError, match="`weights` hold one number for each, got 2 for 1"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0, 2.0], "sum")
+    with pytest.raises(ValueError, match="must be 'linear', got 'svd'"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
+    with pytest.raises(ValueError, match="needs a name of its own, 'default' is taken; choose another name"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0], "default")
+    with pytest.raises(ValueError, match="must be adapters of the model, got 'other'; it has default"):
+        mlp.base_model.add_weighted_adapter(["other"], [1.0], "sum")
+    for wrong in (None, float("nan")):
+        with pytest.raises(ValueError, match=f"`weights` must be finite numbers, got {wrong}"):
+            mlp.base_model.add_weighted_adapter(["default"], [wrong], "sum")
+    with pytest.raises(ValueError, match="The name of an adapter must not .* have a dot, .* got 'v1.0'"):
+        mlp.base_model.add_weighted_adapter(["default"], [1.0], "v1.0")
+    assert set(mlp.peft_config) == {"default"}
+
+
+def test_a_sum_takes_adapters_at_their_scales():
+    model = wrap(BY_NAME["mlp"], "one")
+    move(model, "one", seed=1)
+    first, *others = (layer for _, layer in named_layers(model))
+    first.set_scale("one", 3.0)
+    with pytest.raises(ValueError, match=r"must have one scale to be summed, 'one' has \[1.0, 3.0\]"):
+        model.base_model.add_weighted_adapter(["one"], [0.5], "sum")
+    for layer in others:
+        layer.set_scale("one", 3.0)
+    model.base_model.add_weighted_adapter(["one"], [0.5], "sum")
+    torch.testing.assert_close(theta_d(model, "sum"), 1.5 * theta_d(model, "one"))
+
+
+def test_a_sum_of_adapters_with_heads_of_their_own_is_refused():
+    """It would have the base's head, which no adapter has trained."""
+    model = wrap(BY_NAME["mlp"], target_modules=["fc1"], modules_to_save=["fc2"])
+    with pytest.raises(ValueError, match="save modules whole have no exact sum, 'default' saves `.*fc2`"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert set(model.peft_config) == {"default"}

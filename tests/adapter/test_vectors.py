@@ -1,8 +1,11 @@
 """SubspaceVectors: the names of theta_d, and its values and gradients under them."""
 
+import copy
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from torch import nn
 
 from subspace_peft import fold
 from tests.cases import BY_NAME, REPLACED, move, outputs, settings, theta_d, wrap
@@ -66,3 +69,25 @@ def test_a_vector_put_in_its_place_trains_if_it_did(trains):
     assert theta_d(model).is_leaf
     assert theta_d(model).dtype == torch.float64
     assert theta_d(model).requires_grad == trains
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name .. should not be contained:UserWarning")
+@pytest.mark.parametrize("name", ["", "a.b", "items", "vector", "spam_classifier"])
+def test_names_that_torch_or_peft_take_for_something_else(name):
+    changes = {"target_modules": ["query"], "task_type": "SEQ_CLS"} if "classifier" in name else {}
+    case = BY_NAME["bert" if changes else "mlp"]
+    with pytest.raises(ValueError, match=f"The name of an adapter must not .*, got '{name}'; choose another name"):
+        wrap(case, name, **changes)
+
+
+def test_names_that_are_those_of_modules(tmp_path):
+    """PEFT leaves out what has another adapter's name between two dots."""
+    case = BY_NAME["sequential"]
+    base = nn.Sequential(*case.model(), nn.BatchNorm1d(2))
+    model = get_peft_model(copy.deepcopy(base), settings(), adapter_name="0")
+    model.add_adapter("3", settings(seed=1))
+    move(model, "0")
+    model(case.batch())  # its statistics move
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "0").eval()
+    assert torch.equal(loaded(case.batch()), model.eval()(case.batch()))

@@ -26,6 +26,11 @@ def test_matrices_of_plain_models():
     assert list(dict(matrices(inner))) == ["0.weight"]
 
 
+def test_weights_without_entries_are_passed_over():
+    tensors = {"some": torch.ones(4, 3), "none": torch.ones(4, 0), "neither": torch.ones(0, 4)}
+    assert [name for name, _ in matrices(tensors)] == ["some"]
+
+
 @pytest.mark.parametrize("names", ["fc1", ["fc1.weight", "fc9.weight"], [], "fc1.bias"])
 def test_unknown_names(names):
     with pytest.raises(ValueError, match=r"`names` must name matrices of the model, .* it has 2: fc1.weight, fc2.wei"):
