@@ -93,6 +93,11 @@ def whole(parameter: nn.Parameter) -> Tensor:
     return parameter.full_tensor() if is_distributed(parameter) else parameter
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """All of its shape, also where DeepSpeed's ZeRO-3 keeps a part of it in each process."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
 class HasSubstitutes:
     """A module that reads its parameters through `substitute`, where there is one, which returns what acts instead.
 

@@ -32,7 +32,7 @@ from transformers import Trainer, TrainingArguments
 
 from recipes import run
 from subspace_peft import SubspaceTrainer
-from tests.cases import BY_NAME, loss, settings, theta_d, wrap
+from tests.cases import BY_NAME, loss, settings, theta_d
 
 
 YAMLS = Path(run.__file__).parent / "accelerate"
@@ -50,7 +50,12 @@ RESUMABLE = ("ddp", "fsdp2", *ZERO)
 
 
 PARTS = ("convnet", "embeddings", "attention", "recurrent", "tied", "encoder", "llama", "gpt2")
-PART_KINDS = {"kronecker": {"projection": "kronecker"}, "low_rank": {**LOW_RANK, "parameters": ["weight"]}}
+PART_KINDS = {
+    "kronecker": {"projection": "kronecker"},
+    "low_rank": {**LOW_RANK, "parameters": ["weight"]},
+    "early": {"projection": "fastjl"},
+}
+"""How a model moves; "early": it is in parts already when the adapter is added."""
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_clipping": 0.0,
@@ -159,12 +164,16 @@ def parts() -> list[tuple[str, str]]:
 def train_case(name: str, kind: str, in_parts: bool = False) -> list[float]:
     """theta_d after three steps of Adam, on the same batch in each process."""
     case = BY_NAME[name]
-    model = wrap(case, **PART_KINDS[kind]).train()
-    vector, engine = theta_d(model), model
-    optimizer = torch.optim.Adam([vector], lr=0.02)
+    base = case.model()
     if in_parts:
         import deepspeed
 
+        if kind == "early":  # as transformers loads a model after TrainingArguments with ZeRO-3
+            deepspeed.zero.Init(module=base, config_dict_or_path=CONFIG)
+    model = get_peft_model(base, settings(**PART_KINDS[kind])).train()
+    vector, engine = theta_d(model), model
+    optimizer = torch.optim.Adam([vector], lr=0.02)
+    if in_parts:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
     for _ in range(3):
         value = loss(engine, case.batch()).float()

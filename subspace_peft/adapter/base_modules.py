@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..plain_model import COMPILED
+from ..plain_model import COMPILED, shape_of
 from .config import OF_ONE_DIMENSION
 from .layer import SubspaceLayer
 
@@ -81,5 +81,5 @@ def computed_from(name: str, module: nn.Module) -> list[str]:
 def asked_for(path: str, parameter: Tensor, config: PeftConfig) -> bool:
     """Whether the config asks for a parameter of this name where it asks for its module."""
     if config.parameters == OF_ONE_DIMENSION:
-        return is_lazy(parameter) or parameter.dim() == 1  # a lazy one is refused by name
+        return is_lazy(parameter) or len(shape_of(parameter)) == 1  # a lazy one is refused by name
     return config.parameters is None or path in config.parameters

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 
+from ..plain_model import shape_of
 from .base_modules import asked_for, base_modules, own_parameters
 
 
@@ -25,7 +26,8 @@ FORMER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 def is_experts(module: nn.Module) -> bool:
     """Whether the module owns a matrix for each of its `num_experts`."""
     count = getattr(module, "num_experts", None)
-    return count is not None and any(p.dim() == 3 and len(p) == count for p in module.parameters(recurse=False))
+    shapes = map(shape_of, module.parameters(recurse=False))
+    return count is not None and any(len(shape) == 3 and shape[0] == count for shape in shapes)
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -39,7 +41,7 @@ def routers(model: nn.Module) -> set[str]:
         if (count := counts.get(id(parent))) is None:
             continue
         weight = own_parameters(module).get("weight")
-        if weight is not None and weight.dim() == 2 and len(weight) == count:
+        if weight is not None and len(shape_of(weight)) == 2 and shape_of(weight)[0] == count:
             found.add(name)
     return found
 

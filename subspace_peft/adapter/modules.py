@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..plain_model import shape_of
 from .caches import has_cache, renew
 
 
@@ -53,7 +54,7 @@ def padding_row(module: nn.Module, path: str) -> int | None:
     """The row of a parameter that the module never trains: that of an embedding's `padding_idx`."""
     if path != "weight" or not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
         return None
-    return module.padding_idx % len(module.weight)
+    return module.padding_idx % shape_of(module.weight)[0]
 
 
 def features(module: nn.Module) -> tuple[int | None, int | None]:

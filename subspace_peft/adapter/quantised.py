@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from .. import plain_model
+
 
 PLAIN = nn.Linear(1, 1, bias=False, device="meta")
 """A Linear that stands for any other where only the kind of operation matters."""
@@ -92,7 +94,7 @@ def shape_of(module: nn.Module, path: str) -> tuple[int, ...]:
     """The shape of a parameter, however it is stored."""
     if path == "weight" and is_quantised_linear(module):
         return module.out_features, module.in_features
-    return tuple(getattr(module, path).shape)
+    return plain_model.shape_of(getattr(module, path))
 
 
 def dequantised(module: nn.Module) -> Tensor:

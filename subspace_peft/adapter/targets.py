@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..plain_model import COMPILED, is_distributed, is_partitioned
+from ..plain_model import COMPILED, is_distributed, is_partitioned, shape_of
 from . import statistics
 from .base_modules import asked_for, base_modules, computed_from, own_parameters, owned_or_read
 from .config import OF_ONE_DIMENSION
@@ -90,7 +90,7 @@ def find_targets(
 
 def _is_stack(module: nn.Module, path: str) -> bool:
     """Whether the tensor is a matrix for each entry of its first dimension, and not the weight of a convolution."""
-    return own_parameters(module)[path].dim() == 3 and not is_linear_in_parameters(module)
+    return len(shape_of(own_parameters(module)[path])) == 3 and not is_linear_in_parameters(module)
 
 
 def _named_paths(modules, config: PeftConfig, rename: Callable[[str], str]) -> dict[str, list[str]]:
@@ -135,7 +135,7 @@ def _chosen_paths(
         if not matches(name):
             if name in named:
                 chosen[name] = chosen.get(name, []) + named[name]
-                _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]})
+                _check_tensors(name, module, {path: own_parameters(module)[path] for path in named[name]}, config)
             continue
         check_not_packed(name, module)
         owned = owned_or_read(name, by_name, config, rename)
@@ -148,7 +148,7 @@ def _chosen_paths(
         if not paths:
             empty.append(name)
             continue
-        _check_tensors(name, module, {path: owned[path] for path in paths})
+        _check_tensors(name, module, {path: owned[path] for path in paths}, config)
         for path in paths:
             child, _, own = path.rpartition(".")
             chosen.setdefault(f"{name}.{child}" if child else name, []).append(own)
@@ -176,14 +176,14 @@ def _check_computed(name: str, module: nn.Module, config: PeftConfig, matches: C
         )
 
 
-def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parameter], config: PeftConfig) -> None:
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
             f"A target must leave its weight alone, but the embedding `{name}` rewrites its weight by `max_norm`; set "
             "that to None or exclude the module."
         )
     for path, parameter in parameters.items():
-        _check_whole(f"{name}.{path}", parameter)
+        _check_whole(f"{name}.{path}", parameter, config)
         if is_lazy(parameter):
             raise ValueError(
                 f"A target tensor must have a shape, but `{name}.{path}` of a {type(module).__name__} gets one at the "
@@ -204,12 +204,11 @@ def _check_tensors(name: str, module: nn.Module, parameters: dict[str, nn.Parame
             )
 
 
-def _check_whole(name: str, parameter: nn.Parameter) -> None:
-    if is_partitioned(parameter):
+def _check_whole(name: str, parameter: nn.Parameter, config: PeftConfig) -> None:
+    if config.replace_weight and is_partitioned(parameter):
         raise ValueError(
-            f"A target tensor must be whole when an adapter is added: `{name}` is partitioned by DeepSpeed's ZeRO-3, "
-            "as in every model loaded after TrainingArguments with ZeRO-3; use ZeRO-2, which keeps the frozen weights "
-            "whole, or FSDP2."
+            f"A weight must be whole to be replaced: `{name}` is partitioned by DeepSpeed's ZeRO-3, as in every model "
+            "loaded after TrainingArguments with ZeRO-3; use ZeRO-2, which keeps the frozen weights whole, or FSDP2."
         )
     if is_distributed(parameter):
         raise ValueError(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from subspace_peft.adapter.walk import unique_coordinates
-from tests.cases import BY_NAME, base_outputs, move, outputs, refused, settings, wrap
+from tests.cases import BY_NAME, REPLACED, base_outputs, move, outputs, refused, settings, wrap
 from tests.models import MLP, Bare
 
 
@@ -249,13 +249,29 @@ def test_an_embedding_that_rewrites_its_weight_is_refused():
     assert type(model[0]) is nn.Embedding
 
 
-def test_tensors_that_zero_3_has_partitioned_are_refused():
-    """DeepSpeed gives each parameter an id, and leaves torch an empty tensor."""
-    model = BY_NAME["mlp"].model()
+def partitioned(name: str) -> nn.Module:
+    """As DeepSpeed's ZeRO-3 does it: each parameter has an id and its shape, and torch an empty tensor."""
+    model = BY_NAME[name].model()
     for parameter in model.parameters():
         parameter.ds_id, parameter.ds_shape, parameter.data = 0, parameter.shape, torch.empty(0)
-    with refused(model, "must be whole .*: `fc1.weight` is partitioned by DeepSpeed's ZeRO-3, .*; use ZeRO-2"):
-        get_peft_model(model, settings())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [*((name, None) for name in ("convnet", "padded", "tied", "llama")), ("convnet", "vectors"), ("llama", "vectors")],
+)
+def test_tensors_that_zero_3_has_partitioned_have_the_same_P(name, parameters):
+    """tests/test_sharded.py trains them."""
+    config = get_peft_model(partitioned(name), settings(parameters=parameters)).peft_config["default"]
+    whole = wrap(BY_NAME[name], parameters=parameters).peft_config["default"]
+    assert (config.D, config.fingerprint) == (whole.D, whole.fingerprint)
+
+
+def test_a_weight_that_zero_3_has_partitioned_is_not_replaced():
+    model, changes = partitioned("mlp"), {**REPLACED, "target_modules": ["fc1"]}
+    with refused(model, "must be whole to be replaced: `fc1.weight` is partitioned by .* ZeRO-3, .*; use ZeRO-2"):
+        get_peft_model(model, settings(**changes))
 
 
 @torch.no_grad()
