@@ -108,7 +108,6 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
                 f"{'all of this one are the same' if start else 'the model returned no tensor of floats'}; give more "
                 "samples, or a learning rate (of TrainingArguments: `per_device_train_batch_size`, `learning_rate`)."
             )
-
         farthest = max(REACH * _mean(share, like), CHANGES[-1])
         theta_d = _acting(substitutes)
         before = [vector.clone() for vector in theta_d]
@@ -272,8 +271,9 @@ def _first(output: Any) -> Tensor | None:
 
 
 def _are_logits(output: Any) -> bool:
-    """A single tensor counts as such."""
-    return isinstance(output, Tensor) or (isinstance(output, Mapping) and "logits" in output)
+    """A single tensor counts as such, and so does what comes after a loss in a tuple."""
+    has_loss = isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor) and not output[0].dim()
+    return has_loss or isinstance(output, Tensor) or (isinstance(output, Mapping) and "logits" in output)
 
 
 def _have_unit(f: Tensor) -> bool:

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from .evaluation import run, same_random
+from .evaluation import run
 from .optim import PPlusBFGS
 from .optim.closure import Update
 from .rates import IS_FOUND, find_rates, is_like_adam, parameter_groups, set_rate
@@ -28,9 +27,22 @@ def needs_closure(optimizer: Callable) -> bool:
 
 def innermost(optimizer: Any) -> Any:
     """The optimiser inside those of accelerate and DeepSpeed."""
-    while isinstance(optimizer, AcceleratedOptimizer) or type(optimizer).__module__.startswith("deepspeed.runtime"):
+    kinds = ("accelerate.", "deepspeed.")
+    while type(optimizer).__module__.startswith(kinds) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_left_out(arguments: TrainingArguments) -> bool:
+    """Whether the learning rate is a default of transformers or TRL."""
+    kinds = (kind for kind in type(arguments).__mro__ if kind.__module__.startswith(("transformers.", "trl.")))
+    return arguments.learning_rate in {vars(kind).get("learning_rate") for kind in kinds}
+
+
+def of_trl(trainer: Trainer, method: str) -> bool:
+    """Whether a class of TRL has this method of a trainer."""
+    kinds = type(trainer).__mro__
+    return any(method in vars(kind) for kind in kinds if kind.__module__.startswith("trl."))
 
 
 class NoOutputsError(Exception):
@@ -40,8 +52,8 @@ class NoOutputsError(Exception):
 class SubspaceTrainer(Trainer):
     """transformers.Trainer that finds the rates of theta_d and a head, and takes optimisers that need a closure.
 
-    Where `learning_rate` is left at the default of its arguments and the optimiser to Trainer, the rates are those of
-    `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, falling by the schedule of the
+    Where `learning_rate` is left at a default of transformers or TRL and the optimiser to Trainer, the rates are those
+    of `parameter_groups(model, batch=..., steps=...)` for the first batch and all steps, fall by the schedule of the
     arguments, and are logged. With a learning rate or an optimiser it trains as Trainer does, bit for bit. In front of
     a subclass of Trainer it does the same there: `class Tuner(SubspaceTrainer, SFTTrainer): pass`.
 
@@ -83,8 +95,7 @@ class SubspaceTrainer(Trainer):
                 parameters = (self.model if model is None else model).parameters()
                 self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
         is_left = self.optimizer is None or type(self.optimizer).__name__ == "DummyOptim"  # that of DeepSpeed
-        is_rate_left_out = self.args.learning_rate == type(self.args).learning_rate
-        if is_left and self.optimizer_cls_and_kwargs is None and is_rate_left_out:
+        if is_left and self.optimizer_cls_and_kwargs is None and is_left_out(self.args):
             self._group(self.model if model is None else model)
         super().create_optimizer(model)
         optimizer = innermost(self.optimizer)  # accelerate's is around it from an earlier call of `train`
@@ -118,6 +129,8 @@ class SubspaceTrainer(Trainer):
         own = next((name for name in ("optimizer", "scheduler") if name in config), None)
         if own:
             return f"where DeepSpeed's configuration has an `{own}`"
+        if of_trl(self, "_prepare_inputs"):
+            return f"for {type(self).__name__}, which generates what it trains on"
         return "" if is_like_adam(kind) else f"for {kind.__name__}"
 
     def _warn_of_default(self, why: str) -> None:
@@ -140,14 +153,13 @@ class SubspaceTrainer(Trainer):
         if self.optimizer.state and self.state.global_step:
             self._schedule_from([float(group.get("initial_lr", group["lr"])) for group in groups], is_resumed=True)
             return
-        with same_random(self.model):  # it may generate samples, and does so again
-            batch = self._prepare_inputs(inputs)
         try:
             with self.compute_loss_context_manager():
                 forward = partial(self._outputs, num_items=num_items)
-                theta_d, head = find_rates(self.model, batch, self.state.max_steps, forward)
+                theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
         except NoOutputsError:
             del groups[0][IS_FOUND]
+            self._schedule_from([self.args.learning_rate] * len(groups), is_resumed=False)
             self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs")
             return
         self._schedule_from([theta_d, *[head] * (len(groups) - 1)], is_resumed=False)
@@ -177,9 +189,8 @@ class SubspaceTrainer(Trainer):
 
         The losses of TRL make outputs anew, or none, and count these runs as evaluations: there the model alone runs.
         """
-        alone = self._inputs_of(model, inputs)
-        owner = next(kind for kind in type(self).__mro__ if "compute_loss" in vars(kind))
-        if alone and owner.__module__.startswith("trl."):
+        alone = self._inputs_of(model, inputs) if of_trl(self, "compute_loss") else {}
+        if alone:
             return run(model, alone)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         try:

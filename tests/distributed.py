@@ -75,6 +75,10 @@ def refused(accelerator: Accelerator) -> dict:
     adapted, flat_adapted = wrap(BY_NAME["mlp"]), wrap(BY_NAME["mlp"])
     replica, x = accelerator.prepare(wrap(BY_NAME["mlp"])), BY_NAME["mlp"].batch().requires_grad_()
     checkpoint(replica, x, use_reentrant=False).sum().backward()
+
+    def inner(x):
+        return checkpoint(replica, x, use_reentrant=False)
+
     fully_shard(plain)
     fully_shard(adapted)
     in_fsdp(flat_adapted)
@@ -85,6 +89,7 @@ def refused(accelerator: Accelerator) -> dict:
         "unload from FSDP2": (adapted, adapted.merge_and_unload),
         "merge in FSDP": (flat_adapted, flat_adapted.merge_adapter),
         "reentrant checkpoints": (replica, lambda: checkpoint(replica, x, use_reentrant=True).sum().backward()),
+        "reentrant around others": (replica, lambda: checkpoint(inner, x, use_reentrant=True).sum().backward()),
     }
     results = {}
     for name, (model, attempt) in attempts.items():

@@ -1,5 +1,7 @@
 """SubspaceTrainer where the learning rate is left out."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.utils.data import default_collate
@@ -68,6 +70,39 @@ def test_otherwise_it_is_trainer(changes, tmp_path):
 def test_that_no_rate_is_found_is_said(tmp_path):
     with pytest.warns(UserWarning, match="No rate is found for SGD: theta_d trains at Trainer's default of 5e-05"):
         trainer(tmp_path, optim="sgd", batch=4).train()
+
+
+class Silent(SubspaceTrainer):
+    """Its loss gives no outputs."""
+
+    def compute_loss(self, *args, return_outputs=False, **kwargs):
+        if return_outputs:
+            raise NotImplementedError
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_loss_without_outputs_trains_at_the_default(tmp_path):
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "batch": 4}
+    run = trainer(tmp_path, Silent, **schedule)
+    with pytest.warns(UserWarning, match="No rate is found for Silent, whose loss gives no outputs: .* of 5e-05"):
+        run.train()
+    plain = trainer(tmp_path, Trainer, **schedule)
+    plain.train()
+    assert logged(run, "learning_rate") == logged(plain, "learning_rate")
+    assert torch.equal(theta_d(run.model), theta_d(plain.model))
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    learning_rate: float = 1e-2
+
+
+def test_a_default_of_ones_own_is_a_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_subspace_trainer_rates.TrainingArguments", Arguments)
+    run = trainer(tmp_path, batch=4)
+    run.train()
+    assert not logged(run, "found_learning_rate")
+    assert logged(run, "learning_rate")[0] == 1e-2
 
 
 class AdamW8bit(torch.optim.Optimizer):

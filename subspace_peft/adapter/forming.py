@@ -113,11 +113,6 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_in_reentrant_checkpoint() -> bool:
-    """Whether a forward runs anew in a backward pass, and has one of its own; other checkpoints hook what is saved."""
-    return is_in_backward() and torch.is_grad_enabled() and OUTER_HOOKS is not None and OUTER_HOOKS(False) is None
-
-
 def check_version(tensor: Tensor, version: int) -> None:
     """What torch checks of tensors that it saves without hooks.
 

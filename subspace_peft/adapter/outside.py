@@ -7,6 +7,7 @@ give them. Each function takes a SubspaceLayer.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .mixed_batch import is_mixed
 from .modules import alone, in_place_of
@@ -69,17 +71,27 @@ def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> Callable[[], Abst
 
 
 def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
-    """Whether who sets this attribute means the base module: it had one of this name before, the layer does not.
+    """Whether who sets this attribute means the base module: it has one of this name, the layer does not.
 
-    One that only came later is of a library that sets it on every module, and on this one by itself.
+    What came after it was wrapped counts if its code names it, as it does what its forward sets. Else it is of a
+    library that sets it on every module, and on this one by itself.
     """
     base = layer.__dict__.get("_modules", {}).get("base_layer")
-    if base is None or name.startswith(OF_WRAPPERS) or not hasattr(base, name):
+    if base is None or name.startswith(OF_WRAPPERS):
         return False
-    if name in base.__dict__ and name not in layer.names_of_the_base and name not in base._parameters:
+    came_later = name in base.__dict__ and name not in layer.names_of_the_base and name not in base._parameters
+    if (came_later or not hasattr(base, name)) and not _names(type(base), name):
         return False
     own = layer.__dict__, layer._modules, layer._parameters, layer._buffers
     return name in OF_THE_BASE or not (hasattr(type(layer), name) or any(name in names for names in own))
+
+
+@functools.cache
+def _names(kind: type, name: str) -> bool:
+    """Whether the code of a class, or of one that it derives from, names this attribute."""
+    members = [member for each in kind.__mro__ if each not in nn.Module.__mro__ for member in vars(each).values()]
+    codes = (getattr(inspect.unwrap(member), "__code__", None) for member in members if callable(member))
+    return any(name in code.co_names for code in codes if code)
 
 
 def set_on_base(layer: BaseTunerLayer, name: str, value: Any) -> None:

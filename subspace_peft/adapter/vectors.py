@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..plain_model import HasSubstitutes, has_other_processes, whole
 from ..projections import JointCache
 from ..projections.recorded import uncounted
-from .forming import is_in_reentrant_checkpoint
+from .forming import is_in_backward
 from .renaming import UNCHANGED, Renaming
 
 
@@ -72,17 +72,28 @@ def check_adapter_name(adapter: str, saved_whole: Iterable[str]) -> None:
     taken = not adapter or "." in adapter or adapter == "vector" or hasattr(nn.ModuleDict(), adapter)
     ending = next((name for name in saved_whole if adapter.endswith(name)), None)
     if taken or ending:
-        rule = f"end like `{ending}`, which is saved whole" if ending else "be empty, have a dot, or be one of torch's"
+        rule = "be empty, have a dot, or be one of torch's"
+        rule = f"end in {ending!r}, as what PEFT saves whole does" if ending else rule
         raise ValueError(f"The name of an adapter must not {rule}, got {adapter!r}; choose another name.")
 
 
-def _refuse_reentrant_checkpoints() -> None:
-    """Each adds to the gradient of theta_d for itself, when the processes may have averaged it already."""
-    if has_other_processes():
-        raise ValueError(
-            "Gradient checkpoints must not be reentrant where several processes train theta_d: they would average its "
-            "gradient before all layers have added to it; set `use_reentrant=False`."
-        )
+def _without_reentrant_checkpoints(z: Tensor) -> Tensor:
+    """z for a forward that runs anew in a backward pass, of which no backward pass of its own may compute a gradient.
+
+    Reentrant checkpoints do that: each adds to the gradient of theta_d, when the processes may have averaged it.
+    """
+    recomputing = torch._C._current_graph_task_id()
+
+    def check(grad: Tensor) -> None:
+        if torch._C._current_graph_task_id() != recomputing:
+            raise ValueError(
+                "Gradient checkpoints must not be reentrant where several processes train theta_d: they would average "
+                "its gradient before all layers have added to it; set `use_reentrant=False`."
+            )
+
+    z = z.view_as(z)
+    z.register_hook(check)
+    return z
 
 
 class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
@@ -136,15 +147,16 @@ class SubspaceVectors(HasSubstitutes, AuxiliaryTrainingWrapper):
         if theta_d.device.type == "meta":  # accelerate offloaded it and loads it only for this module's own forward
             with align_module_device(self.subspace_peft_theta_d.get_submodule(adapter)):
                 theta_d = self.subspace_peft_theta_d[adapter].clone()
-        if theta_d.requires_grad and not torch.compiler.is_compiling() and is_in_reentrant_checkpoint():
-            _refuse_reentrant_checkpoints()
         if self.substitute is not None:
             theta_d = self.substitute(adapter, theta_d)
         if isinstance(scale, Tensor) and scale.device != theta_d.device:
             scale = self.scales[adapter] = scale.to(theta_d.device)
-        if (joint_cache := self.joint_caches[adapter]) and (z := joint_cache.normalised(theta_d, scale)) is not None:
-            return z
-        return theta_d if isinstance(scale, float) and scale == 1 else theta_d * scale
+        joint_cache = self.joint_caches[adapter]
+        z = joint_cache.normalised(theta_d, scale) if joint_cache else None
+        if z is None:
+            z = theta_d if isinstance(scale, float) and scale == 1 else theta_d * scale
+        trains = z.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _without_reentrant_checkpoints(z) if trains and is_in_backward() and has_other_processes() else z
 
     def forward(self, *args):
         """The identity: a base model may run all its children in turn, as nn.Sequential does."""

@@ -184,6 +184,42 @@ def test_settings_of_the_base_module_reach_it():
     assert "momentum" not in vars(norm)
 
 
+class Cell(nn.Module):
+    """Keeps a state that only its forward makes, and its parent takes away."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        before = getattr(self, "state", None)
+        self.state = x @ self.weight + (0 if before is None else before)
+        return self.state
+
+
+class Sequence(nn.Module):
+    def __init__(self, is_first: bool):
+        super().__init__()
+        self.cell, self.is_first = Cell(), is_first
+
+    def forward(self, x):
+        if self.is_first:
+            self.cell.state = None
+        self.cell(x)
+        y = self.cell(x)
+        if not self.is_first:
+            self.cell.state = None
+        return y
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_a_forward_sets_is_reset_by_its_parent(is_first):
+    plain = Sequence(is_first)
+    model, batch = get_peft_model(copy.deepcopy(plain), settings()), torch.randn(3, 8)
+    for _ in range(3):
+        assert torch.equal(model(batch), plain(batch))
+
+
 @pytest.mark.parametrize("name", ["ds_id", "pre_bwd_fn", "whatever"])
 def test_what_is_set_on_every_module_is_each_ones_own(name):
     """As DeepSpeed does, children first; its hooks of a layer would act in place of those of the base module."""

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from subspace_peft import SubspaceTrainer
@@ -128,15 +128,34 @@ def test_a_rate_is_found_where_it_is_left_at_the_default_of_the_arguments(kind, 
     assert rate == logged(trainer, "learning_rate")[0] > 1000 * config.learning_rate
 
 
-def test_it_is_said_that_a_loss_without_outputs_shows_no_rate(tmp_path):
-    options = {
-        "reward_funcs": lambda completions, **_: [float(text.count("e") + len(text) / 10) for text in completions],
-        "train_dataset": Dataset.from_list([{"prompt": row["prompt"]} for row in PREFERENCES * 3]),
-        "args": {"num_generations": 2, "max_completion_length": 4, "beta": 0.1},
-    }
-    match = "No rate is found for GRPOTrainer, whose loss gives no outputs: .* Trainer's default of 1e-06"
+def test_plain_training_arguments_are_no_rate_either(tmp_path):
+    arguments = {name: value for name, value in settings(tmp_path).items() if name != "learning_rate"}
+    trainer = type("Tuner", (SubspaceTrainer, SFTTrainer), {})(
+        LLAMA.model(), args=TrainingArguments(**arguments), processing_class=tokenizer(),
+        peft_config=subspace(**SETTINGS), train_dataset=TEXTS,
+    )  # fmt: skip
+    trainer.train()
+    assert len(logged(trainer, "found_learning_rate")) == 1
+
+
+def test_where_batches_are_generated_no_rate_is_found_and_none_more_is_generated(tmp_path):
+    calls = []
+
+    def reward(completions, **_):
+        calls.append(len(completions))
+        return [float(text.count("e") + len(text) / 10) + len(calls) for text in completions]
+
+    def run(cls):
+        calls.clear()
+        data = Dataset.from_list([{"prompt": row["prompt"]} for row in PREFERENCES * 3])
+        args = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "weight_decay": 0.1}
+        trainer = tuned(tmp_path, GRPOTrainer, GRPOConfig, cls, reward_funcs=reward, train_dataset=data, args=args)
+        lines = ("kl", "learning_rate", "num_tokens", "loss")
+        return theta_d(trainer.model), [logged(trainer, line) for line in lines], len(calls)
+
+    match = "No rate is found for GRPOTrainer, which generates what it trains on: .* Trainer's default of 1e-06"
     with pytest.warns(UserWarning, match=match):
-        trainer = tuned(tmp_path, GRPOTrainer, GRPOConfig, **{**options, "args": dict(options["args"])})
-    plain = tuned(tmp_path, GRPOTrainer, GRPOConfig, cls=None, **options)
-    assert torch.equal(theta_d(trainer.model), theta_d(plain.model))
-    assert logged(trainer, "kl") == logged(plain, "kl")
+        vector, lines, count = run(SubspaceTrainer)
+    plain, expected, plain_count = run(None)
+    assert torch.equal(vector, plain)
+    assert (lines, count) == (expected, plain_count)
