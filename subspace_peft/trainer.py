@@ -71,17 +71,17 @@ class SubspaceTrainer(Trainer):
             not hold.
     """
 
-    _update: Update | None = None
-    _undo: Callable[[], None] | None = None
-    _logits = False
-    _is_due = False  # whether the first step finds rates
+    _subspace_update: Update | None = None
+    _undo_closures: Callable[[], None] | None = None
+    _needs_logits = False
+    _is_rate_due = False  # whether the first step finds rates
 
     def train(self, *args, **kwargs):
-        self._end()
+        self._end_closures()
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._end()
+            self._end_closures()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
@@ -96,33 +96,33 @@ class SubspaceTrainer(Trainer):
                 self.optimizer = optimizer([p for p in parameters if p.requires_grad], **settings)
         is_left = self.optimizer is None or type(self.optimizer).__name__ == "DummyOptim"  # that of DeepSpeed
         if is_left and self.optimizer_cls_and_kwargs is None and is_left_out(self.args):
-            self._group(self.model if model is None else model)
+            self._group_by_rate(self.model if model is None else model)
         super().create_optimizer(model)
         optimizer = innermost(self.optimizer)  # accelerate's is around it from an earlier call of `train`
-        if needs_closure(type(optimizer)) and self._undo is None:
-            self._check(optimizer)
-            self._begin(optimizer)
+        if needs_closure(type(optimizer)) and self._undo_closures is None:
+            self._check_closure(optimizer)
+            self._begin_closures(optimizer)
         return self.optimizer
 
     # ------------------------------------------------------------------------------------- the rates that are left out
 
-    def _group(self, model: nn.Module) -> None:
+    def _group_by_rate(self, model: nn.Module) -> None:
         """Give theta_d and the head groups of their own, whose rates the first step corrects."""
         if not any(p.requires_grad and is_theta_d(name) for name, p in model.named_parameters()):
             return
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if why := self._obstacle(kind):
+        if why := self._rate_obstacle(kind):
             self._warn_of_default(why)
             return
         lr = settings.pop("lr")
         theta_d, *head = parameter_groups(model, lr, head_lr=lr)
         theta_d[IS_FOUND] = True
         if self.args.weight_decay:
-            head = [part for group in head for part in self._decaying(model, group)]
+            head = [part for group in head for part in self._decaying_parts(model, group)]
         # lr=1.0 is for schedules with an absolute end, which compare it with that; the groups have their own
-        self.optimizer, self._is_due = kind([theta_d, *head], lr=1.0, **settings), True
+        self.optimizer, self._is_rate_due = kind([theta_d, *head], lr=1.0, **settings), True
 
-    def _obstacle(self, kind: type) -> str:
+    def _rate_obstacle(self, kind: type) -> str:
         """Why no rate is found, or nothing."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         config = plugin.deepspeed_config if self.is_deepspeed_enabled else {}
@@ -137,7 +137,7 @@ class SubspaceTrainer(Trainer):
         default = f"theta_d trains at Trainer's default of {self.args.learning_rate}, too low for most models"
         warnings.warn(f"No rate is found {why}: {default}; set `learning_rate`.", stacklevel=3)
 
-    def _decaying(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _decaying_parts(self, model: nn.Module, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The group in two, as Trainer makes them: biases and norms do not decay."""
         names = set(self.get_decay_parameter_names(model))
         decaying = {p for name, p in model.named_parameters() if name in names}
@@ -151,22 +151,22 @@ class SubspaceTrainer(Trainer):
         if not groups[0].get(IS_FOUND):  # of another optimiser
             return
         if self.optimizer.state and self.state.global_step:
-            self._schedule_from([float(group.get("initial_lr", group["lr"])) for group in groups], is_resumed=True)
+            self._begin_schedule([float(group.get("initial_lr", group["lr"])) for group in groups], is_resumed=True)
             return
         try:
             with self.compute_loss_context_manager():
-                forward = partial(self._outputs, num_items=num_items)
+                forward = partial(self._outputs_of_loss, num_items=num_items)
                 theta_d, head = find_rates(self.model, self._prepare_inputs(inputs), self.state.max_steps, forward)
-        except NoOutputsError:
+        except NoOutputsError as error:
             del groups[0][IS_FOUND]
-            self._schedule_from([self.args.learning_rate] * len(groups), is_resumed=False)
-            self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs")
+            self._begin_schedule([self.args.learning_rate] * len(groups), is_resumed=False)
+            self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs{error}")
             return
-        self._schedule_from([theta_d, *[head] * (len(groups) - 1)], is_resumed=False)
+        self._begin_schedule([theta_d, *[head] * (len(groups) - 1)], is_resumed=False)
         of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
         self.log({"found_learning_rate": theta_d} | of_head)
 
-    def _schedule_from(self, rates: list[float], is_resumed: bool) -> None:
+    def _begin_schedule(self, rates: list[float], is_resumed: bool) -> None:
         """Let the schedule begin from these rates: where it is, callbacks may hold it."""
         groups, held = self.optimizer.param_groups, self.lr_scheduler
         now = [float(group["lr"]) for group in groups]
@@ -184,22 +184,24 @@ class SubspaceTrainer(Trainer):
         held.__dict__.update(begun.__dict__)
         self.lr_scheduler = held
 
-    def _outputs(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
+    def _outputs_of_loss(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
         """As the loss sees them, which may be the user's own; it may change the mapping that it is given.
 
         The losses of TRL make outputs anew, or none, and count these runs as evaluations: there the model alone runs.
         """
-        alone = self._inputs_of(model, inputs) if of_trl(self, "compute_loss") else {}
-        if alone:
+        if of_trl(self, "compute_loss"):
+            alone = self._inputs_of_forward(model, inputs)
+            if not alone:
+                raise NoOutputsError(" of the model alone")
             return run(model, alone)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         try:
             found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
         except (NotImplementedError, ValueError) as error:  # the training step raises it again, if it is of the batch
-            raise NoOutputsError from error
+            raise NoOutputsError(f" ({error})" if str(error) else "") from error
         return found[1] if isinstance(found, tuple) else run(model, inputs)
 
-    def _inputs_of(self, model: nn.Module, inputs: Any) -> dict[str, Any]:
+    def _inputs_of_forward(self, model: nn.Module, inputs: Any) -> dict[str, Any]:
         """Those of the inputs that the model's forward takes, or none if its main one is not among them."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(base.forward).parameters
@@ -208,7 +210,7 @@ class SubspaceTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------- closures
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+    def _check_closure(self, optimizer: torch.optim.Optimizer) -> None:
         name, args = type(optimizer).__name__, self.args
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError(
@@ -237,12 +239,12 @@ class SubspaceTrainer(Trainer):
                 "which the checkpoint of an adapter leaves out; save `model.merge_and_unload()` after training."
             )
 
-    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def _begin_closures(self, optimizer: torch.optim.Optimizer) -> None:
         clipping, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
 
         def give_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            self._update.keep_gradients()
-            return (optimizer, self._update), {}
+            self._subspace_update.keep_gradients()
+            return (optimizer, self._subspace_update), {}
 
         handle = optimizer.register_step_pre_hook(give_closure)
 
@@ -250,31 +252,33 @@ class SubspaceTrainer(Trainer):
             self.args.max_grad_norm = clipping
             handle.remove()
 
-        self._undo = undo
-        self._logits = getattr(optimizer, "needs_logits", False)
+        self._undo_closures = undo
+        self._needs_logits = getattr(optimizer, "needs_logits", False)
 
-    def _end(self) -> None:
-        if self._undo is not None:
-            self._undo()
-        self._undo = self._update = None
+    def _end_closures(self) -> None:
+        if self._undo_closures is not None:
+            self._undo_closures()
+        self._undo_closures = self._subspace_update = None
 
     def get_batch_samples(self, *args, **kwargs):
-        if self._undo is not None:
-            self._update = Update(self.accelerator)
+        if self._undo_closures is not None:
+            self._subspace_update = Update(self.accelerator)
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        if self._is_due:
+        if self._is_rate_due:
             self._find_rates(inputs, num_items_in_batch)
-            self._is_due = False  # not before, as it may fail
-        if self._undo is None:
+            self._is_rate_due = False  # not before, as it may fail
+        if self._undo_closures is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._logits:
-            loss, _, _ = self._update.add(model, partial(self._forward, model, inputs, num_items_in_batch))
+        if self._needs_logits:
+            loss, _, _ = self._subspace_update.add(
+                model, partial(self._loss_logits_and_labels, model, inputs, num_items_in_batch)
+            )
             return loss.detach()
-        return self._update.add(model, partial(super().training_step, model, inputs, num_items_in_batch))
+        return self._subspace_update.add(model, partial(super().training_step, model, inputs, num_items_in_batch))
 
-    def _forward(
+    def _loss_logits_and_labels(
         self, model: nn.Module, inputs: dict, num_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logits (in a tuple after the loss) and labels, from whose graph the gradients are computed."""

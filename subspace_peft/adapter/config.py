@@ -171,9 +171,10 @@ class SubspaceConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SUBSPACE_PEFT
         self.subspace_peft_version = self.subspace_peft_version or package_version()
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            check_names(name, getattr(self, name), name != "modules_to_save")
-            if isinstance(getattr(self, name), (list, tuple)) and name != "modules_to_save":
+        check_names("modules_to_save", self.modules_to_save, False)
+        for name in ("target_modules", "exclude_modules"):
+            check_names(name, getattr(self, name), True)
+            if not isinstance(getattr(self, name), (str, type(None))):
                 setattr(self, name, set(getattr(self, name)))
         for name in ("d", "nnz_per_row", "rank", "seed", "cache_projection"):
             setattr(self, name, _plain_integer(getattr(self, name)))

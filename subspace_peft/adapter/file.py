@@ -10,7 +10,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..coordinates import Coordinates
-from ..plain_model import whole
 from ..projections import Projection
 from . import statistics
 from .embeddings import keys_in_model, offer
@@ -35,17 +34,13 @@ def select(model: nn.Module, config: PeftConfig, adapter: str, state_dict: Tenso
     no key, and all but an integer P are floats: federated learning averages them entry by entry.
 
     Where FSDP of version 1 gathers tensors, only the main process has any; the others select none. PEFT has left out
-    the keys in which the name of another adapter stands between two dots, as "0" may; those are read from the model.
+    the statistics in whose keys the name of another adapter stands between two dots, as "0" may: the model has them.
     """
     if not state_dict:
         return {}
     vectors, suffix = find_vectors(model), f"theta_d.{adapter}.vector"
-    root = next((key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}")), None)
-    if root is None:
-        root = next(f"{name}.{PREFIX}" for name, module in model.named_modules() if module is vectors)
-        state_dict = {**state_dict, root + suffix: whole(vectors.subspace_peft_theta_d[adapter]).detach()}
-    theta_d = state_dict[root + suffix]
-    kept = {f"{root}theta_d.{adapter}": theta_d, f"{root}identity.{adapter}": mark(config)}
+    root = next(key.removesuffix(suffix) for key in state_dict if key.endswith(f"{VECTORS}.{PREFIX}{suffix}"))
+    kept = {f"{root}theta_d.{adapter}": state_dict[root + suffix], f"{root}identity.{adapter}": mark(config)}
     renaming = vectors.renamings[adapter]
     for (key, *_), of_adapter, _ in _statistics(model, adapter):
         statistic = state_dict.get(key, of_adapter)

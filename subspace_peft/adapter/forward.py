@@ -96,11 +96,11 @@ def _sum_of_outputs(
         z = layer.normalised(adapter)
         z = z.to(torch.promote_types(z.dtype, operator.weight.dtype))
         factors[adapter] = layer.coordinates[adapter]["weight"].factors(z)
-    replacing = next((adapter for adapter in low_rank if layer.coordinates[adapter]["weight"].replaces), None)
-    if replacing is None:
+    replacing = [adapter for adapter in low_rank if layer.coordinates[adapter]["weight"].replaces]
+    if not replacing:
         output = forward(*args, **kwargs) if operator is base else quantised.output_of(base, forward, x)
     else:
-        output = factored.run(operator, x, *factors.pop(replacing), getattr(base, "bias", None))
+        output = factored.run(operator, x, *factors.pop(replacing[0]), getattr(base, "bias", None))
     for left, right in factors.values():
         output = output + factored.run(operator, x, left, right).to(output.dtype)
     for adapter in multiplied:
@@ -148,6 +148,6 @@ def _run(
 ) -> Tensor:
     """What `forward` gives with tensors of these forms, and these others, in place of the base's parameters."""
     if torch.compiler.is_compiling() and has_stand_in(base):
-        return run_with(base, others | {path: form() for path, form in forms.items()}, *args, **kwargs)
+        return run_with(base, {**others, **{path: form() for path, form in forms.items()}}, *args, **kwargs)
     with formed(base, forms, others):
         return forward(*args, **kwargs)

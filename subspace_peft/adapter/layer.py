@@ -52,7 +52,7 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         self.reads = Reads()
         self.is_linear = is_linear_in_parameters(base_layer) or quantised.is_quantised_linear(base_layer)
         self.in_features, self.out_features = features(base_layer)
-        self.names_of_the_base = frozenset(base_layer.__dict__)
+        self.names_of_the_base = set(base_layer.__dict__)
         self.base_layer = base_layer  # last: what is set after it and is not the layer's own is set on it
         statistics.add_buffers(self)
         self.register_forward_pre_hook(_no_fast_path)

@@ -15,16 +15,16 @@ from ..plain_model import is_distributed
 from . import quantised
 
 
-def check_known(adapters: Iterable[str] | None, known: Iterable[str]) -> None:
+def check_known(adapters: list[str] | None, known: Iterable[str]) -> None:
     """Check that adapters that are to be merged are there.
 
     Raises:
         ValueError: if one is not; PEFT would unload the model without it.
     """
-    if unknown := [name for name in adapters or () if not isinstance(adapters, str) and name not in known]:
-        raise ValueError(
-            f"`adapter_names` must be adapters of the model, got {unknown[0]!r}; it has {', '.join(known)}."
-        )
+    names = () if adapters is None or isinstance(adapters, str) else adapters
+    if unknown := [name for name in names if name not in known]:
+        there = ", ".join(known)
+        raise ValueError(f"`adapter_names` must be adapters of the model, got {unknown[0]!r}; it has {there}.")
 
 
 def check_whole(layer: BaseTunerLayer) -> None:

@@ -222,7 +222,7 @@ class SubspaceModel(BaseTuner):
         theta_d = getattr(self.model, VECTORS).subspace_peft_theta_d
         terms = zip(adapters, weights, strengths, strict=True)
         with torch.no_grad():
-            theta_d[adapter_name].copy_(sum(w * strength * theta_d[a] for a, w, strength in terms))
+            theta_d[adapter_name].copy_(sum(float(w) * strength * theta_d[a] for a, w, strength in terms))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

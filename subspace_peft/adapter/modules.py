@@ -92,7 +92,9 @@ class _StandIn:
     sparse = False  # as below
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
-        self.__dict__.update(tensors, _of=module)
+        object.__setattr__(self, "_of", module)
+        for name, tensor in tensors.items():
+            object.__setattr__(self, name, tensor)
 
     def __getattr__(self, name: str):
         found = getattr(self.__dict__["_of"], name)

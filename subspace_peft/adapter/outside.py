@@ -71,16 +71,18 @@ def _moved_base(layer: BaseTunerLayer, adapters: list[str]) -> Callable[[], Abst
 
 
 def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
-    """Whether who sets this attribute means the base module: it has one of this name, the layer does not.
+    """Whether who sets this attribute means the base module: the base has one of this name, the layer has none.
 
-    What came after it was wrapped counts if its code names it, as it does what its forward sets. Else it is of a
-    library that sets it on every module, and on this one by itself.
+    The base has those it had when it was wrapped, those of its class, those set on it through the layer, and those
+    that the code of its class names, as its forward may make one. Any other was set by a library that sets it on every
+    module, and on the base itself.
     """
     base = layer.__dict__.get("_modules", {}).get("base_layer")
     if base is None or name.startswith(OF_WRAPPERS):
         return False
-    came_later = name in base.__dict__ and name not in layer.names_of_the_base and name not in base._parameters
-    if (came_later or not hasattr(base, name)) and not _names(type(base), name):
+    is_known = name in layer.names_of_the_base or name in base._parameters or hasattr(type(base), name)
+    is_stored = not is_known and name not in base.__dict__ and hasattr(base, name)
+    if not is_known and not is_stored and not _names(type(base), name):
         return False
     own = layer.__dict__, layer._modules, layer._parameters, layer._buffers
     return name in OF_THE_BASE or not (hasattr(type(layer), name) or any(name in names for names in own))
@@ -90,8 +92,18 @@ def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
 def _names(kind: type, name: str) -> bool:
     """Whether the code of a class, or of one that it derives from, names this attribute."""
     members = [member for each in kind.__mro__ if each not in nn.Module.__mro__ for member in vars(each).values()]
-    codes = (getattr(inspect.unwrap(member), "__code__", None) for member in members if callable(member))
-    return any(name in code.co_names for code in codes if code)
+    return any(_is_in_code(name, code) for member in members for code in _codes(member))
+
+
+def _codes(member: object) -> list[types.CodeType]:
+    functions = (member.fget, member.fset, member.fdel) if isinstance(member, property) else (member,)
+    unwrapped = (inspect.unwrap(getattr(f, "__func__", f)) for f in functions if f is not None)
+    return [f.__code__ for f in unwrapped if isinstance(f, types.FunctionType)]
+
+
+def _is_in_code(name: str, code: types.CodeType) -> bool:
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return name in code.co_names or name in code.co_consts or any(_is_in_code(name, each) for each in inner)
 
 
 def set_on_base(layer: BaseTunerLayer, name: str, value: Any) -> None:
@@ -103,6 +115,7 @@ def set_on_base(layer: BaseTunerLayer, name: str, value: Any) -> None:
     base = layer.base_layer
     if not any(name in coordinates for coordinates in layer.coordinates.values()):
         setattr(base, name, value)
+        layer.names_of_the_base.add(name)
         return
     of_the_base = value.source.parameter if isinstance(value, MovedTensor) else value  # as tied tensors are
     if of_the_base is not getattr(base, name):

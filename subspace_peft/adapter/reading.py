@@ -111,7 +111,7 @@ class Moving:
         self._entries: Tensor | None = None
 
     def __call__(self, parameter: Tensor, *zs: Tensor) -> Tensor:
-        if is_partitioned(parameter):  # it may not be gathered now; no gradient but its own depends on its entries
+        if is_partitioned(parameter):  # it may not be whole now; the gradients of z do not depend on its entries
             parameter = parameter.new_zeros(()).expand(self.like.shape)
         return self.layer.form(self.path, dict(zip(self.zs, zs, strict=True)), parameter)()
 

@@ -6,7 +6,7 @@ P is drawn from names, so a model whose modules were renamed since has another P
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from peft import PeftConfig
@@ -34,7 +34,8 @@ def check_names(field: str, value: object, may_be_expression: bool) -> None:
 
 
 def are_names(value: object) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
+    is_collection = isinstance(value, Collection) and not isinstance(value, (str, bytes))
+    return is_collection and all(isinstance(name, str) for name in value)
 
 
 @dataclass(frozen=True)

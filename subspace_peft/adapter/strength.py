@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
-from numbers import Real
 
 from peft import PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
@@ -76,7 +75,9 @@ def strength_of(model: nn.Module, adapter: str) -> float:
                 "dicts instead, or leave `modules_to_save` out."
             )
     if len(strengths) > 1:
-        raise ValueError(f"An adapter must have one scale to be summed, {adapter!r} has {sorted(strengths)}.")
+        raise ValueError(
+            f"An adapter must have one scale to be summed, {adapter!r} has {sorted(strengths)}; set one everywhere."
+        )
     return strengths.pop()
 
 
@@ -92,6 +93,12 @@ def check_sources(adapters: Sequence[str], weights: Sequence[float], configs: Ma
             f"{len(weights)} for {len(adapters)}; give as many."
         )
     if unknown := [adapter for adapter in adapters if adapter not in configs]:
-        raise ValueError(f"`adapters` must be adapters of the model, got {unknown[0]!r}; it has {', '.join(configs)}.")
-    if wrong := [weight for weight in weights if not isinstance(weight, Real) or not isfinite(weight)]:
-        raise ValueError(f"`weights` must be finite numbers, got {wrong[0]!r}.")
+        there = ", ".join(configs)
+        raise ValueError(f"`adapters` must be adapters of the model, got {unknown[0]!r}; it has {there}.")
+    for weight in weights:
+        try:
+            is_finite = isfinite(weight)
+        except (TypeError, ValueError):
+            is_finite = False
+        if not is_finite:
+            raise ValueError(f"`weights` must be finite numbers, got {weight!r}; give one for each adapter.")

@@ -69,11 +69,11 @@ def check_adapter_name(adapter: str, saved_whole: Iterable[str]) -> None:
     Raises:
         ValueError: if they would.
     """
-    taken = not adapter or "." in adapter or adapter == "vector" or hasattr(nn.ModuleDict(), adapter)
+    taken = not adapter or "." in adapter or adapter in (VECTORS, "vector") or hasattr(nn.ModuleDict(), adapter)
     ending = next((name for name in saved_whole if adapter.endswith(name)), None)
     if taken or ending:
-        rule = "be empty, have a dot, or be one of torch's"
-        rule = f"end in {ending!r}, as what PEFT saves whole does" if ending else rule
+        rule = "be empty, contain a dot, or be a name that modules use already"
+        rule = f"end in {ending!r}, by which PEFT finds a module that is saved whole" if ending else rule
         raise ValueError(f"The name of an adapter must not {rule}, got {adapter!r}; choose another name.")
 
 

@@ -90,6 +90,48 @@ class Custom(Fused):
         return Autograd.apply(x, self.qkv.weight) + self.qkv.bias
 
 
+class Cell(nn.Module):
+    """Keeps a state that only its forward makes, and its parent takes away."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        before = getattr(self, "state", None)
+        self.state = x @ self.weight + (0 if before is None else before)
+        return self.state
+
+
+class Sequence(nn.Module):
+    def __init__(self, is_first: bool):
+        super().__init__()
+        self.cell, self.is_first = Cell(), is_first
+
+    def forward(self, x):
+        if self.is_first:
+            self.cell.state = None
+        self.cell(x)
+        y = self.cell(x)
+        if not self.is_first:
+            self.cell.state = None
+        return y
+
+
+class Doubled(nn.Linear):
+    """Reads a switch of its class in a property, and counts in an attribute that only its code names."""
+
+    is_doubled = False
+
+    @property
+    def factor(self):
+        return sum(2 if self.is_doubled else 1 for _ in range(1))
+
+    def forward(self, x):
+        setattr(self, "steps", getattr(self, "steps", 0) + 1)  # noqa: B010
+        return super().forward(x) * self.factor + self.steps
+
+
 MODELS = [Fused, Looped, Decoded, TiedHead, Custom]
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from tests.adapter.readers import MODELS, Fused, Looped, moved_pair, x
+from tests.adapter.readers import MODELS, Doubled, Fused, Looped, Sequence, moved_pair, x
 from tests.cases import dense_P, settings, theta_d
 
 
@@ -184,40 +184,22 @@ def test_settings_of_the_base_module_reach_it():
     assert "momentum" not in vars(norm)
 
 
-class Cell(nn.Module):
-    """Keeps a state that only its forward makes, and its parent takes away."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8) / 3)
-
-    def forward(self, x):
-        before = getattr(self, "state", None)
-        self.state = x @ self.weight + (0 if before is None else before)
-        return self.state
-
-
-class Sequence(nn.Module):
-    def __init__(self, is_first: bool):
-        super().__init__()
-        self.cell, self.is_first = Cell(), is_first
-
-    def forward(self, x):
-        if self.is_first:
-            self.cell.state = None
-        self.cell(x)
-        y = self.cell(x)
-        if not self.is_first:
-            self.cell.state = None
-        return y
-
-
 @pytest.mark.parametrize("is_first", [True, False])
 def test_what_a_forward_sets_is_reset_by_its_parent(is_first):
     plain = Sequence(is_first)
     model, batch = get_peft_model(copy.deepcopy(plain), settings()), torch.randn(3, 8)
     for _ in range(3):
         assert torch.equal(model(batch), plain(batch))
+
+
+def test_a_switch_of_the_class_and_a_count_of_the_forward_are_set_twice():
+    plain = nn.Sequential(Doubled(8, 8))
+    model, batch = get_peft_model(copy.deepcopy(plain), settings()), torch.randn(3, 8)
+    for is_doubled in (True, False, True):
+        for net in (plain, model.base_model.model):
+            net[0].is_doubled = is_doubled
+            net[0].steps = 0
+        torch.testing.assert_close(model(batch), plain(batch))
 
 
 @pytest.mark.parametrize("name", ["ds_id", "pre_bwd_fn", "whatever"])

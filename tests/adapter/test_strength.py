@@ -166,7 +166,7 @@ def test_other_inexact_sums_are_refused():
     for wrong in (None, float("nan")):
         with pytest.raises(ValueError, match=f"`weights` must be finite numbers, got {wrong}"):
             mlp.base_model.add_weighted_adapter(["default"], [wrong], "sum")
-    with pytest.raises(ValueError, match="The name of an adapter must not .* have a dot, .* got 'v1.0'"):
+    with pytest.raises(ValueError, match="The name of an adapter must not .* contain a dot, .* got 'v1.0'"):
         mlp.base_model.add_weighted_adapter(["default"], [1.0], "v1.0")
     assert set(mlp.peft_config) == {"default"}
 
@@ -180,7 +180,7 @@ def test_a_sum_takes_adapters_at_their_scales():
         model.base_model.add_weighted_adapter(["one"], [0.5], "sum")
     for layer in others:
         layer.set_scale("one", 3.0)
-    model.base_model.add_weighted_adapter(["one"], [0.5], "sum")
+    model.base_model.add_weighted_adapter(["one"], torch.tensor([0.5]), "sum")
     torch.testing.assert_close(theta_d(model, "sum"), 1.5 * theta_d(model, "one"))
 
 

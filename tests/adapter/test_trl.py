@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from subspace_peft import SubspaceTrainer
 from tests.cases import BY_NAME, close, move, outputs, theta_d, wrap
@@ -114,18 +115,29 @@ def tuned(folder, kind, config, cls=SubspaceTrainer, **options):
     return trainer
 
 
+JUDGED = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i == 0} for i, row in enumerate(PREFERENCES)]
 TEXTS = Dataset.from_list([{"text": "a b c d e f"}, {"text": "g h a b"}] * 3)
 
 
 @pytest.mark.parametrize(
     ("kind", "config", "data"),
-    [(SFTTrainer, SFTConfig, TEXTS), (DPOTrainer, DPOConfig, Dataset.from_list(PREFERENCES * 3))],
-    ids=["sft", "dpo"],
+    [
+        (SFTTrainer, SFTConfig, TEXTS),
+        (DPOTrainer, DPOConfig, Dataset.from_list(PREFERENCES * 3)),
+        (KTOTrainer, KTOConfig, Dataset.from_list(JUDGED * 3)),
+    ],
+    ids=["sft", "dpo", "kto"],
 )
 def test_a_rate_is_found_where_it_is_left_at_the_default_of_the_arguments(kind, config, data, tmp_path):
     trainer = tuned(tmp_path, kind, config, train_dataset=data)
     (rate,) = logged(trainer, "found_learning_rate")
     assert rate == logged(trainer, "learning_rate")[0] > 1000 * config.learning_rate
+
+
+@pytest.mark.parametrize("name", [name for name in dir(trl) if name.endswith("Trainer")])
+def test_nothing_of_ours_hides_what_a_trainer_of_trl_has_of_its_own(name):
+    ours = {each for each in vars(SubspaceTrainer) if not hasattr(Trainer, each)}
+    assert not ours & set(dir(getattr(trl, name)))
 
 
 def test_plain_training_arguments_are_no_rate_either(tmp_path):
