@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -80,19 +81,26 @@ def is_of_the_base(layer: BaseTunerLayer, name: str) -> bool:
     base = layer.__dict__.get("_modules", {}).get("base_layer")
     if base is None or name.startswith(OF_WRAPPERS):
         return False
-    is_known = name in layer.names_of_the_base or name in base._parameters or hasattr(type(base), name)
-    is_stored = not is_known and name not in base.__dict__ and hasattr(base, name)
-    if not is_known and not is_stored and not _names(type(base), name):
+    is_known = name in layer.names_of_the_base or name in base._parameters or _names(type(base), name)
+    if not is_known and (name in base.__dict__ or not hasattr(base, name)):
         return False
     own = layer.__dict__, layer._modules, layer._parameters, layer._buffers
     return name in OF_THE_BASE or not (hasattr(type(layer), name) or any(name in names for names in own))
 
 
-@functools.cache
+_in_code: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result  # a traced one would read dictionaries that the graph changes
 def _names(kind: type, name: str) -> bool:
-    """Whether the code of a class, or of one that it derives from, names this attribute."""
-    members = [member for each in kind.__mro__ if each not in nn.Module.__mro__ for member in vars(each).values()]
-    return any(_is_in_code(name, code) for member in members for code in _codes(member))
+    """Whether a class has this attribute, or its code, or that of one that it derives from, names it."""
+    if hasattr(kind, name):
+        return True
+    found = _in_code.setdefault(kind, {})
+    if name not in found:
+        members = [member for each in kind.__mro__ if each not in nn.Module.__mro__ for member in vars(each).values()]
+        found[name] = any(_is_in_code(name, code) for member in members for code in _codes(member))
+    return found[name]
 
 
 def _codes(member: object) -> list[types.CodeType]:

@@ -184,12 +184,16 @@ def test_settings_of_the_base_module_reach_it():
     assert "momentum" not in vars(norm)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_what_a_forward_sets_is_reset_by_its_parent(is_first):
+def test_what_a_forward_sets_is_reset_by_its_parent(is_first, is_compiled):
     plain = Sequence(is_first)
     model, batch = get_peft_model(copy.deepcopy(plain), settings()), torch.randn(3, 8)
+    if is_compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(3):
-        assert torch.equal(model(batch), plain(batch))
+        torch.testing.assert_close(model(batch), plain(batch))
 
 
 def test_a_switch_of_the_class_and_a_count_of_the_forward_are_set_twice():
