@@ -160,7 +160,8 @@ class SubspaceTrainer(Trainer):
         except NoOutputsError as error:
             del groups[0][IS_FOUND]
             self._begin_schedule([self.args.learning_rate] * len(groups), is_resumed=False)
-            self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs{error}")
+            reason = f" ({error})" if str(error) else ""
+            self._warn_of_default(f"for {type(self).__name__}, whose loss gives no outputs{reason}")
             return
         self._begin_schedule([theta_d, *[head] * (len(groups) - 1)], is_resumed=False)
         of_head = {"found_head_learning_rate": head} if len(groups) > 1 else {}
@@ -192,13 +193,13 @@ class SubspaceTrainer(Trainer):
         if of_trl(self, "compute_loss"):
             alone = self._inputs_of_forward(model, inputs)
             if not alone:
-                raise NoOutputsError(" of the model alone")
+                raise NoOutputsError("a batch is no input of the model")
             return run(model, alone)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         try:
             found = self.compute_loss(model, given, return_outputs=True, num_items_in_batch=num_items)
-        except (NotImplementedError, ValueError) as error:  # the training step raises it again, if it is of the batch
-            raise NoOutputsError(f" ({error})" if str(error) else "") from error
+        except NotImplementedError as error:
+            raise NoOutputsError(str(error)) from error
         return found[1] if isinstance(found, tuple) else run(model, inputs)
 
     def _inputs_of_forward(self, model: nn.Module, inputs: Any) -> dict[str, Any]:

@@ -292,3 +292,8 @@ def test_what_has_none():
     with pytest.raises(ValueError, match="must depend on theta_d .* or none of its targets runs"):
         sensitivity(model, X)
     assert not theta_d(model).any()
+
+
+def test_what_comes_after_a_loss_in_a_tuple_is_logits():
+    expected = sensitivity(linear(), X)
+    assert sensitivity(linear(), X, lambda model, x: (model(x).mean(), model(x))) == pytest.approx(expected)

@@ -46,7 +46,6 @@ FILES = {  # what single files may import besides
     "adapter.expansion": {"transformers"},  # PreTrainedModel
     "adapter.quantised": {"bitsandbytes"},  # of what bitsandbytes packed, in a base that it quantised
     "adapter.renaming": {"transformers"},  # what its models' modules were called
-    "optim.closure": {"accelerate"},
     "trajectory.callback": {".recording"},
     "spectra.callback": {".recording"},
     "spectra.matrices": {".adapter.layer", ".adapter.quantised", "peft"},

@@ -233,7 +233,7 @@ def formed(module: nn.Module, forms: dict[str, Form], others: dict[str, Tensor] 
         others: Tensors that are in place of further parameters.
     """
     tensors = {path: form() for path, form in forms.items()}
-    in_place = {**tensors, **(others or {})}
+    in_place = {**tensors, **(others or {})}  # torch 2.7 cannot trace |
     large = {}
     if torch.is_grad_enabled() and not is_transformed() and _has_hooks():
         large = {path: forms[path] for path, x in tensors.items() if x.numel() > HELD_ENTRIES and _can_return(x)}

@@ -148,6 +148,7 @@ def _run(
 ) -> Tensor:
     """What `forward` gives with tensors of these forms, and these others, in place of the base's parameters."""
     if torch.compiler.is_compiling() and has_stand_in(base):
-        return run_with(base, {**others, **{path: form() for path, form in forms.items()}}, *args, **kwargs)
+        tensors = {**others, **{path: form() for path, form in forms.items()}}  # torch 2.7 cannot trace |
+        return run_with(base, tensors, *args, **kwargs)
     with formed(base, forms, others):
         return forward(*args, **kwargs)

@@ -15,16 +15,16 @@ from ..plain_model import is_distributed
 from . import quantised
 
 
-def check_known(adapters: list[str] | None, known: Iterable[str]) -> None:
-    """Check that adapters that are to be merged are there.
+def check_known(field: str, adapters: list[str] | None, known: Iterable[str]) -> None:
+    """Check that adapters that a user names are there.
 
     Raises:
-        ValueError: if one is not; PEFT would unload the model without it.
+        ValueError: if one is not; PEFT would go on without it.
     """
     names = () if adapters is None or isinstance(adapters, str) else adapters
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known)
-        raise ValueError(f"`adapter_names` must be adapters of the model, got {unknown[0]!r}; it has {there}.")
+        raise ValueError(f"`{field}` must be adapters of the model, got {unknown[0]!r}; it has {there}.")
 
 
 def check_whole(layer: BaseTunerLayer) -> None:

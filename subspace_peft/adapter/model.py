@@ -25,8 +25,8 @@ from .mixed_batch import handing_over
 from .plan import Plan, moved_shapes
 from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
-from .saved_whole import names_saved_whole, with_heads
-from .strength import check_sources, strength_of
+from .saved_whole import check_none_saved, names_saved_whole, with_heads
+from .strength import check_weights, one_strength
 from .targets import Target, find_targets, is_named, refuse_all
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors, check_adapter_name
@@ -201,7 +201,8 @@ class SubspaceModel(BaseTuner):
             raise ValueError(
                 f"Each adapter of a model needs a name of its own, {adapter_name!r} is taken; choose another name."
             )
-        check_sources(adapters, weights, self.peft_config)
+        check_weights(adapters, weights)
+        merging.check_known("adapters", adapters, self.peft_config)
         configs = [self.peft_config[adapter] for adapter in adapters]
         identities = {identity(config) for config in configs}
         if len(identities) > 1 or configs[0].coordinates != "weight" or configs[0].projection in GIVEN:
@@ -211,7 +212,9 @@ class SubspaceModel(BaseTuner):
             )
         if any(statistics.of_adapter(layer, adapter) for layer in self._layers() for adapter in adapters):
             raise ValueError("Adapters that hold batch-norm statistics have no exact sum; merge them one by one.")
-        strengths = [strength_of(self.model, adapter) for adapter in adapters]
+        for adapter in adapters:
+            check_none_saved(self.model, adapter)
+        strengths = [one_strength(a, unique_coordinates(self.model, a).values()) for a in adapters]
         config = SubspaceConfig.from_peft_type(**{**configs[0].to_dict(), "inference_mode": False})
         self.peft_config[adapter_name] = config
         try:
@@ -252,11 +255,11 @@ class SubspaceModel(BaseTuner):
             merging.check_whole(layer)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        merging.check_known(adapter_names, self.peft_config)
+        merging.check_known("adapter_names", adapter_names, self.peft_config)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        merging.check_known(adapter_names, self.peft_config)
+        merging.check_known("adapter_names", adapter_names, self.peft_config)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unload_inside(model, merge, safe_merge, adapter_names)
         if hasattr(model, VECTORS):

@@ -92,7 +92,7 @@ class _StandIn:
     sparse = False  # as below
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
-        object.__setattr__(self, "_of", module)
+        object.__setattr__(self, "_of", module)  # torch 2.8 can trace this, but no update of __dict__
         for name, tensor in tensors.items():
             object.__setattr__(self, name, tensor)
 

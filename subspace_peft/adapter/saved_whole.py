@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from peft import PeftConfig, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .layer import SubspaceLayer
@@ -56,4 +57,18 @@ def check_saved(model: nn.Module, config: PeftConfig) -> None:
             raise ValueError(
                 f"`modules_to_save` must name modules that no adapter of the model targets, `{name}` is a target of "
                 f"{', '.join(map(repr, module.coordinates))}; leave it out, or target it too."
+            )
+
+
+def check_none_saved(model: nn.Module, adapter: str) -> None:
+    """Check that an adapter to be summed saves no module whole, which would not be in the sum.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            raise ValueError(
+                f"Adapters that save modules whole have no exact sum, {adapter!r} saves `{name}`; average their state "
+                "dicts instead, or leave `modules_to_save` out."
             )

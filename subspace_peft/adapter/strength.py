@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
-
-from peft import PeftConfig
-from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
 
 from ..coordinates import Coordinates
 
@@ -59,21 +55,13 @@ class Strength:
         self.reads.clear()
 
 
-def strength_of(model: nn.Module, adapter: str) -> float:
-    """The scale of an adapter, which has no part that is saved whole.
+def one_strength(adapter: str, coordinates: Iterable[Coordinates]) -> float:
+    """The scale of an adapter with these coordinates.
 
     Raises:
-        ValueError: if it has one, or differs from layer to layer.
+        ValueError: if it differs from layer to layer.
     """
-    strengths = set()
-    for name, module in model.named_modules():
-        if isinstance(module, Strength):
-            strengths |= {coordinates.strength for coordinates in module.coordinates.get(adapter, {}).values()}
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            raise ValueError(
-                f"Adapters that save modules whole have no exact sum, {adapter!r} saves `{name}`; average their state "
-                "dicts instead, or leave `modules_to_save` out."
-            )
+    strengths = {each.strength for each in coordinates}
     if len(strengths) > 1:
         raise ValueError(
             f"An adapter must have one scale to be summed, {adapter!r} has {sorted(strengths)}; set one everywhere."
@@ -81,20 +69,17 @@ def strength_of(model: nn.Module, adapter: str) -> float:
     return strengths.pop()
 
 
-def check_sources(adapters: Sequence[str], weights: Sequence[float], configs: Mapping[str, PeftConfig]) -> None:
-    """Check what a weighted sum is made of.
+def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Check the weights of a sum.
 
     Raises:
-        ValueError: if an adapter is not one of the model's, or a weight is no finite number.
+        ValueError: if they are not one finite number for each adapter.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(
             "`adapters` must name at least one adapter and `weights` hold one number for each, got "
             f"{len(weights)} for {len(adapters)}; give as many."
         )
-    if unknown := [adapter for adapter in adapters if adapter not in configs]:
-        there = ", ".join(configs)
-        raise ValueError(f"`adapters` must be adapters of the model, got {unknown[0]!r}; it has {there}.")
     for weight in weights:
         try:
             is_finite = isfinite(weight)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -85,9 +85,12 @@ class Update:
 
     Trainer decides how losses are accumulated and divided, and evaluates the micro-batches before it calls `step`: the
     first call of the closure returns these results. The loss is the mean over the processes.
+
+    Args:
+        accelerator: accelerate's Accelerator of the training.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Any):
         self.accelerator = accelerator
         self.model: nn.Module | None = None
         self.evaluations: list[Callable] = []
@@ -138,7 +141,7 @@ class Update:
 
 
 @contextmanager
-def _without_backward(accelerator: Accelerator) -> Iterator[None]:
+def _without_backward(accelerator: Any) -> Iterator[None]:
     """Turn backward off: Trainer.training_step always calls it, but trials of a line search need no gradients."""
     accelerator.backward = lambda loss, **kwargs: None
     try:
