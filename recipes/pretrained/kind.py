@@ -7,7 +7,7 @@ from typing import Any
 from recipes.lab.kinds import Kind, Report
 from recipes.lab.request import SEARCH
 from recipes.pretrained import images, text
-from recipes.pretrained.settings import KEYS, Settings, settings
+from recipes.pretrained.settings import KEYS, WITHOUT_ADAPTER, Settings, settings
 from recipes.pretrained.shared import shared_basis, sources
 from recipes.pretrained.training import adapter_of, train
 
@@ -29,7 +29,7 @@ def stays(part: dict[str, Any], key: str, values: list) -> bool:
     if part.get("lr") in (0, [0]) and key in ("lr", "head_lr"):
         return True
     methods = part.get("method", Settings.method)
-    baseline = set(methods if isinstance(methods, list) else [methods]) <= {"full", "head", "bitfit"}
+    baseline = set(methods if isinstance(methods, list) else [methods]) <= set(WITHOUT_ADAPTER)
     return baseline and key in ("coordinates", "projection", "parameters", "d", "rank", "modules")
 
 

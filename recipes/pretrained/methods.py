@@ -23,11 +23,13 @@ from peft import (
 )
 from torch import nn
 
-from recipes.pretrained.settings import Settings
+from recipes.pretrained.settings import WITHOUT_ADAPTER, Settings
 from subspace_peft import SubspaceConfig
 
 
 HEAD = "classifier"
+OF_WORDS = "language_model.lm_head"
+"""The output embedding of a language model, which no adapter adapts, as in PEFT."""
 OF_CONVOLUTIONS = ("subspace", "lora", "lokr")
 Modules = dict[str, nn.Linear | nn.Conv2d]
 
@@ -40,13 +42,16 @@ def wrap(model: nn.Module, settings: Settings, basis: Path | None = None) -> nn.
     """
     if settings.method == "full":
         return model
-    if settings.method in ("head", "bitfit"):
+    if settings.method in WITHOUT_ADAPTER:
         for name, parameter in model.named_parameters():
             chosen = settings.method == "bitfit" and name.endswith("bias")
-            parameter.requires_grad_(chosen or name.startswith(HEAD))
+            parameter.requires_grad_(chosen or (settings.method != "none" and name.startswith(HEAD)))
+        if settings.method == "bitfit" and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"`method` 'bitfit' trains biases, and {settings.model} has none; take another.")
         return model
     modules = adapted(model, settings.modules)
-    return get_peft_model(model, config(settings, modules, basis))
+    heads = [HEAD] if hasattr(model, HEAD) else None
+    return get_peft_model(model, config(settings, modules, basis, heads))
 
 
 def adapted(model: nn.Module, pattern: str) -> Modules:
@@ -55,7 +60,8 @@ def adapted(model: nn.Module, pattern: str) -> Modules:
     Raises:
         ValueError: if there are none.
     """
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n != HEAD}
+    beside = (HEAD, OF_WORDS)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n not in beside}
     modules = {name: m for name, m in linear.items() if re.search(pattern, name)}
     if not modules:
         raise ValueError(
@@ -65,8 +71,8 @@ def adapted(model: nn.Module, pattern: str) -> Modules:
     return modules
 
 
-def config(settings: Settings, modules: Modules, basis: Path | None) -> PeftConfig:
-    """Of an adapter of these modules.
+def config(settings: Settings, modules: Modules, basis: Path | None, heads: list[str] | None) -> PeftConfig:
+    """Of an adapter of these modules, with the new heads that train beside it.
 
     Raises:
         ValueError: if one of them is none that the method takes, or the method cannot have this size.
@@ -77,7 +83,7 @@ def config(settings: Settings, modules: Modules, basis: Path | None) -> PeftConf
             f"`method` must be one of {', '.join(OF_CONVOLUTIONS)} for convolutions, such as {others[0]!r}, got "
             f"{settings.method!r}; name linear modules in `modules`."
         )
-    common = {"target_modules": list(modules), "modules_to_save": [HEAD]}
+    common = {"target_modules": list(modules), "modules_to_save": heads}
     if settings.method == "subspace":
         vectors = {"target_modules": "all", "parameters": "vectors"}
         moved = vectors if settings.parameters == "vectors" else {"parameters": ["weight"]}  # as LoRA: no biases

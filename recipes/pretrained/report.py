@@ -19,7 +19,7 @@ COMMON += ("batch_size", "warmup")
 """What all rows of a table must share: accuracies of other settings are no spread over seeds."""
 LINE_OF_TEXT = 0.4
 """Points of accuracy that a line of text covers in the figure, about."""
-LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--")}
+LEVELS = {METHODS["full"]: ("black", "-"), METHODS["head"]: (GREY, "--"), METHODS["none"]: (GREY, ":")}
 """Methods without a size: a line across the figure."""
 PAIR = ("weight, kronecker", "weight, fastjl")
 """What is compared seed by seed."""
@@ -49,12 +49,12 @@ def table(runs: list[Settings], results: Results) -> pd.DataFrame:
         | {f"{key}_examples": value for key, value in result["examples"].items()}
         | {
             **result["trainable"],
-            "bytes": result["adapter"]["bytes"],
+            "bytes": result.get("adapter", {}).get("bytes"),
             "peak": result.get("peak_bytes"),
-            "loss": result["train_loss"][-1],
+            "loss": result.get("train_loss", [None])[-1],
             "rates": result.get("rates"),
+            "ms": result.get("step_ms", {}).get("wall" if result["hardware"]["gpu"] else "cpu"),
         }
-        | {"ms": result["step_ms"]["wall" if result["hardware"]["gpu"] else "cpu"]}
         for run in runs
         if (result := results.load(run))
     ]
@@ -105,7 +105,7 @@ def parts(runs: list[Settings], results: Results) -> dict[str, str]:
     tables = {"methods": "\n".join(_methods(rows))}
     if len(paired):
         tables["pairs"] = "\n".join(_pairs(paired))
-    if all((rows.label == label).sum() == 1 for label in LEVELS) and (rows.lr == 0).any():
+    if all((rows.label == METHODS[end]).sum() == 1 for end in ("head", "full")) and (rows.lr == 0).any():
         tables["sizes"] = "\n".join(_sizes(rows))
     return tables
 
@@ -139,16 +139,11 @@ def _methods(rows: pd.DataFrame) -> list[str]:
     lines = []
     for row in rows.itertuples():
         rate = f"{row.head_lr if row.label == METHODS['head'] else row.lr:g}" if row.lr else "found"
+        costs = ((row.loss, ".3f"), (row.bytes, ",.0f"), (row.ms, ".0f"), (row.peak / 1e6, ".0f"))
         lines.append(
             [row.label, row.rank or "", row.modules.replace("|", " or "), f"{row.adapter:,.0f}", row.said, row.held]
-            + [
-                row.seeds,
-                rate,
-                f"{row.loss:.3f}",
-                f"{row.bytes:,.0f}",
-                f"{row.ms:.0f}",
-                "" if math.isnan(row.peak) else f"{row.peak / 1e6:.0f}",
-            ]
+            + [row.seeds, "" if row.label == METHODS["none"] else rate]
+            + ["" if math.isnan(value) else format(value, form) for value, form in costs]
         )
     header = ["method", "rank", "modules", "parameters without the head", "test accuracy, %", "validation, %"]
     header += ["seeds", "rate", "last training loss", "bytes saved", "ms a step", "MB beyond the base"]

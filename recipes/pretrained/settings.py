@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from recipes.lab.settings import Named, unnamed
+from recipes.pretrained.answers import QUESTIONS
 from recipes.tasks.data import COARSE_CLASSES, HUB
 from subspace_peft.coordinates import COORDINATES
 from subspace_peft.projections import PROJECTIONS
@@ -20,17 +21,20 @@ METHODS = {
     "vblora": "VB-LoRA",
     "unilora": "Uni-LoRA",
     "tinylora": "TinyLoRA",
+    "none": "not trained",
     "subspace": "subspace",
 }
 """Method -> its name in words; `subspace` is ours."""
 WORDS = {"basis": "basis of the other tasks", "identity": "all of them"}
 """Projections whose names say too little."""
 FOUND = ", rates found"
+WITHOUT_ADAPTER = ("full", "head", "bitfit", "none")
+"""Baselines, which settings of adapters say nothing of."""
 BY_D = ("subspace", "unilora", "tinylora", "fourierft", "waveft", "vblora")
 """Methods whose size is the number of their parameters, `d`: exactly, or the next that they can have below it."""
 BY_RANK = ("lora", "lokr", "vera", "unilora")
 IMAGES = ("digits", *HUB)
-POOLING = ("mean", "first")
+POOLING = ("mean", "first", "answer")
 PARAMETERS = {"weight": "", "vectors": "norms and biases"}
 """What ours moves in the adapted modules: as LoRA their weights, or as BitFit what has one dimension; in words."""
 CHOICES = {"method": METHODS, "pooling": POOLING, "coordinates": COORDINATES, "projection": PROJECTIONS}
@@ -46,7 +50,8 @@ class Settings(Named):
 
     dataset: str = "sst2"
     base: str = "sentence-transformers/all-MiniLM-L6-v2"
-    pooling: str = "mean"  # of all token vectors; or first: that of the first token, by the encoder's own pooler
+    pooling: str = "mean"  # of all token vectors; or first: that of the first token, by the encoder's own pooler; or
+    # answer: no vector and no head, but the word with which a language model goes on
     length: int = 48  # tokens of a sentence; what is longer is cut
     method: str = "full"
     coordinates: str = "weight"
@@ -62,7 +67,7 @@ class Settings(Named):
     head_lr: float = 1e-3  # of the head, whatever is trained beside it
     warmup: float = 0.06  # of all steps; the rate then falls as a cosine to zero
     image_size: int = 0  # pixels of a side, to which images are resized; 0: as they are
-    measured_examples: int = 0  # the first images of the test set; 0, and sentences: all
+    measured_examples: int = 0  # the first of the test set, and of the sentences that validate; 0: all
     examples: int = 2000  # of the training set, the same for every seed; 0: all
     task: int = -1  # one of the tasks that the coarse labels of a data set make; -1: the data set itself
     source_examples: int = 0  # of each of the other tasks, whose adapters give a `basis`; 0: all
@@ -99,15 +104,23 @@ class Settings(Named):
             raise ValueError(f"`d` must be at most {count - 1}, the number of other tasks, got {self.d}; lower it.")
         if self.parameters == "vectors" and self.coordinates != "weight":
             raise ValueError(f"`parameters` 'vectors' need `coordinates` 'weight', got {self.coordinates!r}.")
-        if self.method == "head":
+        if self.method in ("head", "none"):
             self._reset("lr")
+        if self.pooling == "answer":
+            if self.method == "head":
+                raise ValueError("`method` must not be 'head' for `pooling` 'answer', which has no head; take 'none'.")
+            if self.dataset not in QUESTIONS:
+                raise ValueError(
+                    f"`dataset` must be one of {', '.join(QUESTIONS)} for `pooling` 'answer', got {self.dataset!r}."
+                )
+            self._reset("head_lr")
         if self.rates_are_found:
             if self.method != "subspace":
                 raise ValueError(
                     f"`lr` must be above 0 for {self.label}, got {self.lr}; rates are found for ours alone."
                 )
             self._reset("head_lr")
-        if self.method in ("full", "head", "bitfit") or self.parameters == "vectors":
+        if self.method in WITHOUT_ADAPTER or self.parameters == "vectors":
             self._reset("modules")
 
     @property

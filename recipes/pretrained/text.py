@@ -1,4 +1,4 @@
-"""Sentences as token numbers, and the pretrained encoder under a new head."""
+"""Sentences as token numbers, and the pretrained model that reads them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from recipes.pretrained import answers
 from recipes.pretrained.settings import Settings
 from recipes.training.finetuning import HELD_OUT, Task, chosen
 
@@ -25,19 +26,20 @@ SENTENCE = ("sentence", "text")
 def load(settings: Settings) -> Task:
     return _load(
         settings.dataset, settings.data.replace("{dataset}", settings.dataset), _source(settings), settings.length,
-        settings.examples,
+        settings.examples, settings.measured_examples, settings.pooling == "answer",
     )  # fmt: skip
 
 
 @cache
-def _load(dataset: str, data: str, source: str, length: int, examples: int) -> Task:
+def _load(dataset: str, data: str, source: str, length: int, examples: int, measured: int, has_question: bool) -> Task:
     """The task of all runs with these settings.
 
     Raises:
         ValueError: if there are fewer training examples than asked for, or no such data.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    splits = {name: _tokenized(rows, tokenizer, length) for name, rows in _rows(dataset, data).items()}
+    tokenizer = answers.tokenizer(source) if has_question else AutoTokenizer.from_pretrained(source)
+    question = answers.QUESTIONS[dataset].text if has_question else ""
+    splits = {name: _tokenized(rows, tokenizer, length, question) for name, rows in _rows(dataset, data).items()}
     training = splits["train"]
     if "validation" not in splits:
         splits["validation"] = training.select(range(len(training) - HELD_OUT, len(training)))
@@ -51,8 +53,9 @@ def _load(dataset: str, data: str, source: str, length: int, examples: int) -> T
         return {name: batch[name] for name in names} | {"labels": torch.tensor([row["labels"] for row in rows])}
 
     classes = 1 + max(training["labels"])
-    measured = [_by_length(splits[name]) for name in ("validation", "test")]
-    return Task(training, *measured, collate, classes, longest, order="group_by_length")  # so that little is padded
+    splits = {name: rows.select(range(min(measured or len(rows), len(rows)))) for name, rows in splits.items()}
+    ordered = [_by_length(splits[name]) for name in ("validation", "test")]
+    return Task(training, *ordered, collate, classes, longest, order="group_by_length")  # so that little is padded
 
 
 def _rows(dataset: str, data: str) -> dict[str, Dataset]:
@@ -78,11 +81,15 @@ def _rows(dataset: str, data: str) -> dict[str, Dataset]:
         ) from None
 
 
-def _tokenized(rows: Dataset, tokenizer: Callable, length: int) -> Dataset:
+def _tokenized(rows: Dataset, tokenizer: Callable, length: int, question: str) -> Dataset:
+    """The question comes after the sentence, which alone is cut."""
     column = next((name for name in SENTENCE if name in rows.column_names), None)
     if column is None:
         raise ValueError(f"The data must have a column {' or '.join(SENTENCE)}, got {', '.join(rows.column_names)}.")
     numbers = tokenizer(list(rows[column]), truncation=True, max_length=length)["input_ids"]
+    if question:
+        asked = tokenizer(question, add_special_tokens=False)["input_ids"]
+        numbers = [each + asked for each in numbers]
     columns = {"input_ids": numbers, "labels": list(rows["label"]), "length": [len(each) for each in numbers]}
     return Dataset.from_dict(columns)
 
@@ -122,8 +129,10 @@ class SentenceClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def base_model(settings: Settings, classes: int) -> SentenceClassifier:
-    """The pretrained model under a new head that is drawn from the seed."""
+def base_model(settings: Settings, classes: int) -> nn.Module:
+    """The pretrained model under a new head that is drawn from the seed, or a language model that answers."""
     torch.manual_seed(settings.seed)
+    if settings.pooling == "answer":
+        return answers.answering_model(_source(settings), settings.dataset)
     pooled = {"add_pooling_layer": settings.pooling == "first"}
     return SentenceClassifier(AutoModel.from_pretrained(_source(settings), **pooled), classes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from recipes.pretrained.methods import HEAD, wrap
-from recipes.pretrained.settings import Settings
+from recipes.pretrained.settings import WITHOUT_ADAPTER, Settings
 from recipes.training.finetuning import (
     Steps,
     Task,
@@ -32,7 +32,6 @@ from subspace_peft import SubspaceTrainer
 
 EVALUATED_TOGETHER = 64
 BaseModel = Callable[[Settings, int], nn.Module]
-NOT_TRAINED_BY_ADAPTERS = ("full", "head", "bitfit")
 
 
 def arguments(settings: Settings, folder: str, examples: int, order: str) -> TrainingArguments:
@@ -73,9 +72,9 @@ def train(
     started = time.perf_counter(), time.process_time()
     base = base_model(settings, task.classes)
     result = {"base_digest": digest(base, HEAD), "parameters": sum(p.numel() for p in base.parameters())}
-    origin = None if settings.method in NOT_TRAINED_BY_ADAPTERS else copy.deepcopy(base)
+    origin = None if settings.method in WITHOUT_ADAPTER else copy.deepcopy(base)
     model = wrap(base, settings, basis)
-    callback = Steps()
+    callback, trained = Steps(), settings.method != "none"
     with tempfile.TemporaryDirectory() as folder:
         trainer = (SubspaceTrainer if settings.rates_are_found else Trainer)(
             model,
@@ -85,12 +84,13 @@ def train(
             compute_metrics=accuracy,
             preprocess_logits_for_metrics=classes_of,
             callbacks=[callback],
-            optimizers=(None if settings.rates_are_found else _adamw(model, settings), None),
+            optimizers=(_adamw(model, settings) if trained and not settings.rates_are_found else None, None),
         )
         trainer.remove_callback(PrinterCallback)
         set_up = time.perf_counter(), time.process_time()
-        trainer.train()
-        trained = time.perf_counter(), time.process_time()
+        if trained:
+            trainer.train()
+        done = time.perf_counter(), time.process_time()
         measured = {"validation": task.validation, "test": task.test}
         result["accuracy"] = {
             name: trainer.evaluate(split, metric_key_prefix=name)[f"{name}_accuracy"]
@@ -99,14 +99,16 @@ def train(
         evaluated = time.perf_counter(), time.process_time()
     result |= {
         "examples": {name: len(split) for name, split in measured.items()} | {"training": len(task.training)},
-        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "trainable": trainable(model, HEAD),
-        "step_ms": {"wall": statistics.median(callback.wall), "cpu": statistics.median(callback.cpu)},
-        "seconds": _seconds(
-            {"setup": (started, set_up), "train": (set_up, trained), "evaluate": (trained, evaluated)}
-        ),
-        "rates": [group["initial_lr"] for group in trainer.optimizer.param_groups],
         "processes": trainer.args.world_size,
+        "trainable": trainable(model, HEAD),
+        "seconds": _seconds({"setup": (started, set_up), "train": (set_up, done), "evaluate": (done, evaluated)}),
+    }
+    if not trained:
+        return result
+    result |= {
+        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "step_ms": {"wall": statistics.median(callback.wall), "cpu": statistics.median(callback.cpu)},
+        "rates": [group["initial_lr"] for group in trainer.optimizer.param_groups],
     }
     if trainer.is_world_process_zero():
         folder = adapter_of(settings, output) if settings.save_adapter else None
