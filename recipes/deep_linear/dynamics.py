@@ -18,8 +18,7 @@ from torch import Tensor
 
 from recipes.deep_linear.networks import Weights, descend, product, start
 from recipes.lab.kinds import measured
-from recipes.lab.results import Results
-from recipes.lab.rounding import digits
+from recipes.lab.results import Results, digits
 from recipes.lab.settings import PlainSettings
 from recipes.reports.figures import COLOURS, GREY, headline, legend_below, panels, save
 from recipes.reports.tables import markdown

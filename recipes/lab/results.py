@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recipes.lab import environment
 from recipes.lab.locks import Lock
 from recipes.lab.settings import Run
@@ -156,3 +158,12 @@ def read_measurement(file: Path) -> dict[str, Any]:
     if len(lines) != 1:
         raise ValueError(f"A measurement must be one line, {str(file)!r} has {len(lines)}; delete it to redo it.")
     return lines[0][1]
+
+
+def digits(values: Any, n: int = 4) -> Any:
+    """Tensors and lists as lists of numbers of n digits, since people read results too; NaN is null."""
+    if isinstance(values, torch.Tensor):
+        return digits(values.tolist(), n)
+    if isinstance(values, (list, tuple)):
+        return [digits(each, n) for each in values]
+    return float(f"{values:.{n}g}") if values == values else None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.lab.rounding import digits
+from recipes.lab.results import digits
 from recipes.lab.settings import PlainSettings
 from recipes.spectra.networks import accuracy
 from recipes.tasks.data import Split

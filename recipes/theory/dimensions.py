@@ -29,7 +29,7 @@ from recipes.lab.measurement import Parser, at_least, measured
 from recipes.lab.results import read_measurement
 from recipes.reports.figures import COLOURS, GREY, headline, legend_below, panels, save
 from recipes.reports.tables import joined, markdown
-from recipes.theory.spectra import SMALLEST, SPECTRA
+from recipes.theory.wells import SMALLEST, SPECTRA
 from subspace_peft.landscape import (
     ellipsoid_support,
     ellipsoid_width_bounds,

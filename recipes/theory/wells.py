@@ -9,6 +9,7 @@ loss epsilon. The bound is D - sum_i r_i^2 / (R^2 + r_i^2) (equation 3.4); the l
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.lab import command
 from recipes.lab.measurement import Parser, at_least, measured
-from recipes.lab.results import read_measurement
-from recipes.lab.rounding import digits
+from recipes.lab.results import digits, read_measurement
 from recipes.reports.figures import COLOURS, GREY, headline, legend_below, panels, save
 from recipes.reports.tables import markdown
-from recipes.theory.spectra import SPECTRA
 from subspace_peft.landscape import local_dimension_bound, local_dimension_limit, radii, random_lowest_losses
 
 
@@ -36,6 +35,20 @@ DELTA = 0.1
 WORDS = {"bimodal": "Half the directions flat, half steep", "continuous": "All curvatures between"}
 """The spectra, for those who have not read the paper."""
 FOLDER = Path(__file__).parent
+SMALLEST = 1e-3
+
+
+def bimodal(D: int) -> Tensor:
+    """The spectrum of which the first half of the directions is long."""
+    return torch.where(torch.arange(D) < D // 2, SMALLEST, 1.0).double()
+
+
+def continuous(D: int) -> Tensor:
+    """The spectrum of evenly spaced logarithms, from long directions to short ones."""
+    return torch.logspace(0, 1, D, base=SMALLEST, dtype=torch.float64).flip(0)
+
+
+SPECTRA: dict[str, Callable[[int], Tensor]] = {"bimodal": bimodal, "continuous": continuous}
 
 
 def measure(D: int, runs: int, seed: int) -> dict[str, Any]:

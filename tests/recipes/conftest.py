@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes import run
 from recipes.tasks.networks.efficientnet_lite import EfficientNetLite0
@@ -16,6 +16,7 @@ from tests.recipes.files import written
 
 WORDS = {"who": ["critics", "viewers", "friends"], "how": ["often", "never"], "what": ["liked", "missed"]}
 WORDS |= {"it": ["this film", "the long play"], "end": [".", "!"]}
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 SENTENCES = [" ".join(words) for words in itertools.product(*WORDS.values())]
 
 
@@ -43,13 +44,29 @@ def unreported(monkeypatch):
 def encoder(tmp_path_factory) -> Path:
     """A folder with a BERT of one layer and its tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    words = _tokenizer(folder)
+    BertModel(BertConfig(vocab_size=words, max_position_embeddings=16, **SHAPE)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory) -> Path:
+    """A folder with a Llama of two layers and its tokenizer, which has the words of a question and its answers."""
+    folder = tmp_path_factory.mktemp("speaker")
+    words = _tokenizer(folder, "it", "was", "terrible", "great")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=words, tie_word_embeddings=True, **SHAPE | {"num_hidden_layers": 2})
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(folder: Path, *others: str) -> int:
+    """A tokenizer of the sentences' words and others, saved in the folder; how many words it has."""
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()} | {*others})
     vocabulary = written(folder / "vocab.txt", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words)
     BertTokenizer(vocab=str(vocabulary)).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=5 + len(words), max_position_embeddings=16, **shape)).save_pretrained(folder)
-    return folder
+    return 5 + len(words)
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +83,12 @@ def data(tmp_path_factory) -> Path:
 def sentences(encoder, data) -> dict:
     """Settings for sentences of six words, and folders with them and the encoder."""
     return {"data": str(data), "weights": str(encoder), "length": 12}
+
+
+@pytest.fixture
+def answered(speaker, data) -> dict:
+    """Settings for the same sentences, of which a language model says what they are."""
+    return {"data": str(data), "weights": str(speaker), "length": 12, "pooling": "answer"}
 
 
 @pytest.fixture(scope="session")

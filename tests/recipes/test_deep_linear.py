@@ -11,8 +11,7 @@ from recipes import run as command
 from recipes.deep_linear import collapse, completion, dynamics
 from recipes.deep_linear.networks import compressed, descend, product, start
 from recipes.lab.grid import read
-from recipes.lab.results import Results
-from recipes.lab.rounding import digits
+from recipes.lab.results import Results, digits
 from recipes.lab.settings import PlainSettings
 from tests.recipes.files import RECIPES, options, results
 

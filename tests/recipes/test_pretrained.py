@@ -1,22 +1,23 @@
 """The recipe that fine-tunes pretrained models, tiny: random weights, sentences of six words, the digits."""
 
+import re
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from recipes import run
 from recipes.lab.grid import read
 from recipes.lab.results import Results
 from recipes.pretrained import images, tasks, text
 from recipes.pretrained.methods import HEAD, wrap
-from recipes.pretrained.report import _pairs, differences, shares
-from recipes.pretrained.settings import Settings
+from recipes.pretrained.settings import WITHOUT_ADAPTER, Settings
 from recipes.training.finetuning import trainable
 from subspace_peft.adapter.walk import named_layers
+from tests.recipes.conftest import SENTENCES
 from tests.recipes.files import RECIPES, options, results
 
 
@@ -36,7 +37,8 @@ OF_TASKS = FOLDER / "cifar100_tasks.yaml"
 OF_A_BASIS = {"method": "subspace", "projection": "basis", "parameters": "vectors", "source_epochs": 1}
 OF_A_BASIS |= {"dataset": "digits"}
 WITH_IMAGES = [file for file in YAMLS if read(file).runs[0].has_images and file != OF_TASKS]
-WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS)]
+ANSWERED = FOLDER / "smollm2.yaml"
+WITH_SENTENCES = [file for file in YAMLS if file not in (*WITH_IMAGES, OF_TASKS, ANSWERED)]
 
 
 @pytest.mark.parametrize("file", WITH_SENTENCES, ids=lambda file: file.stem)
@@ -44,6 +46,14 @@ def test_every_yaml_with_sentences_runs_tiny(file, shared, sentences, capsys):
     for result in _made(file, shared, TINY | sentences):
         assert 0 < result["peak_bytes"] < 5e6  # the base has 60 kB, an activation 16 kB
     assert "| weight, kronecker" in capsys.readouterr().out
+
+
+def test_a_language_model_that_answers_runs_tiny(shared, answered, capsys):
+    for result in _made(ANSWERED, shared, TINY | answered):
+        assert result["trainable"]["head"] == 0
+    shown = capsys.readouterr().out
+    assert "| weight, kronecker, rates found |  | 101 |" in shown
+    assert re.search(r"\| not trained \|  \| 0 \| [\d.]+ \| [\d.]+ \| 1 \|  \|  \|  \|  \|  \|", shown)
 
 
 @pytest.mark.parametrize("file", WITH_IMAGES, ids=lambda file: file.stem)
@@ -106,10 +116,11 @@ def _made(file: Path, folder: Path, tiny: dict) -> list[dict]:
     made = [results(folder)[each.name] for each in read(file, tiny).runs]
     assert {each["settings"]["method"] for each in made} == {each.method for each in read(file).runs}
     for result in made:
-        if result["settings"]["method"] not in ("full", "head", "bitfit"):
+        if result["settings"]["method"] not in WITHOUT_ADAPTER:
             assert result["adapter"]["max_difference"] <= 1e-6
-        found = result["settings"]["lr"] == 0
-        assert (result["rates"][-1] == 0.012) is not found
+        if result["settings"]["method"] != "none":
+            last = 0.012 if result["trainable"]["head"] else 0.011
+            assert (result["rates"][-1] == last) is not (result["settings"]["lr"] == 0)
         assert result["examples"] == {"training": 16, "validation": 12, "test": 12}
         right = 12 * result["accuracy"]["test"]  # of all test examples
         assert right == pytest.approx(round(right), abs=1e-6)
@@ -188,9 +199,9 @@ def test_images_are_split_once_and_batch_norms_keep_their_statistics(pictures, m
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
-def test_padding_changes_nothing(sentences, pooling):
-    made = Settings(examples=16, pooling=pooling, **sentences)
+@pytest.mark.parametrize("pooling", ["mean", "first", "answer"])
+def test_padding_changes_nothing(sentences, answered, pooling):
+    made = Settings(**{"examples": 16, **(answered if pooling == "answer" else sentences), "pooling": pooling})
     task = text.load(made)
     model = text.base_model(made, 2).eval()
     rows = [task.training[at] for at in range(16)]
@@ -201,6 +212,21 @@ def test_padding_changes_nothing(sentences, pooling):
     torch.testing.assert_close(together, alone)
 
 
+def test_an_answer_is_the_next_word(answered):
+    """Loss and logits are those of the language model alone, word after word."""
+    made = Settings(examples=4, **answered)
+    task, model = text.load(made), text.base_model(made, 2).eval()
+    row, words = task.training[0], AutoTokenizer.from_pretrained(answered["weights"])
+    asked = words.decode(row["input_ids"], skip_special_tokens=True)
+    assert asked.replace(" ", "").removesuffix("itwas") in "".join(SENTENCES).replace(" ", "")
+    with torch.no_grad():
+        said = model.language_model(torch.tensor([row["input_ids"]])).logits[0, -1]
+        answer = model(**task.collate([row]))
+    terrible, great = words.convert_tokens_to_ids(["terrible", "great"])
+    torch.testing.assert_close(answer.logits[0], said[[terrible, great]])
+    torch.testing.assert_close(answer.loss, -said.log_softmax(0)[[terrible, great][row["labels"]]])
+
+
 def test_without_a_validation_set_the_last_training_examples_validate(tmp_path, data, sentences, monkeypatch):
     monkeypatch.setattr(text, "HELD_OUT", 10)
     for name in ("train", "test"):
@@ -209,39 +235,6 @@ def test_without_a_validation_set_the_last_training_examples_validate(tmp_path, 
     assert (len(task.training), len(task.validation), len(task.test)) == (14, 10, 12)
     numbers = [{tuple(each) for each in split["input_ids"]} for split in (task.training, task.validation)]
     assert not numbers[0] & numbers[1]
-
-
-def test_differences_are_paired_by_seed():
-    accuracies = {("weight, kronecker", 0): 80, ("weight, kronecker", 1): 84, ("weight, kronecker", 2): 70}
-    accuracies |= {("weight, fastjl", 0): 81, ("weight, fastjl", 1): 82}
-    rows = [
-        {
-            "label": label,
-            "seed": seed,
-            "d": 64,
-            "lr": 0.01,
-            "head_lr": 0.1,
-            "test": value,
-            "validation": 50,
-            "test_examples": 100,
-        }
-        | {"validation_examples": 100}
-        for (label, seed), value in accuracies.items()
-    ]
-    rows += [row | {"d": 256, "test": row["test"] + row["seed"]} for row in rows]
-    paired = differences(pd.DataFrame(rows))
-    row = paired.set_index(["d", "split"]).loc[64, "test"]
-    assert row.each == [-1, 2]
-    assert (row["mean"], row.error) == pytest.approx((0.5, 1.5))
-    assert "| all |  | test set | 82.25 | 81.75 | 0.50 ± 0.87 | 4 pairs |  |" in _pairs(paired)
-
-
-def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
-    tests = {"full fine-tuning": 90, "head alone": 70, "weight, kronecker, rates found": 85, "LoRA": 99}
-    rows = pd.DataFrame({"label": tests.keys(), "test": tests.values(), "lr": [1e-3, 1e-3, 0, 1e-3]})
-    between = shares(rows)
-    assert between.label.tolist() == ["head alone", "weight, kronecker, rates found", "full fine-tuning"]
-    assert between.share.tolist() == [0, 0.75, 1]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +251,11 @@ def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
         (OF_A_BASIS | {"task": 5, "d": 2}, "`task` must be from 0 to 4 for 'digits', got 5"),
         ({"task": 0}, "`task` must be of cifar100 or digits for 'sst2', got 0"),
         ({"length": 0}, "`length` must be at least 1"),
+        ({"method": "head", "pooling": "answer"}, "`method` must not be 'head' for `pooling` 'answer'"),
+        (
+            {"dataset": "imdb", "pooling": "answer"},
+            "`dataset` must be one of sst2, subj for `pooling` 'answer', got",
+        ),
         ({"method": "lora", "rank": 2, "lr": 0}, "`lr` must be above 0 for LoRA, got 0; rates are found for ours"),
     ],
 )

@@ -7,7 +7,7 @@ from scipy.stats import beta
 
 from recipes.lab.results import read_measurement
 from recipes.theory import affine, dimensions, linearized, wells
-from recipes.theory.spectra import SPECTRA
+from recipes.theory.wells import SPECTRA
 
 
 def test_spectra_are_from_long_to_short():

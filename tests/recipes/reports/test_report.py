@@ -1,8 +1,10 @@
-"""`recipes/run.py --report`: it says again what the runs ended with."""
+"""`recipes/run.py --report`: it says again what the runs ended with; what the report of pretrained models computes."""
 
+import pandas as pd
 import pytest
 
 from recipes.lab.grid import read
+from recipes.pretrained.report import _pairs, differences, shares
 from recipes.run import main
 from tests.recipes.files import RECIPE_FILES, written
 
@@ -34,3 +36,36 @@ def test_every_yaml_has_a_report(file):
     report = read(file).report
     assert callable(report.text)
     assert callable(report.plot)
+
+
+def test_differences_are_paired_by_seed():
+    accuracies = {("weight, kronecker", 0): 80, ("weight, kronecker", 1): 84, ("weight, kronecker", 2): 70}
+    accuracies |= {("weight, fastjl", 0): 81, ("weight, fastjl", 1): 82}
+    rows = [
+        {
+            "label": label,
+            "seed": seed,
+            "d": 64,
+            "lr": 0.01,
+            "head_lr": 0.1,
+            "test": value,
+            "validation": 50,
+            "test_examples": 100,
+        }
+        | {"validation_examples": 100}
+        for (label, seed), value in accuracies.items()
+    ]
+    rows += [row | {"d": 256, "test": row["test"] + row["seed"]} for row in rows]
+    paired = differences(pd.DataFrame(rows))
+    row = paired.set_index(["d", "split"]).loc[64, "test"]
+    assert row.each == [-1, 2]
+    assert (row["mean"], row.error) == pytest.approx((0.5, 1.5))
+    assert "| all |  | test set | 82.25 | 81.75 | 0.50 ± 0.87 | 4 pairs |  |" in _pairs(paired)
+
+
+def test_a_share_is_between_the_head_alone_and_full_fine_tuning():
+    tests = {"full fine-tuning": 90, "head alone": 70, "weight, kronecker, rates found": 85, "LoRA": 99}
+    rows = pd.DataFrame({"label": tests.keys(), "test": tests.values(), "lr": [1e-3, 1e-3, 0, 1e-3]})
+    between = shares(rows)
+    assert between.label.tolist() == ["head alone", "weight, kronecker, rates found", "full fine-tuning"]
+    assert between.share.tolist() == [0, 0.75, 1]
