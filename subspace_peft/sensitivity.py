@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .evaluation import evaluating, moved, run, same_random
+from .evaluation import are_logits, evaluating, moved, output_rows, run, same_random, tokens_of_loss
 from .optim.processes import process_count, sum_over_processes
 from .plain_model import HasSubstitutes, unwrapped
 
@@ -27,7 +27,6 @@ LEAST_SPREAD = 1.0
 DIRECTIONS = 2
 TRIALS = 12  # of a length, for each direction
 FIRST = 1e-3
-ENTRIES = 2**22  # of the outputs that are compared: the logits of a vocabulary over a batch of tokens can be gigabytes
 
 
 def is_theta_d(name: str) -> bool:
@@ -90,18 +89,20 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
         batch = moved(batch, like.device)
     # compiled blocks would be compiled once more, for these evaluations
     as_written = torch.compiler.set_stance("force_eager")
+    tokens = tokens_of_loss(batch)
     with as_written, evaluating(model), _seen(model) as places, _substitutes(model) as substitutes:
 
         def outputs() -> tuple[list[Tensor], bool]:
             places.clear()
             with same_random(model):
                 output = forward(model, batch)
-            return _rows(output, places), _are_logits(output) and not places
+            rows = output_rows(output, [place.features for place in places[-1:]], tokens)
+            return rows, are_logits(output) and not places
 
-        start, are_logits = outputs()
+        start, of_classes = outputs()
         known = [f.isfinite() for f in start]  # logits may be -inf for classes that a model excludes
         start = [f.where(at, 0) for f, at in zip(start, known, strict=True)]
-        sizes, share = _sizes(start, known, are_logits)
+        sizes, share = _sizes(start, known, of_classes)
         if not _mean(any(sizes), like):
             raise ValueError(
                 "A batch must have samples with different outputs, "
@@ -124,10 +125,10 @@ def sensitivity(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
     return Sensitivity(sum(slopes) / len(slopes), _mean(head, like) or None, sum(vector.numel() for vector in before))
 
 
-def _sizes(start: list[Tensor], known: list[Tensor], are_logits: bool) -> tuple[list[float], float | None]:
+def _sizes(start: list[Tensor], known: list[Tensor], of_classes: bool) -> tuple[list[float], float | None]:
     """What each output counts as varying by, logits by at least LEAST_SPREAD each, and the share of that it does."""
     sizes, share = [_spread(f) for f in start], 1.0
-    if start and are_logits and known[0].any() and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
+    if start and of_classes and known[0].any() and _have_unit(start[0]) and (sizes[0] or not start[0].any()):
         least = LEAST_SPREAD * math.sqrt(known[0].sum())
         share, sizes[0] = min(sizes[0] / least, 1.0), max(sizes[0], least)
     return sizes, share if any(sizes) else None
@@ -251,29 +252,6 @@ def _seen(model: nn.Module) -> Iterator[list[_Place]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rows(output: Any, places: list[_Place]) -> list[Tensor]:
-    """The outputs, and what entered the last module that is trained whole: [samples, features] each, float32."""
-    found = [_first(output), *(place.features for place in places[-1:])]
-    rows = [f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found if f is not None]
-    return [f[:: 1 + f.numel() // ENTRIES].float() for f in rows]
-
-
-def _first(output: Any) -> Tensor | None:
-    """`logits`, or the first tensor of floats that is not a single number."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.dim() else None
-    if isinstance(output, Mapping):
-        output = [output["logits"]] if "logits" in output else list(output.values())
-    found = (_first(each) for each in output) if isinstance(output, (tuple, list)) else ()
-    return next((f for f in found if f is not None), None)
-
-
-def _are_logits(output: Any) -> bool:
-    """A single tensor counts as such, and so does what comes after a loss in a tuple."""
-    has_loss = isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor) and not output[0].dim()
-    return has_loss or isinstance(output, Tensor) or (isinstance(output, Mapping) and "logits" in output)
 
 
 def _have_unit(f: Tensor) -> bool:

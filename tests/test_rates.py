@@ -4,11 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.functional import pad
 
 from subspace_peft import SubspaceConfig, find_rates, gamma_for, parameter_groups
 from subspace_peft.adapter.walk import unique_coordinates
 from subspace_peft.sensitivity import sensitivity
 from tests.cases import BY_NAME, loss, settings, theta_d, wrap
+from tests.models import llama
 
 
 CASE = BY_NAME["mlp"]
@@ -80,6 +82,33 @@ def test_the_rate_that_is_found_learns():
             optimizer.step()
         losses[factor] = loss(model, batch).item()
     assert losses[1.0] < losses[0.03] / 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_rate(side):
+    model = get_peft_model(llama().eval(), SubspaceConfig(d=16, target_modules="all-linear"))
+    ids = torch.randint(3, 23, (6, 9), generator=torch.Generator().manual_seed(0))
+    padding = (4, 0) if side == "left" else (0, 4)
+    padded = {"input_ids": pad(ids, padding), "attention_mask": pad(torch.ones_like(ids), padding)}
+    rate = find_rates(model, {"input_ids": ids}, 100).theta_d
+    assert find_rates(model, padded, 100).theta_d == pytest.approx(rate, rel=1e-3)
+    labels = {"labels": pad(ids, padding, value=-100)}
+    assert find_rates(model, padded | labels, 100).theta_d == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["labels", "completion_mask"])
+def test_outputs_that_the_loss_does_not_read_move_no_rate(name):
+    """The rate is that of the last three outputs: of two tokens of an answer, and of the one before."""
+    model = get_peft_model(llama().eval(), SubspaceConfig(d=16, target_modules="all-linear"))
+    ids = torch.randint(3, 23, (6, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) > 6).expand(6, 9).long()
+    batch = {"labels": ids.where(mask > 0, -100)} if name == "labels" else {"completion_mask": mask}
+    last = find_rates(model, {"input_ids": ids}, 100, lambda model, batch: model(**batch).logits[:, -3:])
+    found = find_rates(model, batch | {"input_ids": ids}, 100, lambda model, batch: model(batch["input_ids"]))
+    assert found == pytest.approx(last, rel=1e-6)
+    assert found != pytest.approx(find_rates(model, {"input_ids": ids}, 100), rel=1e-2)
+    ignored = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    assert find_rates(model, ignored, 100) == find_rates(model, {"input_ids": ids}, 100)
 
 
 OPTIMIZERS = {

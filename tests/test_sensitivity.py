@@ -196,7 +196,7 @@ def test_what_enters_a_head(bias, larger):
 def test_large_outputs_are_compared_by_some_of_their_rows(monkeypatch):
     model, x = linear(), torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
     whole = sensitivity(model, x)
-    monkeypatch.setattr("subspace_peft.sensitivity.ENTRIES", 1000)
+    monkeypatch.setattr("subspace_peft.evaluation.ENTRIES", 1000)
     assert sensitivity(model, x).theta_d == pytest.approx(whole.theta_d, rel=0.1)
 
 
