@@ -24,10 +24,10 @@ QUESTIONS = {
 
 
 class AnsweringModel(nn.Module):
-    """The logits of the classes' words, as the next token of a sentence with its question.
+    """The logits of the token that comes after a sentence with its question. [batch, vocabulary]
 
-    Sentences are padded at their start. The loss is that of the word among all tokens, as in supervised fine-tuning on
-    completions of one token.
+    Sentences are padded at their start. The loss is that of the class's word among all tokens, as in supervised
+    fine-tuning on completions of one token.
     """
 
     def __init__(self, language_model: nn.Module, words: list[int]):
@@ -42,7 +42,7 @@ class AnsweringModel(nn.Module):
         logits = self.language_model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
         words = torch.tensor(self.words, device=logits.device)
         loss = None if labels is None else cross_entropy(logits, words[labels])
-        return SequenceClassifierOutput(loss=loss, logits=logits[:, words])
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -52,13 +52,22 @@ def tokenizer(source: str) -> PreTrainedTokenizerBase:
     return made
 
 
-def answering_model(source: str, dataset: str) -> AnsweringModel:
-    """Raises ValueError if two classes have words that begin with the same token."""
+def words(source: str, dataset: str) -> list[int]:
+    """The first token of the word for each class.
+
+    Raises:
+        ValueError: if two are the same.
+    """
     known = tokenizer(source)
-    words = [known(word, add_special_tokens=False)["input_ids"][0] for word in QUESTIONS[dataset].words]
-    if len(set(words)) < len(words):
+    found = [known(word, add_special_tokens=False)["input_ids"][0] for word in QUESTIONS[dataset].words]
+    if len(set(found)) < len(found):
         raise ValueError(
             f"The answers {', '.join(QUESTIONS[dataset].words)} must begin with different tokens, {source!r} has "
-            f"{words}; take another base."
+            f"{found}; take another base."
         )
-    return AnsweringModel(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), words)
+    return found
+
+
+def answering_model(source: str, dataset: str) -> AnsweringModel:
+    language_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return AnsweringModel(language_model, words(source, dataset))

@@ -53,9 +53,10 @@ def _load(dataset: str, data: str, source: str, length: int, examples: int, meas
         return {name: batch[name] for name in names} | {"labels": torch.tensor([row["labels"] for row in rows])}
 
     classes = 1 + max(training["labels"])
+    words = answers.words(source, dataset) if has_question else None
     splits = {name: rows.select(range(min(measured or len(rows), len(rows)))) for name, rows in splits.items()}
     ordered = [_by_length(splits[name]) for name in ("validation", "test")]
-    return Task(training, *ordered, collate, classes, longest, order="group_by_length")  # so that little is padded
+    return Task(training, *ordered, collate, classes, longest, order="group_by_length", words=words)
 
 
 def _rows(dataset: str, data: str) -> dict[str, Dataset]:

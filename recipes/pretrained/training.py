@@ -82,7 +82,7 @@ def train(
             data_collator=task.collate,
             train_dataset=task.training,
             compute_metrics=accuracy,
-            preprocess_logits_for_metrics=classes_of,
+            preprocess_logits_for_metrics=partial(classes_of, words=task.words),
             callbacks=[callback],
             optimizers=(_adamw(model, settings) if trained and not settings.rates_are_found else None, None),
         )

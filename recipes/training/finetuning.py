@@ -50,6 +50,7 @@ class Task(NamedTuple):
     classes: int
     longest: Any  # the training example that needs most memory
     order: str = "random"  # of the training examples, as Trainer calls it
+    words: list[int] | None = None  # the token of each class, where the logits are those of a vocabulary
 
 
 def chosen(count: int, total: int, dataset: str) -> list[int]:
@@ -85,8 +86,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def classes_of(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(-1)
+def classes_of(logits: Tensor, labels: Tensor, words: list[int] | None = None) -> Tensor:
+    """Predictions, of logits of classes or of a vocabulary in which these tokens are the classes."""
+    return (logits if words is None else logits[:, words]).argmax(-1)
 
 
 def digest(model: nn.Module, head: str) -> str:
