@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -30,11 +31,14 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
     multiplied = [adapter for adapter in adapters if _is_multiplied(layer, adapter, *args, **kwargs)]
     if not _adds_to_output(layer) and len(low_rank) + len(multiplied) < len(adapters):
-        return _run(base, base, _moved_forms(layer, adapters), {}, *args, **kwargs)
-    total = partial(_sum_of_outputs, layer, base.forward, adapters, low_rank, multiplied)
-    if not has_hooks(base):
+        with align_module_device(base):  # offloaded weights are read before the base module's own forward
+            return _run(base, base, _moved_forms(layer, adapters), {}, *args, **kwargs)
+    is_offloaded = has_offloaded_params(base)
+    name = "_old_forward" if is_offloaded else "forward"  # accelerate runs the first while the weights are loaded
+    total = partial(_sum_of_outputs, layer, getattr(base, name), adapters, low_rank, multiplied)
+    if not is_offloaded and not has_hooks(base):
         return total(*args, **kwargs)
-    with in_place_of(base, {"forward": total}):  # its hooks see the input and the output of all of it, once
+    with in_place_of(base, {name: total}):  # its hooks see the input and the output of all of it, once
         return base(*args, **kwargs)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
@@ -242,8 +241,7 @@ class SubspaceLayer(nn.Module, Strength, BaseTunerLayer):
         adapters = self.acting()
         if not adapters:
             return self.base_layer(*args, **kwargs)
-        # offloaded weights are read before the base module's own forward
-        with alone(self.base_layer), align_module_device(self.base_layer):
+        with alone(self.base_layer):
             return adapted(self, adapters, *args, **kwargs)
 
     @torch.no_grad()

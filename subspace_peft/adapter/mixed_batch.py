@@ -143,7 +143,16 @@ def handing_over(
 
     Args:
         args, kwargs: What the model is called with.
+
+    Raises:
+        ValueError: if none of these has as many samples as there are names.
     """
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+    if inputs and all(len(x) != len(names) for x in inputs):
+        raise ValueError(
+            f"`adapter_names` must have one name for each sample, got {len(names)} names for inputs of shape "
+            f"{', '.join(str(list(x.shape)) for x in inputs)}; give {len(inputs[0])}."
+        )
     handing = _Handing(model, layers, names, beams)
     handing.note(model, args, kwargs)
     hooks = [(layer, handing.to_layer) for layer in handing.name_of]

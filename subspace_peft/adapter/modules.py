@@ -12,6 +12,7 @@ from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -68,7 +69,10 @@ def features(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    return next(itertools.chain(module.parameters(), module.buffers())).device
+    """The device of its tensors, or to which accelerate loads those that it offloaded when the module runs."""
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
+    is_elsewhere = device.type == "meta" and has_offloaded_params(module)
+    return torch.device(module._hf_hook.execution_device) if is_elsewhere else device
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

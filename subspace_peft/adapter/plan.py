@@ -20,7 +20,7 @@ from .container import layer_around
 from .fingerprint import check_fingerprint, fingerprint, in_order_of
 from .given_projection import GIVEN, read_given
 from .layer import SubspaceLayer
-from .modules import padding_row
+from .modules import device_of, padding_row
 from .quantised import dequantised, is_quantised, operator, shape_of
 from .renaming import UNCHANGED, Renaming
 from .scale import normalising_scale
@@ -209,7 +209,7 @@ class Plan:
         config.d, config.D, config.fingerprint = self.d, self.D, fingerprint(self.shapes)
         config.basis_digest = self.given.digest if self.given else config.basis_digest
         coordinates = self._coordinates()
-        device = next(parameter.device for target in self.targets for parameter in target.module.parameters())
+        device = device_of(self.targets[0].module)
         theta_d = torch.zeros(self.d, device=device)
         if not config.init_weights:
             theta_d = torch.randn(self.d, device=device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import dispatch_model, init_empty_weights
+from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -15,6 +15,7 @@ from subspace_peft import SubspaceConfig
 from tests.cases import BY_NAME, close, loss, move, outputs, settings, theta_d, wrap
 
 
+THETA_D = "subspace_vectors.subspace_peft_theta_d.default.vector"
 LLAMA, MLP = BY_NAME["llama"], BY_NAME["mlp"]
 KINDS = [
     {"projection": "fastjl"},
@@ -79,6 +80,35 @@ def test_weights_in_host_memory(changes):
     places = device_map(base, "cpu")
     base = dispatch_model(base, places, main_device="cpu", force_hooks=True)
     check(get_peft_model(base, config(changes)).eval(), wrap(LLAMA, **with_linear(changes)))
+
+
+def wide(dtype: torch.dtype) -> nn.Sequential:
+    """Layers so wide that x runs through the steps of P."""
+    torch.manual_seed(0)
+    layers = nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512, bias=False)
+    return nn.Sequential(nn.Embedding(20, 512), *layers).to(dtype)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_every_weight_is_offloaded(changes, dtype, where, tmp_path):
+    """The first target too: theta_d is where the layers run."""
+    targets = SubspaceConfig(d=40, target_modules=["0", "1", "3"], init_weights=False, **changes)
+    plain, base, device = get_peft_model(wide(dtype), targets).eval(), wide(dtype), torch.device("cpu")
+    cpu_offload(base, device) if where == "host" else disk_offload(base, tmp_path / "base", device)
+    plain.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    x = torch.arange(20).unflatten(0, (4, 5))
+    for each in (model, plain):
+        each(x).float().square().mean().backward()
+    assert [name for name, parameter in base.named_parameters() if not parameter.is_meta] == [THETA_D]
+    assert torch.equal(model(x), plain(x))
+    assert torch.equal(theta_d(model).grad, theta_d(plain).grad)
+    names = ["default", "__base__", "__base__", "default"]
+    assert torch.equal(model(x, adapter_names=names), plain(x, adapter_names=names))
+    layer, twin = (each.base_model.model[1] for each in (model, plain))
+    assert torch.equal(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)

@@ -53,8 +53,10 @@ def test_wrong_mixed_batches(case):
     model = several(case)
     with pytest.raises(ValueError, match="name adapters of the model or '__base__', got the non-existing .* nobody"):
         outputs(model, case, adapter_names=["one", "one", "nobody"])
-    with pytest.raises(ValueError, match="must have one name for each sample .* got 2 names for .*; run such a"):
-        outputs(model, case, adapter_names=["one", "two"])
+    for names in (["one", "two"], ["one", "one"], ["one"] * 4, []):
+        expected = rf"must have one name for each sample, got {len(names)} names for .*\[3, .*; give 3\."
+        with pytest.raises(ValueError, match=expected):
+            outputs(model, case, adapter_names=names)
     with pytest.raises(ValueError, match="needs a model in evaluation mode, got training mode; call"):
         outputs(model.train(), case, adapter_names=["one", "two", "one"])
     model.eval().merge_adapter()
