@@ -1,6 +1,6 @@
 """Forward: the output of a base module whose parameters are origin + P theta_d, in one of four ways.
 
-- Any module runs with the moved tensors in place of its parameters.
+- Any module runs with the moved tensors in place of its parameters; so does one that was given a forward of its own.
 - A module in half precision whose operation is linear in its parameters: op(x, W_0) + op(x, P theta_d), because
   W_0 + P theta_d would round P theta_d away. So does a quantised Linear, whose W_0 nobody can add to.
 - A projection that has a product runs x through its steps, without P theta_d, or makes the rows that an embedding
@@ -15,14 +15,23 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..coordinates import LowRank, Weight, factored
 from . import quantised
 from .forming import Form, formed
-from .modules import MATRICES, autocast_dtype, has_hooks, has_stand_in, in_place_of, run_with
+from .modules import (
+    MATRICES,
+    OF_ACCELERATE,
+    autocast_dtype,
+    has_hooks,
+    has_own_forward,
+    has_stand_in,
+    in_place_of,
+    run_with,
+)
 
 
 def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
@@ -30,13 +39,13 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     base = layer.base_layer
     low_rank = [adapter for adapter in adapters if _runs_factored(layer, adapter)]
     multiplied = [adapter for adapter in adapters if _is_multiplied(layer, adapter, *args, **kwargs)]
-    if not _adds_to_output(layer) and len(low_rank) + len(multiplied) < len(adapters):
+    is_sum = _adds_to_output(layer) or len(low_rank) + len(multiplied) == len(adapters)
+    if not is_sum or (has_own_forward(base) and not quantised.is_quantised_linear(base)):
         with align_module_device(base):  # offloaded weights are read before the base module's own forward
             return _run(base, base, _moved_forms(layer, adapters), {}, *args, **kwargs)
-    is_offloaded = has_offloaded_params(base)
-    name = "_old_forward" if is_offloaded else "forward"  # accelerate runs the first while the weights are loaded
+    name = OF_ACCELERATE if OF_ACCELERATE in base.__dict__ else "forward"
     total = partial(_sum_of_outputs, layer, getattr(base, name), adapters, low_rank, multiplied)
-    if not is_offloaded and not has_hooks(base):
+    if name == "forward" and not has_hooks(base):
         return total(*args, **kwargs)
     with in_place_of(base, {name: total}):  # its hooks see the input and the output of all of it, once
         return base(*args, **kwargs)

@@ -84,10 +84,20 @@ def alone(module: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(module, threading.RLock())
 
 
+OF_ACCELERATE = "_old_forward"
+"""Where accelerate keeps a module's forward, to run it between hooks that move or load what it needs."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether others see its inputs or outputs when it is called."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module has been given another forward than that of its class, beside hooks of accelerate's."""
+    given = module.__dict__.get(OF_ACCELERATE, module.__dict__.get("forward"))
+    return given is not None and getattr(given, "__func__", None) is not type(module).forward
 
 
 class _StandIn:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +16,9 @@ from subspace_peft.adapter.layer import SubspaceLayer
 from tests.adapter.test_forming import SIDE, base_of, inputs, wrapped
 from tests.cases import BY_NAME, REPLACED, REPLACED_TARGETS, move, outputs, replaced, run, theta_d, wrap
 from tests.trajectory.walks import Allocations
+
+
+LOW_RANK = {"coordinates": "low_rank", "rank": 2}
 
 
 def test_a_layer_with_a_replaced_weight_runs_as_two_smaller_ones():
@@ -91,6 +95,48 @@ def test_a_weight_that_hooks_use_too(kind, hook, projection):
             theta_d(model).add_(v, alpha=step)
             ends.append(loss().item())
     assert (once @ v).item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-2)
+
+
+class _Around(ModelHook):
+    """As accelerate moves what enters a module and what leaves it."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        return (2 * args[0], *args[1:]), kwargs
+
+    def post_forward(self, module, output):
+        return -output
+
+
+def replace_forward(base: nn.Module) -> None:
+    own = base.forward
+    base.forward = lambda x: own(x).relu() + 1
+
+
+GIVEN = {
+    "a hook of accelerate's": lambda base: add_hook_to_module(base, _Around()),
+    "a hook that was removed": lambda base: remove_hook_from_module(add_hook_to_module(base, _Around())),
+    "a forward of its own": replace_forward,
+    "both": lambda base: (replace_forward(base), add_hook_to_module(base, _Around())),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{"projection": "kronecker"}, {"projection": "sparse"}, LOW_RANK], ids=str)
+@pytest.mark.parametrize("given", GIVEN)
+@torch.no_grad()
+def test_a_module_that_was_given_another_forward(given, changes, dtype):
+    """A plain module with the moved weight, and the same forward."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(512, 512)).to(dtype)
+    plain, x = copy.deepcopy(base), torch.randn(20, 512, dtype=dtype)
+    model = get_peft_model(base, SubspaceConfig(d=40, target_modules=["0"], init_weights=False, **changes)).eval()
+    layer = model.base_model.model[0]
+    plain[0].weight += layer.get_delta_weight("default").to(dtype)
+    plain[0].bias += layer.increments(["default"]).get("bias", torch.zeros(512)).to(dtype)
+    for module in (layer.base_layer, plain[0]):
+        GIVEN[given](module)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(model(x), plain(x), rtol=tolerance, atol=tolerance * plain(x).abs().max().item())
 
 
 def test_threads_run_one_model_at_once():
