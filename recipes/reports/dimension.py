@@ -47,7 +47,7 @@ class Task(NamedTuple):
 class Dimensions(NamedTuple):
     """d_int90 by 90 % of full training, and by an accuracy itself after the last and at the best epoch."""
 
-    relative: Dimension | None  # None: there is no full training
+    relative: Dimension | None  # None: there is no full training, or one that diverged
     absolute: Dimension
     best: Dimension
 
@@ -87,9 +87,10 @@ def tasks(runs: list[Settings], results: Results) -> list[Task]:
 def dimensions(task: Task, absolute: Absolute = ABSOLUTE) -> dict[str, Dimensions]:
     """By the label of the subspace."""
     level = level_of(absolute, task.model)
+    has_baseline = len(task.full) and task.full[LAST].notna().all()
     return {
         label: Dimensions(
-            intrinsic_dimension(line, fraction=0.9, baseline=task.full) if len(task.full) else None,
+            intrinsic_dimension(line, fraction=0.9, baseline=task.full) if has_baseline else None,
             intrinsic_dimension(line, absolute=level, metric=LAST),
             intrinsic_dimension(line, absolute=level, metric=BEST),
         )

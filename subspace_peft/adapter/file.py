@@ -148,6 +148,24 @@ def _like(integers: Tensor | None, value: Tensor) -> Tensor:
     return value.round().to(integers.dtype)
 
 
+def _unchanged(name: str, held: Tensor | None, value: Tensor) -> Tensor:
+    """A part of P; the integers that are held, where the value is their average, which is rounded.
+
+    Raises:
+        ValueError: if it is an average of others.
+    """
+    whole = _like(held, value)
+    if whole is value:
+        return value
+    held, value = held.to("cpu", torch.float64), value.detach().cpu()
+    if ((value.double() - held).abs() > 0.5 + 8 * torch.finfo(value.dtype).eps * held.abs()).any():
+        raise ValueError(
+            f"Adapters must share one P to be averaged, but the positions or signs of `{name}` in this average are "
+            "not those of the adapter that it is loaded into; give every client the same mask or basis."
+        )
+    return held.to(whole)
+
+
 def _content(projection: Projection) -> Tensor | tuple:
     """What a file holds of P."""
     given = projection.rows.given
@@ -189,7 +207,7 @@ def _install(coordinates: dict[str, Coordinates], config: PeftConfig, saved: dic
     for name, tensors in ((name, saved[name]) for name in projections if name in saved):
         owner, suffix = projections[name]
         held = dict(_flatten(_content(owner.projections[suffix])))
-        given = _unflatten({path: _like(held.get(path), tensor) for path, tensor in tensors.items()})
+        given = _unflatten({path: _unchanged(name, held.get(path), tensor) for path, tensor in tensors.items()})
         rows = dataclasses.replace(owner.projections[suffix].rows, given=given, column=column)
         owner.projections[suffix] = type(owner.projections[suffix])(rows)
         column += len(given) if config.projection == "coordinate" else 0

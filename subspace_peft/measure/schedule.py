@@ -71,13 +71,16 @@ class Schedule:
         else:  # a failure at `low`, or a success just below `high`, takes that end off the interval
             turns = min(answer, d_max), self._step(low, math.ceil), self._step(high - 1, math.floor)
             following = turns[(len(runs) - 1 - doubled[0]) % 3]
-        reason = self._reason(len(runs), bool(len(doubled)) and narrow and lacking <= 0)
+        settled = bool(len(doubled)) and narrow and lacking <= 0
+        reason = self._reason(len(runs), settled, has_end=low == above or high < above)
         return Outlook(answer, low, max(high, answer), following, reason)
 
-    def _reason(self, runs: int, settled: bool) -> str:
+    def _reason(self, runs: int, settled: bool, has_end: bool) -> str:
         within = f"within ± {100 * self.resolution:.3g} %"
         if settled:
-            return f"the interval is {within}"
+            return (
+                f"the interval is {within}" if has_end else "the interval reaches above `d_max`, and has no end there"
+            )
         if runs < self.max_runs:
             return ""
         return (

@@ -6,9 +6,11 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from subspace_peft import SubspaceConfig
+from subspace_peft.adapter.fingerprint import check_mark, mark
 from tests.cases import BY_NAME, Case, move, moved_base, outputs, theta_d, wrap
 
 
@@ -114,3 +116,36 @@ def test_adapters_of_different_subspaces_have_no_average():
     states = [get_peft_model_state_dict(wrap(CASE, seed=seed)) for seed in (0, 0, 1)]
     with pytest.raises(ValueError, match="must share one P to be averaged"):
         set_peft_model_state_dict(wrap(CASE), by_numpy(states))
+
+
+def with_mask(seed: int):
+    """Positions of so large a tensor that float32 rounds their average."""
+    torch.manual_seed(seed)
+    mask = torch.zeros(2**23, dtype=torch.bool)
+    mask[torch.randperm(2**23)[:1000]] = True
+    base = nn.Sequential(nn.Linear(2**11, 2**12, bias=False))
+    return get_peft_model(base, SubspaceConfig(projection="coordinate", target_modules=["0"], mask=mask))
+
+
+def test_the_mask_stays_what_it_is():
+    server = with_mask(0)
+    state = get_peft_model_state_dict(server)
+    key = next(key for key in state if "_P." in key)
+    mean = {name: sum(share * tensor for share in (4 / 7, 1 / 7, 2 / 7)) for name, tensor in state.items()}
+    assert not torch.equal(mean[key].round().long(), state[key])
+    set_peft_model_state_dict(server, mean)
+    assert torch.equal(get_peft_model_state_dict(server)[key], state[key])
+    other = get_peft_model_state_dict(with_mask(1))
+    mean = {name: (tensor + other[name]) / 2 for name, tensor in state.items()}
+    with pytest.raises(ValueError, match=r"positions or signs of `0\.weight` in this average are not those"):
+        set_peft_model_state_dict(server, mean)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 10_000), (torch.bfloat16, 10), (torch.float16, 100)])
+def test_the_average_of_many_equal_marks_is_the_mark(dtype, count):
+    for seed in range(20):
+        config = SubspaceConfig(d=4, seed=seed)
+        saved = sum(mark(config).to(dtype) / count for _ in range(count))
+        check_mark(saved, config)
+        with pytest.raises(ValueError, match="must belong to|must share one P"):
+            check_mark(saved, SubspaceConfig(d=4, seed=seed + 1))

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
+from subspace_peft import SubspaceConfig
 from subspace_peft.adapter.walk import find_vectors
 from subspace_peft.projections import PROJECTIONS
-from tests.cases import BY_NAME, dense_P, wrap
+from tests.cases import BY_NAME, dense_P, theta_d, wrap
 
 
 CASE = BY_NAME["convnet"]
@@ -33,6 +36,27 @@ def normalised_P(projection: str, normalization: str, **changes) -> torch.Tensor
 def test_columns_have_unit_norm_over_all_of_D(projection):
     norms = normalised_P(projection, "columns").norm(dim=0)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=0)
+
+
+def test_a_column_of_zeros_moves_nothing_and_the_others_have_unit_norm():
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    targets = {"target_modules": "all", "parameters": "vectors"}
+    config = SubspaceConfig(d=96, projection="sparse", normalization="columns", **targets)
+    model = get_peft_model(base, config)
+    norms = torch.cat(list(dense_P(model).values())).double().norm(dim=0)
+    assert 0 < (norms == 0).sum() < 48
+    torch.testing.assert_close(norms[norms > 0], torch.ones_like(norms[norms > 0]), rtol=1e-6, atol=0)
+    model(torch.randn(8, 32)).square().sum().backward()
+    assert torch.equal(theta_d(model).grad == 0, norms == 0)
+
+
+@pytest.mark.parametrize("normalization", ["columns", "rows"])
+def test_a_P_of_zeros_is_refused(normalization):
+    drawn = {"projection": "fastjl", "nnz_per_row": 2, "seed": 1}  # two terms of opposite signs in each of two rows
+    config = SubspaceConfig(d=1, normalization=normalization, target_modules=["0"], **drawn)
+    with pytest.raises(ValueError, match="P must move something, it is zero for d = 1, .*; take another seed"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 1, bias=False)), config)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

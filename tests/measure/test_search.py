@@ -173,6 +173,12 @@ def test_the_last_run_allowed_ends_it_and_the_interval_is_as_wide_as_it_is():
     assert "no d up to 4 " in str(started)
 
 
+def test_an_interval_that_reaches_above_d_max_has_no_end():
+    result = find(step(100), d_max=100)
+    assert (result.d, result.interval[1]) == (100, None)
+    assert str(result).endswith("the interval reaches above `d_max`, and has no end there")
+
+
 def test_the_outcome_in_words():
     text = str(find(step(100), d_max=1000))
     assert text.startswith("d = 10")

@@ -53,6 +53,14 @@ def row(printed, *first):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_where_full_training_diverged_the_accuracy_itself_counts(results):
+    made = finished(results, FULL, SUBSPACE, accuracy=lambda run: None if run.projection == "full" else accuracy(run))
+    ((_, least),) = dimensions(made, results).items()
+    assert least.relative is None
+    assert least.absolute.d == 40
+    assert "FastJL" in dimension.text(made, results)
+
+
 def test_d_int90_is_by_full_training_by_the_accuracy_itself_and_by_the_best_epoch(made, results):
     ((label, least),) = dimensions(made, results).items()
     assert label == "FastJL"
