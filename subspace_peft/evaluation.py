@@ -62,10 +62,16 @@ def are_logits(output: Any) -> bool:
 def output_rows(output: Any, features: list[Tensor], tokens: Tensor | None) -> list[Tensor]:
     """The outputs, and others: [samples, features] each, float32; where they are of tokens, those that count."""
     found = [f for f in (_first(output), *features) if f is not None]
-    if tokens is not None:
-        found = [f[tokens.to(f.device)] if f.dim() > 2 and f.shape[:2] == tokens.shape else f for f in found]
-    rows = [f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1) for f in found]
-    return [f[:: 1 + f.numel() // ENTRIES].float() for f in rows]
+    thinned = []
+    for f in found:
+        rows = f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1)
+        if tokens is None or f.dim() < 3 or f.shape[:2] != tokens.shape:
+            thinned.append(rows[:: 1 + f.numel() // ENTRIES].float())
+            continue
+        per_token = len(rows) // tokens.numel()
+        read = tokens.to(f.device).flatten().repeat_interleave(per_token).nonzero()[:, 0]
+        thinned.append(rows[read[:: 1 + len(read) * f.shape[-1] // ENTRIES]].float())  # before they are copied
+    return thinned
 
 
 def _first(output: Any) -> Tensor | None:

@@ -149,7 +149,7 @@ def _like(integers: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _unchanged(name: str, held: Tensor | None, value: Tensor) -> Tensor:
-    """A part of P; the integers that are held, where the value is their average, which is rounded.
+    """A part of P: as it is held, if the value is the average of equal ones.
 
     Raises:
         ValueError: if it is an average of others.

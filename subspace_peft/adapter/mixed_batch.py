@@ -148,10 +148,14 @@ def handing_over(
         ValueError: if none of these has as many samples as there are names.
     """
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-    if inputs and all(len(x) != len(names) for x in inputs):
+    returned = kwargs.get("num_return_sequences") or getattr(
+        kwargs.get("generation_config"), "num_return_sequences", 1
+    )
+    batches = {size for x in inputs for size in x.shape[: 2 if x.dim() > 2 else 1]}  # some put time before the batch
+    if inputs and len(names) not in batches | {size * (returned or 1) for size in batches}:
         raise ValueError(
-            f"`adapter_names` must have one name for each sample, got {len(names)} names for inputs of shape "
-            f"{', '.join(str(list(x.shape)) for x in inputs)}; give {len(inputs[0])}."
+            f"`adapter_names` must have one name for each sample along dimension 0, got {len(names)} names for inputs "
+            f"of shape {', '.join(str(list(x.shape)) for x in inputs)}; give as many names as there are samples."
         )
     handing = _Handing(model, layers, names, beams)
     handing.note(model, args, kwargs)

@@ -27,7 +27,7 @@ from .renaming import UNCHANGED, Renaming, renamings
 from .root import add_vectors, remove_vectors
 from .saved_whole import check_none_saved, names_saved_whole, with_heads
 from .strength import check_weights, one_strength
-from .targets import Target, find_targets, is_named, refuse_all
+from .targets import Target, find_targets, is_named, refuse_all, refuse_ties_apart
 from .undo import undone_if_it_fails
 from .vectors import PREFIX, VECTORS, SubspaceVectors, check_adapter_name
 from .walk import uncompiled, unique_coordinates
@@ -96,6 +96,7 @@ class SubspaceModel(BaseTuner):
         self._plan, self._renaming = None, UNCHANGED
         named, targets = self._find_targets(config, model)
         if targets:
+            refuse_ties_apart(model, targets)
             self._plan = Plan(config, targets, self._renaming)
             config.target_modules, config.target_parameters = named.target_modules, named.target_parameters
         else:

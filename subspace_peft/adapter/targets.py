@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from accelerate.utils import has_offloaded_params
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
@@ -273,3 +274,19 @@ def refuse_all(
         raise ValueError(
             f"Target modules {config.target_modules} not found in the base model; names near to it: {', '.join(near)}."
         )
+
+
+def refuse_ties_apart(model: nn.Module, targets: list[Target]) -> None:
+    """Accelerate makes two tensors of a tied one that it offloads.
+
+    Raises:
+        ValueError: if a target is one of them, since P has rows for one tensor.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target in targets:
+        apart = {*target.tensors.values()} & {*tied, *tied.values()}
+        if apart and has_offloaded_params(target.module):
+            raise ValueError(
+                f"A tied tensor must be one to be adapted, but accelerate offloads `{min(apart)}` as several; leave "
+                "its modules out of `target_modules`, or keep them on a device in `device_map`."
+            )

@@ -9,7 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_wei
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from subspace_peft import SubspaceConfig
 from tests.cases import BY_NAME, close, loss, move, outputs, settings, theta_d, wrap
@@ -109,6 +109,15 @@ def test_every_weight_is_offloaded(changes, dtype, where, tmp_path):
     assert torch.equal(model(x, adapter_names=names), plain(x, adapter_names=names))
     layer, twin = (each.base_model.model[1] for each in (model, plain))
     assert torch.equal(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_tensor_that_is_offloaded_is_refused():
+    base = LlamaForCausalLM(LlamaConfig(**LLAMA.model().config.to_dict() | {"tie_word_embeddings": True}))
+    cpu_offload(base, torch.device("cpu"))
+    with pytest.raises(ValueError, match="A tied tensor must be one .* offloads `model.embed_tokens.weight`"):
+        get_peft_model(base, SubspaceConfig(d=4, target_modules=["embed_tokens"]))
+    assert get_peft_model(base, SubspaceConfig(d=4, target_modules="all-linear")).peft_config["default"].D
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)

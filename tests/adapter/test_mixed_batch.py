@@ -54,7 +54,7 @@ def test_wrong_mixed_batches(case):
     with pytest.raises(ValueError, match="name adapters of the model or '__base__', got the non-existing .* nobody"):
         outputs(model, case, adapter_names=["one", "one", "nobody"])
     for names in (["one", "two"], ["one", "one"], ["one"] * 4, []):
-        expected = rf"must have one name for each sample, got {len(names)} names for .*\[3, .*; give 3\."
+        expected = rf"must have one name for each sample .* got {len(names)} names for .*\[3, .*; give as many"
         with pytest.raises(ValueError, match=expected):
             outputs(model, case, adapter_names=names)
     with pytest.raises(ValueError, match="needs a model in evaluation mode, got training mode; call"):
@@ -81,3 +81,19 @@ def test_a_replaced_weight_in_a_mixed_batch():
     alone = outputs(model, case)
     mixed = outputs(model, case, adapter_names=["default", "__base__", "default"])
     torch.testing.assert_close(mixed, torch.stack([alone[0], base_outputs(case)[1], alone[2]]), rtol=1e-4, atol=1e-4)
+
+
+def test_names_of_several_sequences_for_each_sample():
+    """As many as `generate` returns, also where they are the same."""
+    model = get_peft_model(BY_NAME["llama"].model(), settings(target_modules="all-linear"), "one").eval()
+    model.add_adapter("two", settings(target_modules="all-linear", seed=1))
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "max_new_tokens": 2}
+    for names in (["one", "one", "two", "two"], ["one"] * 4):
+        found = model.generate(**batch, do_sample=True, num_return_sequences=2, adapter_names=names)
+        assert found.shape == (4, 5)
+
+
+def test_equal_names_where_time_is_before_the_batch():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 2)), settings()).eval()
+    x = torch.randn(7, 3, 4)
+    assert torch.equal(model(x, adapter_names=["default"] * 3), model(x))

@@ -145,6 +145,8 @@ def test_two_processes_train_one_run_together(recipe, tmp_path):
         "launch",
         "--config_file",
         RECIPES / "accelerate" / "ddp.yaml",
+        "--main_process_port",
+        "0",
     ]
     changes = {"d": 4, "projection": "fastjl", "save_adapter": "true"}
     command = [*launch, RECIPES / "run.py", recipe, *options(changes, tmp_path / "two")]
