@@ -19,13 +19,8 @@ LATER = ("replace_weight", "start", "factors", "gamma")
 
 DIGITS = 8  # of each target tensor
 
-ROUNDING, HALF_ROUNDING = 0.1, 8.0
-"""How far averages of equal marks, computed in float32 or in half precision, may be from the mark.
-
-Those of 10 000 marks in float32, or of ten in bfloat16, are nearer. Another mark is nearer by a chance of 1e-9.
-"""
-WHOLE = 1e-2
-"""How far a byte that was not averaged may be from a whole number."""
+ROUNDING, HALF_ROUNDING = 1e-2, 0.5
+"""How far averages of equal marks, computed in float32 or in half precision, may be from the mark."""
 
 
 def fingerprint(shapes: dict[str, Shape]) -> str:
@@ -102,14 +97,15 @@ def check_mark(saved: Tensor, config: PeftConfig) -> None:
     saved, expected = saved.detach().to("cpu", torch.float64), mark(config)
     if saved.shape == expected.shape and (saved - expected).abs().max() < tolerance:
         return
-    if ((saved - saved.round()).abs() >= WHOLE).any():
+    if ((saved - saved.round()).abs() >= tolerance).any():
         raise ValueError(
             "Adapters must share one P to be averaged, but the mark in this average is one of different marks: some "
             "were trained with another seed, d, projection or base than the one it is loaded into "
-            f"({_described(config)}); start each of them from this config, on this base, and average in float32."
+            f"({_described(config)}); start each of them from this config, on this base. If they were, the average "
+            "was rounded: compute it in float64."
         )
     raise ValueError(
         f"The adapter file must belong to the adapter it is loaded into ({_described(config)}): its theta_d was "
         "trained with another seed, d, projection or base; load it under another adapter name, or resume with a model "
-        "that has its own adapter_config.json."
+        "that has its own adapter_config.json; if it is an average in half precision, compute it in float64."
     )
