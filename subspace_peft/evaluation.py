@@ -62,16 +62,17 @@ def are_logits(output: Any) -> bool:
 def output_rows(output: Any, features: list[Tensor], tokens: Tensor | None) -> list[Tensor]:
     """The outputs, and others: [samples, features] each, float32; where they are of tokens, those that count."""
     found = [f for f in (_first(output), *features) if f is not None]
-    thinned = []
-    for f in found:
-        rows = f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1)
-        if tokens is None or f.dim() < 3 or f.shape[:2] != tokens.shape:
-            thinned.append(rows[:: 1 + f.numel() // ENTRIES].float())
-            continue
-        per_token = len(rows) // tokens.numel()
-        read = tokens.to(f.device).flatten().repeat_interleave(per_token).nonzero()[:, 0]
-        thinned.append(rows[read[:: 1 + len(read) * f.shape[-1] // ENTRIES]].float())  # before they are copied
-    return thinned
+    return [_thinned(f, tokens) for f in found]
+
+
+def _thinned(f: Tensor, tokens: Tensor | None) -> Tensor:
+    """Some of the rows that count, before they are copied: at most about ENTRIES entries."""
+    rows = f.reshape(-1, f.shape[-1] if f.dim() > 1 else 1)
+    if tokens is None or f.dim() < 3 or f.shape[:2] != tokens.shape:
+        return rows[:: 1 + f.numel() // ENTRIES].float()
+    counting = tokens.to(f.device).view(*tokens.shape, *(1,) * (f.dim() - 3)).expand(f.shape[:-1])
+    at = counting.flatten().nonzero()[:, 0]
+    return rows[at[:: 1 + len(at) * rows.shape[1] // ENTRIES]].float()
 
 
 def _first(output: Any) -> Tensor | None:

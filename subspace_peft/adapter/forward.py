@@ -43,11 +43,11 @@ def adapted(layer: BaseTunerLayer, adapters: list[str], *args, **kwargs):
     if not is_sum or (has_own_forward(base) and not quantised.is_quantised_linear(base)):
         with align_module_device(base):  # offloaded weights are read before the base module's own forward
             return _run(base, base, _moved_forms(layer, adapters), {}, *args, **kwargs)
-    name = OF_ACCELERATE if OF_ACCELERATE in base.__dict__ else "forward"
-    total = partial(_sum_of_outputs, layer, getattr(base, name), adapters, low_rank, multiplied)
-    if name == "forward" and not has_hooks(base):
+    forward_name = OF_ACCELERATE if OF_ACCELERATE in base.__dict__ else "forward"
+    total = partial(_sum_of_outputs, layer, getattr(base, forward_name), adapters, low_rank, multiplied)
+    if forward_name == "forward" and not has_hooks(base):
         return total(*args, **kwargs)
-    with in_place_of(base, {name: total}):  # its hooks see the input and the output of all of it, once
+    with in_place_of(base, {forward_name: total}):  # its hooks see the input and the output of all of it, once
         return base(*args, **kwargs)
 
 

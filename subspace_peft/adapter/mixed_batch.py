@@ -135,9 +135,14 @@ def _is_slice(x: Tensor, t: Tensor) -> bool:
     return x.shape == t.shape and torch.equal(x, t)
 
 
+def _of_generate(kwargs: dict, name: str) -> int:
+    """A number that `generate` is given, alone or in its config."""
+    return kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None) or 1
+
+
 @contextmanager
 def handing_over(
-    model: nn.Module, layers: dict[str, BaseTunerLayer], names: list[str], beams: int, args: tuple, kwargs: dict
+    model: nn.Module, layers: dict[str, BaseTunerLayer], names: list[str], args: tuple, kwargs: dict
 ) -> Iterator[None]:
     """Hand the adapter of each sample to the layers of a model and to the modules that are saved whole.
 
@@ -148,16 +153,14 @@ def handing_over(
         ValueError: if none of these has as many samples as there are names.
     """
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-    returned = kwargs.get("num_return_sequences") or getattr(
-        kwargs.get("generation_config"), "num_return_sequences", 1
-    )
-    batches = {size for x in inputs for size in x.shape[: 2 if x.dim() > 2 else 1]}  # some put time before the batch
-    if inputs and len(names) not in batches | {size * (returned or 1) for size in batches}:
+    sizes = {size for x in inputs for size in x.shape[: 2 if x.dim() > 2 else 1]}  # some put time before the batch
+    returned = _of_generate(kwargs, "num_return_sequences")
+    if inputs and len(names) not in sizes | {returned * size for size in sizes}:
         raise ValueError(
             f"`adapter_names` must have one name for each sample along dimension 0, got {len(names)} names for inputs "
             f"of shape {', '.join(str(list(x.shape)) for x in inputs)}; give as many names as there are samples."
         )
-    handing = _Handing(model, layers, names, beams)
+    handing = _Handing(model, layers, names, _of_generate(kwargs, "num_beams"))
     handing.note(model, args, kwargs)
     hooks = [(layer, handing.to_layer) for layer in handing.name_of]
     hooks += [(module, handing.to_saved) for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]

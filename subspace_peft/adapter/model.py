@@ -244,9 +244,8 @@ class SubspaceModel(BaseTuner):
                 f"`adapter_names` must name adapters of the model or '__base__', got the non-existing adapter(s) "
                 f"{', '.join(sorted(unknown))}; add them first."
             )
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
         layers = {n: m for n, m in self.model.named_modules(remove_duplicate=False) if isinstance(m, SubspaceLayer)}
-        with handing_over(self.model, layers, list(names), beams, args, kwargs):
+        with handing_over(self.model, layers, list(names), args, kwargs):
             yield
 
     def _check_merge_allowed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+import torch
 from peft import PeftConfig
 from torch import Tensor
 
@@ -21,15 +22,15 @@ def normalising_scale(config: PeftConfig, coordinates: dict[str, Coordinates]) -
         ValueError: if P is zero.
     """
     projections = [projection for c in coordinates.values() for projection in c.projections.values()]
-    is_by_column = config.normalization == "columns"
-    squares = sum(p.column_square_norms() if is_by_column else p.square_norm() for p in projections)
-    if not (squares > 0).any() if is_by_column else squares == 0:
+    by_column = config.normalization == "columns"
+    squares = torch.as_tensor(sum(p.column_square_norms() if by_column else p.square_norm() for p in projections))
+    if not squares.any():
         raise ValueError(
             f"P must move something, it is zero for d = {config.d}, nnz_per_row = {config.nnz_per_row} and seed = "
             f"{config.seed}; take another seed, a larger `d`, or nnz_per_row=1."
         )
-    if is_by_column:
+    if by_column:
         if bool((squares == 1).all()):
             return 1.0  # where d = D, one more product for each layer would cost more than the layers
         return squares.where(squares > 0, 1).rsqrt().float()
-    return sqrt(sum(c.moves for c in coordinates.values()) / squares)
+    return sqrt(sum(c.moves for c in coordinates.values()) / squares.item())

@@ -88,9 +88,18 @@ def test_names_of_several_sequences_for_each_sample():
     model = get_peft_model(BY_NAME["llama"].model(), settings(target_modules="all-linear"), "one").eval()
     model.add_adapter("two", settings(target_modules="all-linear", seed=1))
     batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "max_new_tokens": 2}
-    for names in (["one", "one", "two", "two"], ["one"] * 4):
-        found = model.generate(**batch, do_sample=True, num_return_sequences=2, adapter_names=names)
-        assert found.shape == (4, 5)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "theta_d" in name:
+            parameter.data.normal_()
+    batch |= {"do_sample": True, "num_return_sequences": 2}
+    for names in (["one"] * 4, ["one", "one", "two", "two"]):
+        torch.manual_seed(0)
+        found = model.generate(**batch, adapter_names=names)
+        torch.manual_seed(0)
+        alone = model.generate(**batch)
+        assert torch.equal(found[:2], alone[:2])
+        assert torch.equal(found, alone) == (names[-1] == "one")
 
 
 def test_equal_names_where_time_is_before_the_batch():
